@@ -1,0 +1,10 @@
+"""Sibling layers of a PyTorch model become one wide layer, and come back."""
+
+from conjoin import nn
+from conjoin.api import optimize, report, unfuse
+from conjoin.layers import KINDS, Kind
+from conjoin.legality import Reason, Refusal
+from conjoin.report import Group, Report
+
+__version__ = "0.1.0"
+__all__ = ["KINDS", "Group", "Kind", "Reason", "Refusal", "Report", "nn", "optimize", "report", "unfuse"]

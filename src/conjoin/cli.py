@@ -1,0 +1,348 @@
+"""The command line: `conjoin report | optimize | unfuse`.
+
+Exit status 0: done. 2: wrong input, with one sentence on stderr. 130: interrupted.
+"""
+
+from __future__ import annotations
+
+import argparse
+import ast
+import io
+import math
+import os
+import re
+import sys
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager, suppress
+from dataclasses import dataclass
+from importlib.metadata import PackageNotFoundError, version
+from typing import NoReturn
+
+import torch
+from torch import nn
+
+import conjoin
+from conjoin import saved
+from conjoin.saved import Arguments, Saved, SavedError
+
+# A typing slip in --input must not fill the memory; real example inputs are far smaller.
+MAX_INPUT_BYTES = 4 * 2**30
+
+_DTYPES = {
+    str(dtype).removeprefix("torch."): dtype
+    for dtype in (
+        torch.float64,
+        torch.float32,
+        torch.float16,
+        torch.bfloat16,
+        torch.complex64,
+        torch.complex128,
+        torch.int64,
+        torch.int32,
+        torch.int16,
+        torch.int8,
+        torch.uint8,
+        torch.bool,
+    )
+}
+_SHAPE = re.compile(r"scalar|[1-9]\d*(x[1-9]\d*)*")
+_KEYWORD = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+
+_SAVED_HELP = (
+    "a .pt2 file of torch.export.save (report only), a model saved whole by torch.save "
+    "(needs --trust-pickle), or package.module:factory"
+)
+_EPILOG = """\
+examples:
+  conjoin report torchvision.models:googlenet --input 8x3x224x224
+  conjoin report model.pt2 --format markdown
+  conjoin report model.pt --trust-pickle --input 64x1x28x28
+  conjoin report mypackage.nets:build --arg 12 --arg width=64 --input tokens=1x128:int64
+  conjoin optimize model.pt -o fused.pt --trust-pickle --input 64x1x28x28
+  conjoin unfuse fused.pt -o plain.pt --trust-pickle
+"""
+
+
+class UsageError(ValueError):
+    """An option that does not parse; the message is one sentence."""
+
+
+class _Parser(argparse.ArgumentParser):
+    def error(self, message: str) -> NoReturn:
+        raise UsageError(f"{message} (see {self.prog} --help)")
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run the command line.
+
+    Args:
+        argv: the arguments without the program's name; those of the process where None.
+
+    Returns:
+        The exit status: 0 done, 2 wrong input, 130 interrupted.
+    """
+    _tolerate_narrow_encodings()
+    try:
+        options = _parser().parse_args(argv)
+        run: Callable[[argparse.Namespace], str] = options.run
+        with _current_folder_importable():
+            _emit(run(options))
+    except (UsageError, SavedError) as error:
+        print(f"conjoin: error: {_one_line(str(error))}", file=sys.stderr)
+        return 2
+    except KeyboardInterrupt:
+        print("conjoin: interrupted", file=sys.stderr)
+        return 130
+    return 0
+
+
+def _parser() -> argparse.ArgumentParser:
+    parser = _Parser(
+        prog="conjoin",
+        description="Find sibling layers of a PyTorch model and run them as one wide layer.",
+        epilog=_EPILOG,
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    parser.add_argument("--version", action="version", version=f"conjoin {_version()}")
+    commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
+
+    report = commands.add_parser("report", help="say what can be fused, and what not and why")
+    _add_saved(report)
+    _add_inputs(report)
+    report.add_argument(
+        "--format",
+        choices=("table", "markdown", "json"),
+        default="table",
+        help="how to print the report (default: table)",
+    )
+    report.set_defaults(run=_report)
+
+    optimize = commands.add_parser("optimize", help="write the model with its siblings fused")
+    _add_saved(optimize)
+    _add_inputs(optimize)
+    _add_out(optimize)
+    optimize.set_defaults(run=_optimize)
+
+    unfuse = commands.add_parser("unfuse", help="write the model with its original layers")
+    _add_saved(unfuse)
+    _add_out(unfuse)
+    unfuse.set_defaults(run=_unfuse)
+    return parser
+
+
+def _add_saved(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("saved", metavar="SAVED", help=_SAVED_HELP)
+    parser.add_argument(
+        "--trust-pickle",
+        action="store_true",
+        help="unpickle SAVED, which runs code that the file names: only for files you trust",
+    )
+    parser.add_argument(
+        "--arg",
+        action="append",
+        default=[],
+        metavar="[NAME=]VALUE",
+        help="an argument of the factory: a Python literal, else a string; repeatable",
+    )
+
+
+def _add_inputs(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--input",
+        action="append",
+        default=[],
+        metavar="[NAME=]SHAPE[:DTYPE]",
+        help="an example input such as 1x3x224x224, 8, scalar or 1x128:int64, in the order of the "
+        "model's arguments or by name (default dtype float32; integers are zeros, bools true); "
+        "repeatable",
+    )
+
+
+def _add_out(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the file to write")
+    parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
+
+
+# Commands: each gives the text to print.
+
+
+def _report(options: argparse.Namespace) -> str:
+    model, inputs, kwargs = _model_and_inputs(options, whole=False)
+    with _wrong_inputs():
+        report = conjoin.report(model, inputs, example_kwargs=kwargs)
+    if options.format == "json":
+        return report.to_json()
+    return report.to_markdown() if options.format == "markdown" else str(report)
+
+
+def _optimize(options: argparse.Namespace) -> str:
+    saved.check_out(options.out, source=options.saved, force=options.force)
+    model, inputs, kwargs = _model_and_inputs(options, whole=True)
+    with _wrong_inputs():
+        fused = conjoin.optimize(model, inputs, example_kwargs=kwargs, inplace=True)
+        report = conjoin.report(fused, inputs, example_kwargs=kwargs)
+    saved.write(fused, options.out, force=options.force)
+    return f"{report}\n\nwrote {options.out}"
+
+
+def _unfuse(options: argparse.Namespace) -> str:
+    saved.check_out(options.out, source=options.saved, force=options.force)
+    plain = conjoin.unfuse(_load(options, whole=True).model, inplace=True)
+    saved.write(plain, options.out, force=options.force)
+    return f"wrote {options.out}"
+
+
+def _load(options: argparse.Namespace, *, whole: bool) -> Saved:
+    return saved.load(
+        options.saved,
+        trust_pickle=options.trust_pickle,
+        arguments=_arguments(options.arg),
+        whole=whole,
+    )
+
+
+_Inputs = tuple[nn.Module, "tuple[object, ...] | None", "dict[str, object] | None"]
+
+
+def _model_and_inputs(options: argparse.Namespace, *, whole: bool) -> _Inputs:
+    specs = [_input_spec(text) for text in options.input]
+    loaded = _load(options, whole=whole)
+    if not specs:
+        kwargs = None if loaded.example_kwargs is None else dict(loaded.example_kwargs)
+        return loaded.model, loaded.example_inputs, kwargs
+    device = _device_of(loaded.model)
+    inputs: tuple[object, ...] = tuple(_example(s, device) for s in specs if s.name is None)
+    keywords: dict[str, object] = {s.name: _example(s, device) for s in specs if s.name}
+    return loaded.model, inputs, keywords or None
+
+
+@contextmanager
+def _wrong_inputs() -> Iterator[None]:
+    """The library says in one sentence what is wrong with a model or its inputs."""
+    try:
+        yield
+    except (ValueError, TypeError) as error:
+        raise UsageError(str(error)) from error
+
+
+# Options
+
+
+def _named(text: str) -> tuple[str | None, str]:
+    match = _KEYWORD.fullmatch(text)
+    return (match[1], match[2]) if match else (None, text)
+
+
+def _arguments(texts: Sequence[str]) -> Arguments:
+    positional: list[object] = []
+    keywords: dict[str, object] = {}
+    for text in texts:
+        name, value = _named(text)
+        if name is None:
+            positional.append(_literal(value))
+        elif name in keywords:
+            raise UsageError(f"--arg {name}=... is given twice")
+        else:
+            keywords[name] = _literal(value)
+    return Arguments(tuple(positional), keywords)
+
+
+def _literal(text: str) -> object:
+    try:
+        return ast.literal_eval(text)
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        # What opens like a literal was meant as one; anything else is a string without quotes.
+        if text.lstrip()[:1] in tuple("([{'\""):
+            raise UsageError(f"--arg {text} is not a Python literal: is it closed?") from None
+        return text
+
+
+@dataclass(frozen=True)
+class _InputSpec:
+    """`NAME=1x128:int64`, read."""
+
+    text: str
+    name: str | None
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+
+
+def _input_spec(text: str) -> _InputSpec:
+    name, description = _named(text)
+    shape_text, _, dtype_text = description.partition(":")
+    if not _SHAPE.fullmatch(shape_text):
+        raise UsageError(
+            f"--input {text} has no shape such as 1x3x224x224, 8 or scalar: sizes from 1 up, "
+            "joined by x"
+        )
+    dtype = _DTYPES.get(dtype_text or "float32")
+    if dtype is None:
+        raise UsageError(f"--input {text} names no dtype out of {', '.join(_DTYPES)}")
+    shape = () if shape_text == "scalar" else tuple(map(int, shape_text.split("x")))
+    if math.prod(shape) * dtype.itemsize > MAX_INPUT_BYTES:
+        raise UsageError(f"--input {text} would take over {MAX_INPUT_BYTES // 2**30} GiB of memory")
+    return _InputSpec(text, name, shape, dtype)
+
+
+def _example(spec: _InputSpec, device: torch.device) -> torch.Tensor:
+    """A tensor that most models take: noise, or indices of 0, or a mask of true."""
+    try:
+        if not (spec.dtype.is_floating_point or spec.dtype.is_complex):
+            fill = spec.dtype is torch.bool
+            return torch.full(spec.shape, fill, dtype=spec.dtype, device=device)
+        with torch.random.fork_rng():
+            torch.manual_seed(0)
+            return torch.randn(spec.shape, dtype=spec.dtype, device=device)
+    except RuntimeError as error:
+        raise UsageError(f"--input {spec.text} cannot be made on {device}: {error}") from error
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    tensors = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
+
+
+# The process
+
+
+@contextmanager
+def _current_folder_importable() -> Iterator[None]:
+    """The console script can import what `python -m conjoin` can."""
+    folder = os.path.abspath(os.curdir)
+    sys.path.insert(0, folder)
+    try:
+        yield
+    finally:
+        with suppress(ValueError):
+            sys.path.remove(folder)
+
+
+def _emit(text: str) -> None:
+    try:
+        print(text, flush=True)
+    except OSError as error:
+        # Python would complain once more when it flushes at the end.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        # A reader that has had enough (`| head`) is no error.
+        if not isinstance(error, BrokenPipeError):
+            raise UsageError(f"cannot print the result: {error.strerror}") from error
+
+
+def _version() -> str:
+    try:
+        return version("conjoin")
+    except PackageNotFoundError:
+        return "(run from its source, not installed)"
+
+
+def _tolerate_narrow_encodings() -> None:
+    # A name that the terminal cannot show must not cost the report.
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):
+            stream.reconfigure(errors="backslashreplace")
+
+
+def _one_line(text: str) -> str:
+    """One line without control characters: parts of it come from files."""
+    joined = " ".join(text.split())
+    return "".join(letter if letter.isprintable() else "?" for letter in joined)

@@ -1,0 +1,147 @@
+"""What can make a rewrite of a graph wrong: changes in place, aliases, strides."""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Iterator, Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
+
+VIEW_METHODS = frozenset(
+    "view view_as expand expand_as permute transpose t swapaxes swapdims movedim moveaxis squeeze "
+    "unsqueeze select narrow diagonal unfold unflatten unbind split chunk tensor_split hsplit "
+    "vsplit dsplit detach alias as_strided real imag mT mH T H reshape reshape_as flatten ravel "
+    "contiguous to type float double half bfloat16 requires_grad_ __getitem__".split()
+)
+"""Methods, and functions of the same names, whose result may share memory with the input."""
+
+VIEW_FUNCTIONS: frozenset[Any] = frozenset({operator.getitem, getattr, F.dropout, F.unfold})
+"""Functions, beyond those named as a method above, whose result may share memory."""
+
+STRIDE_METHODS = frozenset(
+    "view view_as stride is_contiguous data_ptr storage_offset as_strided untyped_storage numpy "
+    "__array__ __dlpack__".split()
+)
+"""Methods whose result depends on the strides of the tensor."""
+
+INPLACE_OPERATORS: frozenset[Any] = frozenset(
+    getattr(operator, name)
+    for name in (
+        "iadd isub imul itruediv ifloordiv imod ipow iand ior ixor ilshift irshift imatmul "
+        "setitem delitem"
+    ).split()
+)
+"""Python's operators that change their first argument."""
+
+
+def versions(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, int]:
+    """For each node, how often its first input had been changed in place before it.
+
+    A change through an alias of the input counts, since an alias is a chain of operations that
+    may share memory.
+
+    Args:
+        graph: the graph.
+        modules: the modules that it calls, by target.
+    """
+    root: dict[fx.Node, fx.Node] = {}
+    changed: dict[fx.Node, int] = {}
+    found: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        inputs = node.all_input_nodes
+        first = _first(node)
+        root[node] = node
+        if first is not None:
+            found[node] = changed.get(root[first], 0)
+            if shares_memory(node, modules):
+                root[node] = root[first]
+        for input in written(node, modules) if inputs else ():
+            changed[root[input]] = changed.get(root[input], 0) + 1
+        found.setdefault(node, 0)
+    return found
+
+
+def _first(node: fx.Node) -> fx.Node | None:
+    if node.args and isinstance(node.args[0], fx.Node):
+        return node.args[0]
+    return next(iter(node.all_input_nodes), None)
+
+
+def shares_memory(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the result of a node may share memory with its first input."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return bool(getattr(module, "inplace", False)) or isinstance(
+            module, (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
+        )
+    if node.op == "call_method":
+        return node.target in VIEW_METHODS or _is_inplace_name(str(node.target))
+    if node.op == "call_function":
+        name = getattr(node.target, "__name__", "")
+        return (
+            node.target in VIEW_FUNCTIONS
+            or name in VIEW_METHODS
+            or any(True for _ in written(node, modules))
+        )
+    return False
+
+
+def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node]:
+    """The inputs that a node changes in place."""
+    first = _first(node)
+    if node.op == "call_module":
+        if getattr(modules[str(node.target)], "inplace", False) and first is not None:
+            yield first
+        return
+    if node.op not in ("call_method", "call_function"):
+        return
+    out = node.kwargs.get("out")
+    yield from (n for n in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(n, fx.Node))
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    inplace = (
+        node.target in INPLACE_OPERATORS
+        or _is_inplace_name(name)
+        or bool(node.kwargs.get("inplace", False))
+    )
+    if inplace and first is not None:
+        yield first
+
+
+def _is_inplace_name(name: str) -> bool:
+    return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+
+
+def reads_strides(node: fx.Node, *, escapes: bool) -> str:
+    """What depends on the strides of the node's output; empty where nothing is known to.
+
+    Args:
+        node: a call of a layer.
+        escapes: whether something beyond the graph reads the graph's outputs.
+    """
+    for user in node.users:
+        if user.op == "output" and escapes:
+            return "what reads the output is not known"
+        if user.op == "call_method" and user.target in STRIDE_METHODS:
+            return str(user.target)
+        if user.op == "call_function" and user.target is torch.as_strided:
+            return "as_strided"
+        if user.op == "call_function" and not _of_torch(user.target):
+            return f"{getattr(user.target, '__name__', user.target)} is not PyTorch's"
+        if _may_view(user) and (why := reads_strides(user, escapes=escapes)):
+            return why
+        if _may_view(user) and any(_is_inplace_name(str(u.target)) for u in user.users):
+            return "a change in place of a view of the output"
+    return ""
+
+
+def _may_view(node: fx.Node) -> bool:
+    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    return node.op in ("call_method", "call_function") and name in VIEW_METHODS
+
+
+def _of_torch(target: Callable[..., Any] | str) -> bool:
+    module = getattr(target, "__module__", None) or ""
+    return module.split(".")[0] in ("torch", "_operator", "builtins", "math") or module == ""

@@ -1,0 +1,244 @@
+"""Siblings: layers that read the same tensor, and which of them may be merged.
+
+Layers of one kind are connected where they read the same tensor. Among connected layers those are
+siblings that make exactly the same calls: the same tensors in the same state, equally often.
+Siblings may be merged where the kind says that they are legal and all that must be equal is.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from conjoin.graph.site import Sightings, Site
+from conjoin.layers import Kind, kind_of
+from conjoin.layers.kind import Verdict, common, tensors
+from conjoin.layers.wide import View
+from conjoin.legality import Reason, Refusal
+
+DIFFERENCE = {
+    "dtype": Reason.DIFFERENT_DTYPE,
+    "device": Reason.DIFFERENT_DEVICE,
+    "requires_grad": Reason.DIFFERENT_REQUIRES_GRAD,
+    "bias": Reason.BIAS_ON_SOME,
+    "attributes": Reason.CUSTOM_PARAMETER,
+}
+"""The reason where siblings differ in this; any other difference is one of settings."""
+
+
+@dataclass(frozen=True, slots=True)
+class Candidate:
+    """Layers that read the same tensor: a group that may be merged, or a refusal.
+
+    Attributes:
+        kind: the kind of all the layers.
+        layers: their qualified names, in the order of their first calls.
+        widths: their numbers of output channels.
+        refusal: why they stay apart; None where they may be merged.
+        contiguous: the positions of the layers whose output must be contiguous.
+    """
+
+    kind: Kind
+    layers: tuple[str, ...]
+    widths: tuple[int, ...]
+    refusal: Refusal | None = None
+    contiguous: frozenset[int] = frozenset()
+
+
+def candidates(
+    model: nn.Module, sightings: Sightings, kinds: tuple[Kind, ...]
+) -> tuple[Candidate, ...]:
+    """Every set of two or more like layers that read the same tensor, each layer once.
+
+    Args:
+        model: the model, without wide layers.
+        sightings: what was seen of it.
+        kinds: the kinds of layer to look for.
+
+    Returns:
+        The candidates, in the order of their first calls.
+    """
+    modules = dict(model.named_modules())
+    shared = _shared(modules)
+    found: list[Candidate] = []
+    for calls in _connected(modules, sightings.sites, kinds):
+        kind = kind_of(modules[next(iter(calls))], kinds)
+        assert kind is not None  # _connected looked it up
+        layers = {name: modules[name] for name in calls}
+        for names, refusal in _resolve(kind, layers, calls, shared):
+            widths = tuple(_width(kind, modules[name]) for name in names)
+            strided = frozenset(i for i, name in enumerate(names) if name in sightings.strided)
+            found.append(Candidate(kind, names, widths, refusal, strided))
+    first = {site.layer: order for order, site in reversed(list(enumerate(sightings.sites)))}
+    return tuple(sorted(found, key=lambda candidate: first[candidate.layers[0]]))
+
+
+Calls = tuple[tuple[Hashable, int, Hashable], ...]
+"""The input, version and modes of each call of a layer."""
+
+
+def _connected(
+    modules: dict[str, nn.Module], sites: Iterable[Site], kinds: tuple[Kind, ...]
+) -> Iterator[dict[str, Calls]]:
+    """Sets of two or more layers of one kind that are connected by tensors that they read."""
+    calls: dict[str, list[tuple[Hashable, int, Hashable]]] = {}
+    for site in sites:
+        calls.setdefault(site.layer, []).append((site.input, site.version, site.modes))
+    readers: dict[tuple[Kind | None, Hashable], list[str]] = {}
+    for name, made in calls.items():
+        kind = kind_of(modules[name], kinds)
+        for tensor in dict.fromkeys(input for input, _, _ in made):
+            readers.setdefault((kind, tensor), []).append(name)
+    leader = {name: name for name in calls}
+
+    def find(name: str) -> str:
+        while leader[name] != name:
+            leader[name] = name = leader[leader[name]]
+        return name
+
+    for names in readers.values():
+        for name in names[1:]:
+            leader[find(name)] = find(names[0])
+    sets: dict[str, list[str]] = {}
+    for name in calls:
+        sets.setdefault(find(name), []).append(name)
+    for names in sets.values():
+        if len(names) > 1:
+            yield {name: tuple(calls[name]) for name in names}
+
+
+def _resolve(
+    kind: Kind, layers: dict[str, nn.Module], calls: dict[str, Calls], shared: dict[int, str]
+) -> Iterator[tuple[tuple[str, ...], Refusal | None]]:
+    """Splits connected layers into groups that are or may be merged and refusals."""
+    verdicts: dict[str, Verdict | None] = {
+        name: None if isinstance(layer, View) else kind.check(layer) or _held(layer, shared)
+        for name, layer in layers.items()
+    }
+    keys = {
+        name: common(kind, layers[name], _parameters(layers[name]))
+        for name in layers
+        if verdicts[name] is None
+    }
+    groups: list[list[str]] = []
+    for together in _equal({name: calls[name] for name in keys}):
+        groups += _equal({name: tuple(keys[name].items()) for name in together})
+    for group in groups:
+        if len(group) > 1:
+            yield tuple(group), None
+    reference = max(groups, key=len, default=[])
+    for group in groups:
+        if len(group) > 1:
+            continue
+        name = group[0]
+        other = next((n for n in (*reference, *keys) if n != name), None)
+        if other is not None:
+            verdicts[name] = _apart(name, other, calls) or _difference(name, other, keys)
+    merged = {name for group in groups if len(group) > 1 for name in group}
+    yield from _refusals([name for name in layers if name not in merged], verdicts)
+
+
+def _parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The Parameters that hold a layer's weight and bias, its own or the wide layer's."""
+    return tensors(layer.wide_layer if isinstance(layer, View) else layer)
+
+
+def _refusals(
+    names: Sequence[str], verdicts: dict[str, Verdict | None]
+) -> Iterator[tuple[tuple[str, ...], Refusal]]:
+    """One refusal for each reason; a layer that only lacks a partner goes with the first."""
+    first = next((name for name in names if verdicts[name] is not None), None)
+    by_reason: dict[Reason, list[str]] = {}
+    for name in names:
+        verdict = verdicts[name] or verdicts[first or name]
+        if verdict is not None:
+            by_reason.setdefault(verdict[0], []).append(name)
+    for reason, refused in by_reason.items():
+        details = [f"{n}: {v[1]}" for n in refused if (v := verdicts[n]) is not None]
+        yield tuple(refused), Refusal(tuple(refused), reason, "; ".join(dict.fromkeys(details)))
+
+
+def _equal(values: dict[str, Hashable]) -> list[list[str]]:
+    """The names, grouped by equal values."""
+    groups: dict[Hashable, list[str]] = {}
+    for name, value in values.items():
+        groups.setdefault(value, []).append(name)
+    return list(groups.values())
+
+
+def _apart(name: str, other: str, calls: dict[str, Calls]) -> Verdict | None:
+    """Why two layers' calls do not go together; None where they do."""
+    mine, theirs = calls[name], calls[other]
+    if mine == theirs:
+        return None
+    if [call[0] for call in mine] != [call[0] for call in theirs]:
+        return Reason.CALLED_APART, f"it reads {_inputs(mine)}, and {other} {_inputs(theirs)}"
+    if [call[1] for call in mine] != [call[1] for call in theirs]:
+        return Reason.INPUT_MUTATED, f"what {other} reads has other values by then"
+    return Reason.CALLED_APART, f"it runs with gradients or autocast set otherwise than {other}"
+
+
+def _inputs(calls: Calls) -> str:
+    count = len({call[0] for call in calls})
+    return f"{count} tensor{'s' if count > 1 else ''} in {len(calls)} call{'s' if len(calls) > 1 else ''}"
+
+
+def _difference(name: str, other: str, keys: dict[str, dict[str, object]]) -> Verdict:
+    """What must be equal and is not."""
+    mine, theirs = keys[name], keys[other]
+    differing = [key for key in mine if mine[key] != theirs.get(key)]
+    reason = DIFFERENCE.get(differing[0], Reason.DIFFERENT_SETTINGS)
+    if reason is Reason.CUSTOM_PARAMETER:
+        return reason, f"its parameters carry other attributes than those of {other}"
+    shown = [key for key in differing if not key.startswith("_") and key != "attributes"]
+    return reason, ", ".join(f"{key}={mine[key]} where {other} has {theirs[key]}" for key in shown)
+
+
+def _width(kind: Kind, layer: nn.Module) -> int:
+    if isinstance(layer, View):
+        return layer.wide_layer.widths[layer.index]
+    weight = layer._parameters.get("weight")
+    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
+        return 0
+    return weight.shape[kind.weight_dim]
+
+
+def _held(layer: nn.Module, shared: dict[int, str]) -> Verdict | None:
+    for name, tensor in tensors(layer).items():
+        if id(tensor) in shared:
+            return Reason.SHARED_PARAMETER, f"{name} shares its memory with {shared[id(tensor)]}"
+    return None
+
+
+def _shared(modules: dict[str, nn.Module]) -> dict[int, str]:
+    """The parameters, by id, that overlap with another tensor of the model, and with which."""
+    spans: list[tuple[tuple[object, ...], int, int, str, Tensor]] = []
+    for prefix, module in modules.items():
+        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+            if tensor is not None and (span := _span(tensor)) is not None:
+                spans.append((*span, f"{prefix}.{name}".lstrip("."), tensor))
+    spans.sort(key=lambda span: (str(span[0]), span[1], span[2]))
+    shared: dict[int, str] = {}
+    for i, (space, _, stop, name, tensor) in enumerate(spans):
+        for other_space, start, _, other_name, other in spans[i + 1 :]:
+            if other_space != space or start >= stop:
+                break
+            shared.setdefault(id(tensor), other_name)
+            shared.setdefault(id(other), name)
+    return shared
+
+
+def _span(tensor: Tensor) -> tuple[tuple[object, ...], int, int] | None:
+    """The memory that a tensor lies in: which space, from which byte to which."""
+    lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
+    if lazy or tensor.layout is not torch.strided or tensor.numel() == 0:
+        return None
+    steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
+    size = (steps + 1) * tensor.element_size()
+    if tensor.is_meta:
+        start = tensor.storage_offset() * tensor.element_size()
+        return ("meta", tensor.untyped_storage()._cdata), start, start + size
+    return (str(tensor.device),), tensor.data_ptr(), tensor.data_ptr() + size

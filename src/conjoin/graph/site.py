@@ -1,0 +1,52 @@
+"""One view of a layer call, wherever it was seen."""
+
+from __future__ import annotations
+
+from collections.abc import Hashable
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True, slots=True)
+class Site:
+    """One call of one layer.
+
+    Attributes:
+        layer: the layer's qualified name.
+        input: which tensor it read; equal for sites that read the very same tensor object.
+        version: how often that tensor had been changed in place before.
+        modes: the modes that were on (gradients, autocast, inference), so far as known.
+    """
+
+    layer: str
+    input: Hashable
+    version: int
+    modes: Hashable = None
+
+
+@dataclass(frozen=True, slots=True)
+class Untraced:
+    """A part of the model that could not be looked into.
+
+    Attributes:
+        module: the module's qualified name; the empty string is the model itself.
+        why: what stopped it, in one line.
+    """
+
+    module: str
+    why: str
+
+
+@dataclass(frozen=True, slots=True)
+class Sightings:
+    """What was seen of a model.
+
+    Attributes:
+        sites: the calls, in the order in which they happen.
+        strided: for each layer whose output is read by something that depends on its strides,
+            what that is. Such an output is handed out contiguous.
+        untraced: what could not be looked into.
+    """
+
+    sites: tuple[Site, ...]
+    strided: dict[str, str]
+    untraced: tuple[Untraced, ...] = ()

@@ -1,0 +1,66 @@
+"""Embedding.
+
+x: (*) of row numbers, W_i: (rows, width_i). Tables of one width are a stack (n, rows, width), read
+in one lookup along the rows, so that a row number out of range is an error as before.
+
+Tables of different widths cannot be read with one lookup unless their rows are interleaved in
+memory, and then a checkpoint could not hold them as views. They are joined to (rows, sum width_i)
+at each call that needs a gradient, which touches every row anyway, and read one by one otherwise.
+"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from conjoin.layers.kind import Kind, Verdict
+from conjoin.legality import Reason
+
+if TYPE_CHECKING:
+    from conjoin.layers.wide import Wide
+
+
+class Embedding(Kind):
+    """`nn.Embedding`."""
+
+    layer = nn.Embedding
+    settings = ("num_embeddings", "padding_idx")
+    weight_dim = 1
+
+    def check(self, layer: nn.Module) -> Verdict | None:
+        """Also refuses what acts on a whole table: `max_norm`, `scale_grad_by_freq`, `sparse`."""
+        for option in ("max_norm", "scale_grad_by_freq", "sparse"):
+            if value := getattr(layer, option):
+                return Reason.UNSUPPORTED_OPTION, f"{option}={value}"
+        return super().check(layer)
+
+    def run(self, wide: Wide, input: Tensor) -> Tensor:
+        """(*) -> (n, *, width) for tables of one width, (*, sum width_i) otherwise."""
+        padding: Any = wide.settings["padding_idx"]
+        if _stacked(wide):
+            return self._read_stack(wide, input, padding)
+        if torch.is_grad_enabled() and wide.weight.requires_grad:
+            return F.embedding(input, self.joined(wide), padding)
+        tables = [wide.part("weight", wide.weight, i) for i in range(len(wide.widths))]
+        return torch.cat([F.embedding(input, table, padding) for table in tables], dim=-1)
+
+    def split(self, wide: Wide, output: Tensor) -> tuple[Tensor, ...]:
+        """The parts: along the stack for tables of one width, along the channels otherwise."""
+        if not _stacked(wide):
+            return super().split(wide, output)
+        return tuple(part[0] for part in torch.unsafe_split(output, 1, 0))
+
+    def _read_stack(self, wide: Wide, input: Tensor, padding: int | None) -> Tensor:
+        stack = wide.weight.view(len(wide.widths), *wide.shapes[0])
+        rows = stack.index_select(1, input.reshape(-1)).view(-1, *input.shape, wide.widths[0])
+        if padding is None or not rows.requires_grad:
+            return rows
+        # The padding row is read like any other and gets no gradient.
+        return torch.where((input == padding).unsqueeze(-1), rows.detach(), rows)
+
+
+def _stacked(wide: Wide) -> bool:
+    return len(set(wide.widths)) == 1

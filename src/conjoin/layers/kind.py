@@ -1,0 +1,210 @@
+"""What a kind of layer must answer so that siblings of it can be merged.
+
+The output of a layer has `width` channels. For siblings i = 1..n that read the same x
+
+    y_i = op(x, W_i, b_i)        becomes        y = op(x, W, b),   y_i = the i-th part of y
+
+where W and b hold the W_i and b_i as contiguous blocks, one after another. That the blocks are
+contiguous is what lets `state_dict()` hand out views that safetensors accepts.
+"""
+
+from __future__ import annotations
+
+from abc import ABC, abstractmethod
+from collections.abc import Mapping, Sequence
+from typing import TYPE_CHECKING, ClassVar
+
+import torch
+from torch import Tensor, nn
+from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.utils import parametrize
+
+from conjoin.legality import Reason
+
+if TYPE_CHECKING:
+    from conjoin.layers.wide import Wide
+
+Verdict = tuple[Reason, str]
+"""Why not: the reason and a detail that names the values."""
+
+HARMLESS_OVERRIDES = frozenset({"__init__", "reset_parameters", "extra_repr", "_version"})
+"""What a subclass may redefine without changing what a call of the layer computes."""
+
+HOOKS = (
+    "_forward_hooks",
+    "_forward_pre_hooks",
+    "_backward_hooks",
+    "_backward_pre_hooks",
+    "_state_dict_hooks",
+    "_state_dict_pre_hooks",
+    "_load_state_dict_pre_hooks",
+    "_load_state_dict_post_hooks",
+)
+"""The attributes of `nn.Module` that hold the hooks of one module."""
+
+
+TENSORS = ("weight", "bias")
+"""The parameters that are merged; all others of a layer stay where they are."""
+
+
+class Kind(ABC):
+    """One kind of layer; stateless, so that one instance serves all layers of the kind."""
+
+    layer: ClassVar[type[nn.Module]]
+    """The class of the layers."""
+
+    settings: ClassVar[tuple[str, ...]]
+    """Attributes that the wide layer needs and that siblings must have in common."""
+
+    weight_dim: ClassVar[int] = 0
+    """The dimension of the weight that runs over the output channels."""
+
+    output_dim: ClassVar[int] = -1
+    """The dimension of the output, counted from the end, that runs over the output channels."""
+
+    @property
+    def name(self) -> str:
+        """The name that reports show."""
+        return self.layer.__name__
+
+    def key(self, layer: nn.Module) -> dict[str, object]:
+        """What must be equal for layers to be siblings, by the name that a user knows it by."""
+        return {name: getattr(layer, name) for name in self.settings}
+
+    def check(self, layer: nn.Module) -> Verdict | None:
+        """Why this layer, looked at by itself, cannot be merged; None where it can."""
+        return _initialized(layer) or _plain(layer, self.layer) or _unhooked(layer) or _ordinary(layer)
+
+    def shapes(self, layers: Sequence[nn.Module]) -> tuple[torch.Size, ...]:
+        """The shapes of the siblings' weights."""
+        return tuple(tensors(layer)["weight"].shape for layer in layers)
+
+    def merge(self, name: str, blocks: Sequence[Tensor]) -> Tensor:
+        """The wide layer's `weight` or `bias`, or gradient thereof, from the siblings'."""
+        if name == "weight" and self.weight_dim != 0:
+            return torch.cat([block.reshape(-1) for block in blocks])
+        return torch.cat(list(blocks))
+
+    def part(self, wide: Wide, name: str, tensor: Tensor, index: int) -> Tensor:
+        """The `index`-th sibling's part of the wide layer's `weight` or `bias`: a view.
+
+        Args:
+            wide: the wide layer.
+            name: `"weight"` or `"bias"`.
+            tensor: that tensor, or one of the same shape such as its gradient.
+            index: which sibling.
+        """
+        if name == "weight" and self.weight_dim != 0:
+            sizes = [shape.numel() for shape in wide.shapes]
+            block = tensor.narrow(0, sum(sizes[:index]), sizes[index])
+            return block.view(wide.shapes[index])
+        return tensor.narrow(0, sum(wide.widths[:index]), wide.widths[index])
+
+    def joined(self, wide: Wide) -> Tensor:
+        """The weight that computes all parts at once.
+
+        It is the Parameter itself where `weight_dim` is 0; otherwise the blocks are joined at
+        each call, which costs one copy of the weight.
+        """
+        if self.weight_dim == 0:
+            return wide.weight
+        sizes = [shape.numel() for shape in wide.shapes]
+        blocks = wide.weight.split(sizes)
+        return torch.cat(
+            [block.view(shape) for block, shape in zip(blocks, wide.shapes, strict=True)],
+            dim=self.weight_dim,
+        )
+
+    def split(self, wide: Wide, output: Tensor) -> tuple[Tensor, ...]:
+        """The parts of the wide layer's output.
+
+        `unsafe_split_with_sizes` lets the model change a part in place, as it could the sibling's own
+        output; that is exact because these layers do not save their output for backward.
+        """
+        return tuple(torch.unsafe_split_with_sizes(output, wide.widths, self.output_dim))
+
+    @abstractmethod
+    def run(self, wide: Wide, input: Tensor) -> Tensor:
+        """The wide layer's output for `input`: all parts side by side along `output_dim`."""
+
+
+def tensors(layer: nn.Module) -> dict[str, nn.Parameter]:
+    """The layer's `weight` and, where it has one, `bias`."""
+    found = {name: layer._parameters.get(name) for name in TENSORS}
+    return {name: tensor for name, tensor in found.items() if tensor is not None}
+
+
+def common(kind: Kind, layer: nn.Module, held: Mapping[str, nn.Parameter]) -> dict[str, object]:
+    """All that must be equal among siblings, the kind's own key included.
+
+    Args:
+        kind: the kind of the layer.
+        layer: the layer.
+        held: the Parameters that hold its `weight` and `bias`.
+    """
+    found: dict[str, object] = dict(kind.key(layer))
+    found["bias"] = "bias" in held
+    for attribute in ("dtype", "device", "requires_grad"):
+        values = {name: getattr(tensor, attribute) for name, tensor in held.items()}
+        uniform = len(set(values.values())) == 1
+        found[attribute] = next(iter(values.values())) if uniform else tuple(values.items())
+    found["memory_format"] = _memory_format(held["weight"])
+    found["attributes"] = tuple(
+        (name, attribute, id(value))
+        for name, tensor in held.items()
+        for attribute, value in vars(tensor).items()
+    )
+    return found
+
+
+def _memory_format(weight: Tensor) -> str:
+    if weight.is_contiguous():
+        return "contiguous"
+    formats = {4: torch.channels_last, 5: torch.channels_last_3d}
+    last = formats.get(weight.dim())
+    return "channels_last" if last and weight.is_contiguous(memory_format=last) else "strided"
+
+
+def _initialized(layer: nn.Module) -> Verdict | None:
+    lazy = [n for n, p in layer._parameters.items() if isinstance(p, UninitializedTensorMixin)]
+    return (Reason.UNINITIALIZED, f"{', '.join(lazy)} has no shape yet") if lazy else None
+
+
+def _plain(layer: nn.Module, base: type[nn.Module]) -> Verdict | None:
+    if parametrize.is_parametrized(layer):
+        names = ", ".join(layer.parametrizations)  # type: ignore[arg-type]
+        return Reason.PARAMETRIZED, f"{names} is computed by a parametrization"
+    if layer._parameters.get("weight") is None:
+        return Reason.PARAMETRIZED, "weight is no Parameter of the layer itself"
+    if "forward" in vars(layer):
+        return Reason.OWN_FORWARD, "forward was replaced on the instance"
+    if overrides := _overrides(type(layer), base):
+        return Reason.OWN_FORWARD, f"{type(layer).__name__} defines {', '.join(overrides)}"
+    return None
+
+
+def _overrides(cls: type, base: type[nn.Module]) -> list[str]:
+    """What the classes that stand before `base` in the method resolution order redefine."""
+    before = cls.__mro__[: cls.__mro__.index(base)]
+    defined = {name for c in before for name, value in vars(c).items() if callable(value)}
+    return sorted(name for name in defined - HARMLESS_OVERRIDES if hasattr(base, name))
+
+
+def _unhooked(layer: nn.Module) -> Verdict | None:
+    for attribute in HOOKS:
+        if getattr(layer, attribute, None):
+            return Reason.HOOKS, f"{attribute.strip('_').replace('_', ' ')} on the layer"
+    for name, tensor in tensors(layer).items():
+        if tensor._backward_hooks or getattr(tensor, "_post_accumulate_grad_hooks", None):
+            return Reason.HOOKS, f"a hook on {name}"
+    return None
+
+
+def _ordinary(layer: nn.Module) -> Verdict | None:
+    for name, tensor in tensors(layer).items():
+        if type(tensor) is not nn.Parameter or type(tensor.data) is not Tensor:
+            kind = type(tensor if type(tensor) is not nn.Parameter else tensor.data).__name__
+            return Reason.CUSTOM_PARAMETER, f"{name} is a {kind}"
+        if tensor.layout is not torch.strided or not (tensor.is_floating_point() or tensor.is_complex()):
+            return Reason.CUSTOM_PARAMETER, f"{name} is {tensor.layout}, {tensor.dtype}"
+    return None

@@ -1,0 +1,190 @@
+"""One run of the wide layer for all siblings that are called with the same tensor.
+
+A sibling that is called with x asks for its part of the wide layer's output. The first to ask
+runs the wide layer; the others take their part of that run, if nothing has changed in between.
+Whoever asks in vain computes its own slice, which is always right. So a run is shared only while
+it could not be told from the separate calls, and it is kept only as long as
+
+- x is alive (the run refers to x weakly, and the graph of the run holds an alias of x, not x),
+- the graph of the run has not been freed by a backward pass,
+- some part has not been taken.
+
+Runs are kept per thread.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import threading
+import weakref
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import maybe_current_level
+from torch._subclasses.fake_tensor import FakeTensor
+
+if TYPE_CHECKING:
+    from conjoin.layers.wide import Wide
+
+PLAIN_TENSORS = (Tensor, torch.nn.Parameter, FakeTensor)
+"""The types of tensor of which a part behaves like a tensor of its own."""
+
+PATIENCE = 8
+"""Runs in a row that may end with parts left over before a wide layer is no longer shared."""
+
+
+@dataclasses.dataclass(slots=True)
+class _Run:
+    """One run of a wide layer: the parts that nobody has taken yet."""
+
+    wide: Wide
+    input: Callable[[], Tensor | None]
+    graph: Callable[[], object] | None
+    state: tuple[object, ...]
+    parts: dict[int, Tensor]
+
+    def is_for(self, wide: Wide, input: Tensor) -> bool:
+        """Whether this run computed what a call with `input` would compute now."""
+        return (
+            self.wide is wide
+            and self.input() is input
+            and (self.graph is None or self.graph() is not None)
+            and self.state == _state(wide, input)
+        )
+
+
+class _Thread(threading.local):
+    def __init__(self) -> None:
+        self.runs: dict[tuple[int, int], _Run] = {}
+
+
+_thread = _Thread()
+
+
+class _Alias(torch.autograd.Function):
+    """The same values and version counter as the input in a tensor object of its own."""
+
+    @staticmethod
+    def forward(ctx: Any, input: Tensor) -> Tensor:
+        return input.detach()
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        return grads[0]
+
+
+def take(wide: Wide, index: int, input: Tensor) -> Tensor | None:
+    """The `index`-th part of the wide layer's output for `input`.
+
+    Args:
+        wide: the wide layer.
+        index: which sibling asks.
+        input: what it was called with.
+
+    Returns:
+        The part, which nobody else has been given; None where the sibling must compute it.
+    """
+    if not _shareable(input):
+        return None
+    key = id(wide), id(input)
+    run = _thread.runs.get(key)
+    if run is not None and run.is_for(wide, input):
+        part = run.parts.pop(index, None)
+        if not run.parts:
+            wide.wasted = 0
+            del _thread.runs[key]
+        return part
+    if run is not None:
+        _drop(_thread.runs, key)
+    return None if wide.wasted >= PATIENCE else _start(key, wide, index, input)
+
+
+def _start(key: tuple[int, int], wide: Wide, index: int, input: Tensor) -> Tensor | None:
+    state = _state(wide, input)
+    alias = _alias(input)
+    try:
+        output = wide(alias)
+    except (RuntimeError, TypeError, ValueError, IndexError):
+        return None  # The sibling's own computation raises the error in the sibling's own words.
+    graph: Callable[[], object] | None = None
+    if output.requires_grad:
+        graph = weakref.ref(alias)
+        del alias
+        if graph() is None:  # The graph did not need the input, so it tells us when it is used up.
+            graph = _until_backward(output)
+    parts = dict(enumerate(wide.split(output)))
+    part = parts.pop(index)
+    _thread.runs[key] = _Run(wide, _watch(input, key), graph, state, parts)
+    return part
+
+
+def _alias(input: Tensor) -> Tensor:
+    if not torch.is_grad_enabled():
+        return input
+    return _Alias.apply(input) if input.requires_grad else input.detach()  # type: ignore[no-any-return, no-untyped-call]
+
+
+class _Token:
+    """Alive until a backward pass reaches the output."""
+
+
+def _until_backward(output: Tensor) -> Callable[[], object]:
+    held = [_Token()]
+    output.register_hook(lambda grad: held.clear())  # type: ignore[no-untyped-call]
+    return weakref.ref(held[0])
+
+
+def _watch(input: Tensor, key: tuple[int, int]) -> weakref.ref[Tensor]:
+    runs = _thread.runs  # The input may die on another thread, whose runs are others.
+
+    def forget(reference: weakref.ref[Tensor]) -> None:
+        run = runs.get(key)
+        if run is not None and run.input is reference:
+            _drop(runs, key)
+
+    return weakref.ref(input, forget)
+
+
+def _drop(runs: dict[tuple[int, int], _Run], key: tuple[int, int]) -> None:
+    run = runs.pop(key, None)
+    if run is not None:
+        run.wide.wasted += 1
+
+
+def _shareable(input: object) -> bool:
+    return (
+        type(input) in PLAIN_TENSORS
+        and not torch.compiler.is_compiling()
+        and maybe_current_level() is None
+        and torch._C._get_tracing_state() is None
+        and not input.is_inference()  # type: ignore[attr-defined]
+        and input.layout is torch.strided  # type: ignore[attr-defined]
+        and not input.is_nested  # type: ignore[attr-defined]
+    )
+
+
+def _state(wide: Wide, input: Tensor) -> tuple[object, ...]:
+    """All that a call's result depends on besides the values of tensors that nobody changed."""
+    device = input.device.type
+    weight, bias = wide.weight, wide.bias
+    autocast = torch.is_autocast_enabled(device)
+    return (
+        input._version,
+        input.requires_grad,
+        id(weight),
+        _version(weight),
+        id(bias),
+        None if bias is None else _version(bias),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        autocast and torch.get_autocast_dtype(device),
+        torch._C._autograd._top_saved_tensors_default_hooks(False),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
+    )
+
+
+def _version(tensor: Tensor) -> int:
+    return -1 if tensor.is_inference() else tensor._version

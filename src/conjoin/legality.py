@@ -1,0 +1,97 @@
+"""Why siblings may not be merged: a closed list of reasons, and the refusal that carries one.
+
+There is no second way to say no. A reason reads as advice: one sentence says what is in the way,
+the next what the user can do about it. A refusal adds the layers and the values.
+"""
+
+from __future__ import annotations
+
+import enum
+from dataclasses import dataclass
+
+
+class Reason(enum.Enum):
+    """What keeps siblings apart, and the remedy."""
+
+    DIFFERENT_SETTINGS = (
+        "The layers differ in a setting that one wide layer can hold only once. "
+        "Give them equal settings where the model allows it."
+    )
+    DIFFERENT_DTYPE = (
+        "The layers' parameters have different dtypes. "
+        "Convert them to one dtype before optimizing, with layer.to(dtype)."
+    )
+    DIFFERENT_DEVICE = (
+        "The layers' parameters lie on different devices. "
+        "Move them to one device before optimizing, with layer.to(device)."
+    )
+    DIFFERENT_REQUIRES_GRAD = (
+        "Some of the parameters train and others are frozen, and one wide parameter does either. "
+        "Freeze or unfreeze all of them before optimizing, with layer.requires_grad_(flag)."
+    )
+    BIAS_ON_SOME = (
+        "Some of the layers have a bias and others have none, and a missing bias must not train. "
+        "Give every one of them a bias, or none of them."
+    )
+    SHARED_PARAMETER = (
+        "A parameter of these layers is tied, or shares its memory, with one held elsewhere. "
+        "Untie it with a copy of its own if the sharing is not wanted; otherwise leave it as it is."
+    )
+    CALLED_APART = (
+        "The layer's calls do not go together with its siblings' calls. "
+        "Call the layers on the same tensor, equally often, or leave them as they are."
+    )
+    OWN_FORWARD = (
+        "The layer has a forward of its own, from a subclass or a patched instance. "
+        "Use the plain torch.nn class, and do the extra work in a module before or after it."
+    )
+    HOOKS = (
+        "A hook is registered on the layer or on its parameters, and would see other tensors. "
+        "Remove it before optimizing, or register it on the module that holds the layers."
+    )
+    PARAMETRIZED = (
+        "The layer's parameters are computed by a parametrization, weight_norm, spectral_norm or "
+        "pruning. "
+        "Make the result permanent before optimizing, with remove_parametrizations or its like."
+    )
+    CUSTOM_PARAMETER = (
+        "A parameter is of a tensor class of its own, such as a quantized or distributed tensor. "
+        "Optimize the model before quantizing or distributing it."
+    )
+    UNINITIALIZED = (
+        "The layer is lazy and its parameters have no shape yet. "
+        "Run the model once on an example input before optimizing."
+    )
+    INPUT_MUTATED = (
+        "The input is changed in place between the layers, so they do not read the same values. "
+        "Use the out-of-place operation, such as ReLU(inplace=False), if they should."
+    )
+    GROUPED = (
+        "The layers are grouped convolutions (groups > 1), which conjoin does not merge yet. "
+        "Leave them as they are; the layers around them are not affected."
+    )
+    UNSUPPORTED_OPTION = (
+        "The layer uses an option that conjoin cannot reproduce in a wide layer. "
+        "Switch the option off if the model does not need it."
+    )
+
+
+@dataclass(frozen=True, slots=True)
+class Refusal:
+    """A group that is left as it is.
+
+    Attributes:
+        layers: The qualified names of the layers, in the model's order.
+        reason: What is in the way, and the remedy.
+        detail: The values that differ or the place where it happens, such as
+            ``"stride: (1, 1) and (2, 2)"``; empty where the reason says everything.
+    """
+
+    layers: tuple[str, ...]
+    reason: Reason
+    detail: str
+
+    def __str__(self) -> str:
+        """The layers, the sentence and the values, on one line."""
+        text = f"{', '.join(self.layers)}: {self.reason.value}"
+        return f"{text} ({self.detail})" if self.detail else text

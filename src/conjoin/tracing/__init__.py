@@ -1,0 +1,1 @@
+"""From a model to the calls of its layers: by symbolic tracing, and by observing a run."""
