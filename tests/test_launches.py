@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from conjoin.launches import Count, LaunchCounter, count_step
+from conjoin.launches import Count, LaunchCounter, count_layers, count_step
 
 aten = torch.ops.aten
 
@@ -286,3 +286,9 @@ def test_what_the_model_raises_comes_through_and_gradients_come_back():
     with pytest.raises(RuntimeError, match="shapes cannot be multiplied"):
         count_step(model, (torch.randn(5, 7),))
     assert model[0].weight.grad is grad
+
+
+def test_layers_take_their_own_launches_of_the_forward_pass():
+    counted = count_layers(mlp(), (rows(),), {}, ["0", "2"])
+    assert counted.count == Count(3, 6)
+    assert counted.by_layer == {"0": 1, "2": 1}

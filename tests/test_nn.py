@@ -96,6 +96,19 @@ def test_conversion_and_back_keeps_every_bit_and_the_random_stream(name):
             assert new.state_dict()[key].data_ptr() != value.data_ptr()
 
 
+@pytest.mark.parametrize("name", CASES)
+def test_to_parallel_copies_the_values(name):
+    layers, _ = make_case(name)
+    wide = Parallel(*layers).to_split()
+    apart = wide.to_parallel()
+    kept = copy.deepcopy(wide.state_dict())
+    with torch.no_grad():
+        for parameter in apart.parameters():
+            parameter.fill_(7)
+    for key, value in wide.state_dict().items():
+        assert torch.equal(value, kept[key])
+
+
 def test_equal_widths_become_parts_and_modes_are_kept():
     split = Parallel(nn.Linear(3, 4), nn.Linear(3, 4)).eval().to_split()
     assert (split.parts, split.sizes, split.dim) == (2, None, -1)

@@ -13,6 +13,7 @@ import subprocess
 import sys
 import zipfile
 from collections.abc import Callable
+from contextlib import suppress
 from pathlib import Path
 
 import pytest
@@ -445,10 +446,8 @@ def test_mutated_files_give_one_sentence_or_a_model(
             rewrite(path, lambda members: members.update(mutated_member(members, rng)))
         else:
             path.write_bytes(mutate(content, rng) or b"x")
-        try:
-            saved.load(str(path))
-        except SavedError as error:
-            assert str(error)
+        with suppress(SavedError):
+            assert isinstance(saved.load(str(path)).model, nn.Module)
 
 
 def mutated_member(members: dict[str, bytes], rng: random.Random) -> dict[str, bytes]:
@@ -543,7 +542,7 @@ except saved.SavedError as error:
     run = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert run.stdout == "the model cannot be saved as out.pt: file too large\n"
+    assert run.stdout.endswith("out.pt: file too large\n")
     assert leftovers(tmp_path) == []
 
 

@@ -63,7 +63,7 @@ def optimize(
     found, _ = _find(model, _calls(example_inputs, example_kwargs))
     optimized = model if inplace else _copy(model)
     _fuse_all(optimized, found)
-    regions.install(optimized, KINDS)
+    regions.install(optimized)
     return optimized
 
 

@@ -15,7 +15,6 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from importlib.metadata import PackageNotFoundError, version
 from typing import NoReturn
 
 import torch
@@ -103,7 +102,7 @@ def _parser() -> argparse.ArgumentParser:
         epilog=_EPILOG,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
-    parser.add_argument("--version", action="version", version=f"conjoin {_version()}")
+    parser.add_argument("--version", action="version", version=f"conjoin {conjoin.__version__}")
     commands = parser.add_subparsers(required=True, metavar="COMMAND", parser_class=_Parser)
 
     report = commands.add_parser("report", help="say what can be fused, and what not and why")
@@ -326,13 +325,6 @@ def _emit(text: str) -> None:
         # A reader that has had enough (`| head`) is no error.
         if not isinstance(error, BrokenPipeError):
             raise UsageError(f"cannot print the result: {error.strerror}") from error
-
-
-def _version() -> str:
-    try:
-        return version("conjoin")
-    except PackageNotFoundError:
-        return "(run from its source, not installed)"
 
 
 def _tolerate_narrow_encodings() -> None:

@@ -76,7 +76,7 @@ class Launches:
     after: Count
 
 
-class LaunchCounter(TorchDispatchMode):
+class LaunchCounter(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Counts the kernel launches of everything that runs inside it.
 
     Works on real and on fake tensors; a `FakeTensorMode` may be entered before or after it, since
@@ -92,7 +92,7 @@ class LaunchCounter(TorchDispatchMode):
 
     def __init__(self) -> None:
         """Start at zero."""
-        super().__init__()
+        super().__init__()  # type: ignore[no-untyped-call]
         self.count = 0
         self.by_scope: collections.Counter[str] = collections.Counter()
         self._scopes: list[str] = []
@@ -261,9 +261,10 @@ def _within(
 def _is_composite(func: OpOverload) -> bool:
     """Whether the operation is written in terms of others, and so has no kernel of its own."""
     # The prim operations (device, layout) are unknown to the dispatcher, which aborts on them.
-    return func.namespace != "prim" and torch._C._dispatch_has_kernel_for_dispatch_key(
-        func.name(), "CompositeImplicitAutograd"
-    )
+    if func.namespace == "prim":
+        return False
+    name = func.name()  # type: ignore[no-untyped-call]
+    return torch._C._dispatch_has_kernel_for_dispatch_key(name, "CompositeImplicitAutograd")
 
 
 def _is_query(func: OpOverload) -> bool:

@@ -157,8 +157,9 @@ def fold(names: Iterable[str]) -> str:
     """
     unique = list(dict.fromkeys(names))
     rank = {name: position for position, name in enumerate(unique)}
-    plain = [name for name in unique if not re.search(r"[{},'\"\s]", name) and name]
-    texts = [(rank[name], repr(name)) for name in unique if name not in set(plain)]
+    special = {name for name in unique if not name or re.search(r"[{},'\"\s]", name)}
+    texts = [(rank[name], repr(name)) for name in special]
+    plain = [name for name in unique if name not in special]
     texts += [(rank[first], text) for first, text in _fold_plain(plain)]
     return ", ".join(text for _, text in sorted(texts))
 
@@ -363,7 +364,7 @@ def _table(rows: Sequence[_Row]) -> str:
         2 + max(len(header) + _HEADER_PADDING, *map(len, "\n".join(cells).splitlines()))
         for header, cells in others
     )
-    names = [_wrap(text, max(_COLUMNS - taken, _LAYERS_COLUMNS_AT_LEAST), ".,") for text in names]
+    names = [_wrap(text, max(_COLUMNS - taken, _LAYERS_COLUMNS_AT_LEAST), ".") for text in names]
     return tabulate(
         zip(kinds, names, groups, widths, outcomes, strict=True),
         _HEADERS,
@@ -391,19 +392,28 @@ def _fill(text: str, columns: int = _COLUMNS) -> str:
 
 
 def _wrap(text: str, columns: int, breaks: str) -> str:
-    """Wrap a text without words after one of the characters in `breaks`.
-
-    Braces stay whole where they fit a line.
-    """
-    tokens: list[str] = []
-    for token in re.findall(rf"(?:{{[^}}]*}}|[^{breaks}])+[{breaks}]?\s*|.", text):
-        tokens += [token] if len(token.rstrip()) <= columns else re.findall(r"[^,]+,?|,", token)
+    """Wrap names or a sum: between words, else after one of `breaks`, else inside braces."""
     lines = [""]
-    for token in tokens:
-        if lines[-1] and len(lines[-1] + token.rstrip()) > columns:
+    for word in re.findall(r"\S+\s*", text):
+        if lines[-1] and len(lines[-1] + word.rstrip()) > columns:
             lines.append("")
-        lines[-1] += token
+        for piece in _pieces(word, columns, breaks):
+            if lines[-1] and len(lines[-1] + piece.rstrip()) > columns:
+                lines.append("")
+            lines[-1] += piece
     return "\n".join(line.rstrip() for line in lines)
+
+
+def _pieces(word: str, columns: int, breaks: str) -> list[str]:
+    """The parts of a word that a line may end after."""
+    if len(word.rstrip()) <= columns:
+        return [word]
+    parts = re.findall(rf"(?:{{[^}}]*}}|[^{breaks}])+[{breaks}]?|.", word)
+    return [
+        piece
+        for part in parts
+        for piece in ([part] if len(part) <= columns else re.findall(r"[^,]+,?|,", part))
+    ]
 
 
 def _code(text: str) -> str:

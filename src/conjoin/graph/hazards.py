@@ -27,6 +27,9 @@ STRIDE_METHODS = frozenset(
 )
 """Methods whose result depends on the strides of the tensor."""
 
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""The attributes of `nn.Module` that hold the hooks that run when the module is called."""
+
 INPLACE_OPERATORS: frozenset[Any] = frozenset(
     getattr(operator, name)
     for name in (
@@ -90,11 +93,17 @@ def shares_memory(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node]:
-    """The inputs that a node changes in place."""
+    """The inputs that a node changes in place, or may change where nothing is known of it."""
     first = _first(node)
     if node.op == "call_module":
-        if getattr(modules[str(node.target)], "inplace", False) and first is not None:
+        module = modules[str(node.target)]
+        if _opaque(module):
+            yield from node.all_input_nodes
+        elif getattr(module, "inplace", False) and first is not None:
             yield first
+        return
+    if node.op == "call_function" and not _of_torch(node.target):
+        yield from node.all_input_nodes
         return
     if node.op not in ("call_method", "call_function"):
         return
@@ -108,6 +117,12 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node
     )
     if inplace and first is not None:
         yield first
+
+
+def _opaque(module: nn.Module) -> bool:
+    """Whether a module may do anything to its input: it is not PyTorch's, or has hooks."""
+    plain = type(module).__module__.startswith(("torch.nn.", "conjoin."))
+    return not plain or any(getattr(module, hooks) for hooks in CALL_HOOKS)
 
 
 def _is_inplace_name(name: str) -> bool:

@@ -199,7 +199,7 @@ def _difference(name: str, other: str, keys: dict[str, dict[str, object]]) -> Ve
 
 def _width(kind: Kind, layer: nn.Module) -> int:
     if isinstance(layer, View):
-        return layer.wide_layer.widths[layer.index]
+        return layer.wide_layer.widths[layer.conjoin_index]
     weight = layer._parameters.get("weight")
     if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
         return 0

@@ -51,7 +51,8 @@ class Embedding(Kind):
         """The parts: along the stack for tables of one width, along the channels otherwise."""
         if not _stacked(wide):
             return super().split(wide, output)
-        return tuple(part[0] for part in torch.unsafe_split(output, 1, 0))
+        parts = torch.unsafe_split(output, 1, 0)
+        return tuple(parts[i][0] for i in range(len(wide.widths)))
 
     def _read_stack(self, wide: Wide, input: Tensor, padding: int | None) -> Tensor:
         stack = wide.weight.view(len(wide.widths), *wide.shapes[0])

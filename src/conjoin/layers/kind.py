@@ -116,12 +116,13 @@ class Kind(ABC):
         )
 
     def split(self, wide: Wide, output: Tensor) -> tuple[Tensor, ...]:
-        """The parts of the wide layer's output.
+        """The parts of the wide layer's output, which may also be an `fx.Proxy`.
 
         `unsafe_split_with_sizes` lets the model change a part in place, as it could the sibling's own
         output; that is exact because these layers do not save their output for backward.
         """
-        return tuple(torch.unsafe_split_with_sizes(output, wide.widths, self.output_dim))
+        parts = torch.unsafe_split_with_sizes(output, wide.widths, self.output_dim)
+        return tuple(parts[i] for i in range(len(wide.widths)))
 
     @abstractmethod
     def run(self, wide: Wide, input: Tensor) -> Tensor:

@@ -107,8 +107,8 @@ class Wide(nn.Module):
 class View(nn.Module):
     """A sibling after fusing; always together with the sibling's own class, see `view_class`."""
 
-    base: type[nn.Module]
-    index: int
+    conjoin_base: type[nn.Module]
+    conjoin_index: int
 
     @property
     def wide_layer(self) -> Wide:
@@ -128,7 +128,7 @@ class View(nn.Module):
     def _slice(self, name: str) -> Tensor | None:
         wide = self.wide_layer
         tensor: Tensor | None = getattr(wide, name)
-        return None if tensor is None else wide.part(name, tensor, self.index)
+        return None if tensor is None else wide.part(name, tensor, self.conjoin_index)
 
     def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """What the sibling's own forward gives.
@@ -136,18 +136,18 @@ class View(nn.Module):
         Siblings that are called with the same tensor share one call of the wide layer.
         """
         if args or kwargs:
-            return cast(Tensor, self.base.forward(self, input, *args, **kwargs))
-        shared = lockstep.take(self.wide_layer, self.index, input)
-        return cast(Tensor, self.base.forward(self, input)) if shared is None else shared
+            return cast(Tensor, self.conjoin_base.forward(self, input, *args, **kwargs))
+        shared = lockstep.take(self.wide_layer, self.conjoin_index, input)
+        return cast(Tensor, self.conjoin_base.forward(self, input)) if shared is None else shared
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assigning a weight or bias makes this sibling a plain layer again, then assigns."""
-        if self._parameters.get(name) is not None:  # Slices are here only while a checkpoint is loaded.
-            self._parameters[name] = value
-        elif name in TENSORS:
-            setattr(release(self), name, value)
-        else:
+        if name not in TENSORS:
             super().__setattr__(name, value)
+        elif self._parameters.get(name) is not None:  # Only while a checkpoint is being loaded.
+            self._parameters[name] = value
+        else:
+            setattr(release(self), name, value)
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Freezes or thaws this sibling alone, which makes it a plain layer again."""
@@ -155,10 +155,10 @@ class View(nn.Module):
 
     def __repr__(self) -> str:
         wide = self.wide_layer
-        return f"{self.base.__name__}({self.extra_repr()}, part {self.index} of {len(wide.widths)})"
+        return f"{self.conjoin_base.__name__}({self.extra_repr()}, part {self.conjoin_index} of {len(wide.widths)})"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new_view, (self.base,), self.__dict__.copy()
+        return _new_view, (self.conjoin_base,), self.__dict__.copy()
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name in TENSORS:
@@ -188,7 +188,7 @@ class View(nn.Module):
 @functools.cache
 def view_class(base: type[nn.Module]) -> type[View]:
     """The class of views of `base` layers: a subclass of `base` that goes by its name."""
-    names = {"base": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
+    names = {"conjoin_base": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
     return cast(type[View], type(base.__name__, (View, base), names))
 
 
@@ -214,7 +214,7 @@ def fuse(kind: Kind, layers: Sequence[nn.Module], contiguous: frozenset[int] = f
             del layer._parameters[name]
         layer.__class__ = view_class(type(layer))
         layer._modules[WIDE] = wide
-        layer.__dict__["index"] = index
+        layer.__dict__["conjoin_index"] = index
     return wide
 
 
@@ -227,12 +227,12 @@ def release(view: View) -> nn.Module:
     wide = view.wide_layer
     restored: dict[str, nn.Parameter | None] = {}
     for name, source in wide.named_parameters(recurse=False):
-        restored[name] = own = _like(wide.part(name, source, view.index).detach().clone(), source)
+        restored[name] = own = _like(wide.part(name, source, view.conjoin_index).detach().clone(), source)
         if source.grad is not None:
-            own.grad = wide.part(name, source.grad, view.index).clone()
-    del view._modules[WIDE], view.__dict__["index"]
+            own.grad = wide.part(name, source.grad, view.conjoin_index).clone()
+    del view._modules[WIDE], view.__dict__["conjoin_index"]
     layer: nn.Module = view
-    layer.__class__ = view.base
+    layer.__class__ = view.conjoin_base
     layer.__dict__["_parameters"] = {**restored, **layer._parameters}
     return layer
 
@@ -260,9 +260,9 @@ def _adopt(view: View, replaced: dict[str, nn.Parameter]) -> None:
     if all(_fits(tensor, getattr(wide, name)) for name, tensor in replaced.items()):
         with torch.no_grad():
             for name, tensor in replaced.items():
-                wide.part(name, getattr(wide, name), view.index).copy_(tensor)
+                wide.part(name, getattr(wide, name), view.conjoin_index).copy_(tensor)
     elif wide.weight.is_meta:
-        wide.collect(view.index, replaced)
+        wide.collect(view.conjoin_index, replaced)
     else:
         layer = release(view)
         for name, tensor in replaced.items():
@@ -283,4 +283,4 @@ def wides(model: nn.Module) -> dict[Wide, list[tuple[str, View]]]:
     found: dict[Wide, list[tuple[str, View]]] = {}
     for name, view in views(model):
         found.setdefault(view.wide_layer, []).append((name, view))
-    return {wide: sorted(members, key=lambda m: m[1].index) for wide, members in found.items()}
+    return {wide: sorted(members, key=lambda m: m[1].conjoin_index) for wide, members in found.items()}

@@ -1,0 +1,417 @@
+"""The command line: what it prints, what it writes, and one sentence where the input is wrong."""
+
+import io
+import json
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import pytest
+import torch
+from torch import nn
+
+import conjoin
+from conjoin import cli
+
+NETS = """
+import time
+import torch
+
+class Heads(torch.nn.Module):
+    def __init__(self, width=8, *, bias=True):
+        super().__init__()
+        self.mean = torch.nn.Linear(width, 2, bias=bias)
+        self.log_var = torch.nn.Linear(width, 2, bias=bias)
+
+    def forward(self, x):
+        return self.mean(x), self.log_var(x)
+
+class Tokens(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.table = torch.nn.Embedding(3, 8)
+        self.heads = Heads()
+
+    def forward(self, tokens, *, mask=None):
+        x = self.table(tokens)
+        return self.heads(x if mask is None else x * mask[..., None])
+
+class Slow(torch.nn.Module):
+    def __getstate__(self):
+        print("saving", flush=True)
+        time.sleep(60)
+"""
+
+
+@pytest.fixture
+def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module in the current folder, of a name that no other test uses."""
+    name = f"nets_{tmp_path.name}"
+    (tmp_path / f"{name}.py").write_text(NETS)
+    monkeypatch.chdir(tmp_path)
+    return name
+
+
+@pytest.fixture
+def heads() -> nn.Module:
+    torch.manual_seed(0)
+    return conjoin.nn.Parallel(nn.Linear(8, 2), nn.Linear(8, 3))
+
+
+@pytest.fixture
+def whole(tmp_path: Path, heads: nn.Module, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    torch.save(heads, "whole.pt")
+    return "whole.pt"
+
+
+@pytest.fixture
+def exported(tmp_path: Path, heads: nn.Module, monkeypatch: pytest.MonkeyPatch) -> str:
+    monkeypatch.chdir(tmp_path)
+    torch.export.save(torch.export.export(heads, (torch.randn(4, 8),)), "program.pt2")
+    return "program.pt2"
+
+
+Capture = pytest.CaptureFixture[str]
+
+
+def succeed(capsys: Capture, *argv: str) -> str:
+    status = cli.main(argv)
+    printed = capsys.readouterr()
+    assert (status, printed.err) == (0, "")
+    return printed.out
+
+
+def fail(capsys: Capture, *argv: str) -> str:
+    """The sentence that a wrong command line gets."""
+    assert cli.main(argv) == 2
+    printed = capsys.readouterr()
+    assert printed.out == ""
+    assert printed.err.startswith("conjoin: error: ")
+    assert printed.err.count("\n") == 1
+    assert "Traceback" not in printed.err
+    return printed.err
+
+
+def command(*argv: str, **options: object) -> "subprocess.Popen[str]":
+    return subprocess.Popen(
+        [sys.executable, "-m", "conjoin", *argv],
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        text=True,
+        **options,
+    )
+
+
+# What it prints
+
+
+def test_a_saved_module_is_reported(capsys: Capture, whole: str) -> None:
+    out = succeed(capsys, "report", whole, "--trust-pickle", "--input", "4x8")
+    assert "{0,1}" in out
+    assert "2+3 -> 5" in out
+    assert "forward" in out
+
+
+def test_formats(capsys: Capture, whole: str) -> None:
+    arguments = ("report", whole, "--trust-pickle", "--input", "4x8", "--format")
+    report = json.loads(succeed(capsys, *arguments, "json"))
+    assert report["groups"][0]["layers"] == ["0", "1"]
+    assert report["launches"]["before"]["forward"] == 2
+    assert "|" in succeed(capsys, *arguments, "markdown")
+    assert "2+3 -> 5" in succeed(capsys, *arguments, "table")
+
+
+def test_without_inputs_nothing_is_counted(capsys: Capture, whole: str) -> None:
+    report = json.loads(succeed(capsys, "report", whole, "--trust-pickle", "--format", "json"))
+    assert report["groups"][0]["fused"]
+    assert report["launches"]["before"]["forward"] is None
+
+
+def test_an_exported_program_is_reported_on_its_own_inputs(capsys: Capture, exported: str) -> None:
+    report = json.loads(succeed(capsys, "report", exported, "--format", "json"))
+    assert report["launches"]["before"]["forward"] == 2
+
+
+def test_factories_of_the_current_folder(capsys: Capture, nets: str) -> None:
+    arguments = ("--arg", "16", "--arg", "bias=False", "--input", "4x16", "--format", "json")
+    report = json.loads(succeed(capsys, "report", f"{nets}:Heads", *arguments))
+    assert report["groups"][0]["layers"] == ["mean", "log_var"]
+    assert report["groups"][0]["fused"]
+
+
+def test_inputs_by_name_and_of_integers(capsys: Capture, nets: str) -> None:
+    inputs = ("--input", "4x5:int64", "--input", "mask=4x5:bool")
+    report = json.loads(succeed(capsys, "report", f"{nets}:Tokens", *inputs, "--format", "json"))
+    assert [group["layers"] for group in report["groups"]] == [["heads.mean", "heads.log_var"]]
+
+
+def test_the_current_folder_does_not_stay_importable(capsys: Capture, nets: str) -> None:
+    before = list(sys.path)
+    succeed(capsys, "report", f"{nets}:Heads")
+    assert sys.path == before
+
+
+def test_example_inputs_leave_the_random_stream_alone(capsys: Capture, whole: str) -> None:
+    torch.manual_seed(3)
+    expected = torch.randn(2)
+    torch.manual_seed(3)
+    succeed(capsys, "report", whole, "--trust-pickle", "--input", "4x8")
+    assert torch.equal(torch.randn(2), expected)
+
+
+def test_version_and_help(capsys: Capture) -> None:
+    for arguments, words in (
+        (["--version"], f"conjoin {conjoin.__version__}\n"),
+        (["--help"], "unfuse"),
+        (["report", "--help"], "--trust-pickle"),
+        (["optimize", "--help"], "--force"),
+    ):
+        with pytest.raises(SystemExit) as caught:
+            cli.main(arguments)
+        assert caught.value.code == 0
+        assert words in capsys.readouterr().out
+
+
+@pytest.mark.parametrize(
+    ("text", "shape", "dtype"),
+    [
+        ("1x3x8x9", (1, 3, 8, 9), torch.float32),
+        ("8", (8,), torch.float32),
+        ("scalar", (), torch.float32),
+        ("scalar:int64", (), torch.int64),
+        ("2x3:bfloat16", (2, 3), torch.bfloat16),
+        ("2:complex64", (2,), torch.complex64),
+        ("2:uint8", (2,), torch.uint8),
+        ("2:bool", (2,), torch.bool),
+    ],
+)
+def test_example_inputs(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
+    made = [cli._example(cli._input_spec(text), torch.device("cpu")) for _ in range(2)]
+    assert made[0].shape == shape
+    assert made[0].dtype == dtype
+    assert torch.equal(*made)
+
+
+@pytest.mark.parametrize(
+    ("text", "value"),
+    [
+        ("3", 3),
+        ("-3", -3),
+        ("(1, 2)", (1, 2)),
+        ("None", None),
+        ("'a=b'", "a=b"),
+        ("resnet18", "resnet18"),
+        ("../data", "../data"),
+        ("", ""),
+    ],
+)
+def test_factory_arguments(text: str, value: object) -> None:
+    assert cli._arguments([text]).positional == (value,)
+    assert cli._arguments([f"name={text}"]).keywords == {"name": value}
+
+
+# What it writes
+
+
+def test_optimize_and_unfuse(capsys: Capture, whole: str, heads: nn.Module) -> None:
+    x = torch.randn(5, 8)
+    out = succeed(capsys, "optimize", whole, "-o", "fused.pt", "--trust-pickle", "--input", "4x8")
+    assert "2+3 -> 5" in out
+    assert out.endswith("wrote fused.pt\n")
+    fused = torch.load("fused.pt", weights_only=False)
+    assert [tuple(p.shape) for p in fused.parameters()] == [(5, 8), (5,)]
+    torch.testing.assert_close(fused(x), heads(x))
+
+    out = succeed(capsys, "unfuse", "fused.pt", "-o", "plain.pt", "--trust-pickle")
+    assert out == "wrote plain.pt\n"
+    plain = torch.load("plain.pt", weights_only=False)
+    assert type(plain) is type(heads)
+    assert list(plain.state_dict()) == list(heads.state_dict())
+    assert all(torch.equal(plain.state_dict()[k], v) for k, v in heads.state_dict().items())
+    assert sorted(os.listdir()) == ["fused.pt", "plain.pt", "whole.pt"]
+
+
+def test_a_factory_can_be_written(capsys: Capture, nets: str) -> None:
+    succeed(capsys, "optimize", f"{nets}:Heads", "-o", "fused.pt")
+    assert "mean" in succeed(capsys, "report", "fused.pt", "--trust-pickle")
+
+
+def test_an_existing_file_needs_force(capsys: Capture, whole: str) -> None:
+    before = Path(whole).read_bytes()
+    Path("other.pt").write_text("precious")
+    for name in ("optimize", "unfuse"):
+        message = fail(capsys, name, whole, "-o", whole, "--trust-pickle")
+        assert "is the file that is read" in message
+        assert "--force" in message
+        assert "exists already" in fail(capsys, name, whole, "-o", "other.pt", "--trust-pickle")
+    assert Path(whole).read_bytes() == before
+    assert Path("other.pt").read_text() == "precious"
+    succeed(capsys, "optimize", whole, "-o", whole, "--trust-pickle", "--force")
+    assert "already" not in succeed(capsys, "report", whole, "--trust-pickle")
+    assert Path(whole).read_bytes() != before
+
+
+def test_nothing_is_written_where_the_input_is_wrong(capsys: Capture, whole: str) -> None:
+    fail(capsys, "optimize", whole, "-o", "out.pt")
+    fail(capsys, "optimize", whole, "-o", "out.pt", "--trust-pickle", "--input", "4x9")
+    fail(capsys, "optimize", "missing.pt", "-o", "out.pt")
+    assert os.listdir() == [whole]
+
+
+def test_exported_programs_are_not_rewritten_yet(capsys: Capture, exported: str) -> None:
+    for name in ("optimize", "unfuse"):
+        message = fail(capsys, name, exported, "-o", "out.pt2")
+        assert "not available yet" in message
+        assert "then export it again" in message
+
+
+# Wrong input
+
+
+def test_wrong_files(capsys: Capture, whole: str, heads: nn.Module) -> None:
+    torch.save(heads.state_dict(), "state.pt")
+    Path("empty.pt").touch()
+    Path("cut.pt").write_bytes(Path(whole).read_bytes()[:-200])
+    Path("text.pt").write_text("hello")
+    for name, words in {
+        "missing.pt": "there is no file missing.pt",
+        ".": "is a folder",
+        "empty.pt": "is empty",
+        "cut.pt": "damaged or was not written to the end",
+        "text.pt": "is not a file of torch.save",
+        "state.pt": "holds a state_dict of 4 tensors, not a model: save the model whole",
+        "torch.nn:Missing": "there is no Missing",
+        "no_such_package.nets:build": "there is no module no_such_package",
+        "torch.nn:Linear": "TypeError",
+    }.items():
+        assert words in fail(capsys, "report", name)
+    assert "--trust-pickle" in fail(capsys, "report", whole)
+
+
+@pytest.mark.parametrize(
+    ("arguments", "words"),
+    [
+        (["--input", "4x9"], ""),
+        (["--input", "4x8", "--input", "4x8"], ""),
+        (["--input", "other=4x8"], ""),
+        (["--input", "4x8:int64"], ""),
+        (["--input", "4X8"], "has no shape such as"),
+        (["--input", "0x8"], "has no shape such as"),
+        (["--input", "-1x8"], "has no shape such as"),
+        (["--input", "4xx8"], "has no shape such as"),
+        (["--input", ""], "has no shape such as"),
+        (["--input", "4x8:float"], "names no dtype out of float64, float32"),
+        (["--input", "99999999x99999999"], "would take over 4 GiB"),
+        (["--arg", "(1"], "is not a Python literal"),
+        (["--arg", "a=1", "--arg", "a=2"], "--arg a=... is given twice"),
+        (["--arg", "3"], "is a file"),
+        (["--format", "xml"], "invalid choice"),
+        (["--unknown"], "unrecognized arguments"),
+    ],
+)
+def test_wrong_options(capsys: Capture, whole: str, arguments: list[str], words: str) -> None:
+    assert words in fail(capsys, "report", whole, "--trust-pickle", *arguments)
+
+
+def test_wrong_commands(capsys: Capture, whole: str) -> None:
+    assert "COMMAND" in fail(capsys)
+    assert "invalid choice" in fail(capsys, "fuse", whole)
+    assert "-o" in fail(capsys, "optimize", whole)
+    assert "SAVED" in fail(capsys, "report")
+
+
+def test_outputs_that_cannot_be_written(capsys: Capture, whole: str) -> None:
+    assert "there is no folder" in fail(capsys, "unfuse", whole, "-o", "missing/out.pt")
+    assert "is a folder" in fail(capsys, "unfuse", whole, "-o", ".")
+
+
+def test_control_characters_do_not_reach_the_terminal(capsys: Capture, tmp_path: Path) -> None:
+    assert "\x1b" not in fail(capsys, "report", "\x1b[31mred\nline.pt")
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_mutated_files_end_in_a_sentence_or_a_report(
+    seed: int, capsys: Capture, exported: str, whole: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    # What loads is a graph of PyTorch's operators that may not run: here only loading is tested.
+    monkeypatch.setattr(conjoin, "report", lambda *_, **__: "report")
+    rng = random.Random(seed)
+    contents = [Path(exported).read_bytes(), Path(whole).read_bytes()]
+    for _ in range(60):
+        content = bytearray(rng.choice(contents))
+        for _ in range(rng.randint(1, 3)):
+            content[rng.randrange(len(content))] = rng.randrange(256)
+        Path("mutated").write_bytes(content[: rng.choice((None, rng.randrange(len(content))))])
+        status = cli.main(["report", "mutated"])
+        printed = capsys.readouterr()
+        assert (status, printed.out) in ((0, "report\n"), (2, ""))
+        assert printed.err.count("\n") == status // 2
+
+
+# The process
+
+
+def test_as_a_process(whole: str) -> None:
+    run = command("report", whole, "--trust-pickle", "--input", "4x8")
+    out, err = run.communicate()
+    assert (run.returncode, err) == (0, "")
+    assert "2+3 -> 5" in out
+    run = command("report", "missing.pt")
+    assert run.communicate() == ("", "conjoin: error: there is no file missing.pt\n")
+    assert run.returncode == 2
+
+
+def test_a_reader_that_leaves_is_no_error(whole: str) -> None:
+    run = command("report", whole, "--trust-pickle")
+    assert run.stdout is not None
+    assert run.stderr is not None
+    run.stdout.close()
+    assert run.stderr.read() == ""
+    assert run.wait() == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_output_that_is_full(whole: str) -> None:
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(
+            [sys.executable, "-m", "conjoin", "report", whole, "--trust-pickle"],
+            stdout=full,
+            stderr=subprocess.PIPE,
+            text=True,
+            check=False,
+        )
+    assert run.returncode == 2
+    assert run.stderr == "conjoin: error: cannot print the result: No space left on device\n"
+
+
+def test_a_narrow_terminal_encoding(whole: str) -> None:
+    environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
+    run = command("report", "müssing.pt", env=environment)
+    assert run.communicate()[1] == "conjoin: error: there is no file m\\xfcssing.pt\n"
+
+
+@pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
+def test_an_interruption_leaves_nothing_behind(nets: str) -> None:
+    Path("out.pt").write_text("precious")
+    before = sorted(os.listdir())
+    run = command("unfuse", f"{nets}:Slow", "-o", "out.pt", "--force")
+    assert run.stdout is not None
+    assert run.stdout.readline() == "saving\n"
+    time.sleep(0.2)
+    run.send_signal(signal.SIGINT)
+    assert run.communicate()[1] == "conjoin: interrupted\n"
+    assert run.returncode == 130
+    assert sorted(set(os.listdir()) - {"__pycache__"}) == before
+    assert Path("out.pt").read_text() == "precious"
+
+
+def test_streams_that_are_no_text_files(whole: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    stream = io.StringIO()
+    monkeypatch.setattr(sys, "stdout", stream)
+    assert cli.main(["report", whole, "--trust-pickle"]) == 0
+    assert "{0,1}" in stream.getvalue()

@@ -1,0 +1,314 @@
+"""Golden files: `CONJOIN_REGENERATE=1 pytest tests/test_report.py` writes them anew."""
+
+import ast
+import dataclasses
+import itertools
+import json
+import os
+import re
+from pathlib import Path
+
+import pytest
+from hypothesis import given
+from hypothesis import strategies as st
+
+from conjoin.launches import Count, Launches
+from conjoin.legality import Reason, Refusal
+from conjoin.report import Group, Report, Untraced, fold
+
+GOLDEN = Path(__file__).parent / "golden"
+NOT_COUNTED = Launches(Count(None, None), Count(None, None))
+
+
+def heads(**changes):
+    fields = {
+        "kind": "Linear",
+        "layers": ("mu", "logvar"),
+        "fused": True,
+        "reason": None,
+        "detail": "",
+        "widths": (64, 64),
+        "launches": (2, 1),
+    }
+    return Group(**{**fields, **changes})
+
+
+def attention(block):
+    names = tuple(f"blocks.{block}.attn.{name}" for name in "qkv")
+    return heads(layers=names, widths=(768, 256, 256), launches=(3, 1))
+
+
+def gate(block):
+    names = (f"blocks.{block}.mlp.gate", f"blocks.{block}.mlp.up")
+    return heads(
+        layers=names,
+        fused=False,
+        reason=Reason.BIAS_ON_SOME,
+        detail=f"{names[1]} has none",
+        widths=(3072, 3072),
+        launches=(2, 2),
+    )
+
+
+def transformer():
+    return Report(
+        groups=tuple(itertools.chain.from_iterable((attention(i), gate(i)) for i in range(12))),
+        launches=Launches(Count(190, 412), Count(166, 376)),
+        untraced=(
+            Untraced("", "branches on the value of x.shape[1]"),
+            *(Untraced(f"blocks.{i}.norm", "iterates over a Proxy") for i in range(12)),
+        ),
+        observed=True,
+    )
+
+
+def unet():
+    projections = (
+        *(f"down_blocks.{i}.resnets.{j}.time_emb_proj" for i in range(4) for j in range(2)),
+        *(f"mid_block.resnets.{j}.time_emb_proj" for j in range(2)),
+        *(f"up_blocks.{i}.resnets.{j}.time_emb_proj" for i in range(4) for j in range(3)),
+    )
+    widths = (320,) * 2 + (640,) * 2 + (1280,) * 12 + (640,) * 3 + (320,) * 3
+    return Report(
+        groups=(
+            heads(layers=projections, widths=widths, launches=(22, 1)),
+            heads(
+                kind="ConvTranspose2d",
+                layers=("decoder.up.image", "decoder.up.mask"),
+                fused=False,
+                reason=Reason.DIFFERENT_SETTINGS,
+                detail="kernel_size: (4, 4) and (2, 2); padding: (1, 1) and (0, 0)",
+                widths=(3, 1),
+            ),
+            heads(
+                kind="Conv2d",
+                layers=("a|b", "c, d"),
+                fused=False,
+                detail="estimate: the wide form takes 1.2 times as long at 4x64x512x512",
+                widths=(64, 8),
+            ),
+        ),
+        launches=Launches(Count(720, None), Count(699, None)),
+        untraced=(),
+        observed=True,
+    )
+
+
+def unobserved():
+    return Report(
+        groups=(heads(launches=None),),
+        launches=NOT_COUNTED,
+        untraced=(Untraced("encoder", "calls len() on a Proxy"),),
+        observed=False,
+    )
+
+
+def nothing():
+    return Report(groups=(), launches=NOT_COUNTED, untraced=(), observed=False)
+
+
+REPORTS = [transformer, unet, unobserved, nothing]
+FORMATS = {"txt": str, "md": Report.to_markdown, "json": Report.to_json}
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+@pytest.mark.parametrize("build", REPORTS, ids=lambda build: build.__name__)
+def test_golden(build, suffix):
+    path = GOLDEN / f"report_{build.__name__}.{suffix}"
+    text = FORMATS[suffix](build()) + "\n"
+    if os.environ.get("CONJOIN_REGENERATE"):
+        path.write_text(text, encoding="utf-8")
+    assert text == path.read_text(encoding="utf-8")
+
+
+@pytest.mark.parametrize("build", REPORTS, ids=lambda build: build.__name__)
+def test_the_table_fits_120_columns_without_trailing_space(build):
+    lines = str(build()).splitlines()
+    assert max(map(len, lines)) <= 120
+    assert not [line for line in lines if line != line.rstrip()]
+
+
+def test_a_long_list_of_names_stays_within_the_columns():
+    names = tuple("experts." + "x" * (i % 7 + 1) + str(i) for i in range(80))
+    refused = heads(
+        layers=names,
+        widths=tuple(range(80)),
+        fused=False,
+        reason=Reason.CALLED_APART,
+        detail=", ".join(names),
+    )
+    report = Report((refused,), NOT_COUNTED, (), observed=True)
+    assert max(map(len, str(report).splitlines())) <= 120
+
+
+def test_every_layer_is_in_the_table():
+    text = "".join(line for line in str(unet()).splitlines())
+    names = itertools.chain.from_iterable(group.layers for group in unet().groups)
+    last = {name.rpartition(".")[2] for name in names}
+    assert all(name in text for name in last)
+
+
+def test_groups_that_repeat_become_one_line_with_their_number():
+    rows = [line.split() for line in str(transformer()).splitlines() if "attn" in line]
+    assert rows == [
+        [
+            "Linear",
+            "blocks.{0..11}.attn.{q,k,v}",
+            "12",
+            "768+256+256",
+            "->",
+            "1280",
+            "36",
+            "->",
+            "12",
+        ]
+    ]
+
+
+@pytest.mark.parametrize(
+    "changes",
+    [
+        {"widths": (768, 128, 128)},
+        {"kind": "Conv2d"},
+        {"fused": False, "reason": Reason.HOOKS},
+        {"detail": "padded"},
+        {"launches": (4, 1)},
+    ],
+)
+def test_groups_that_differ_have_lines_of_their_own(changes):
+    other = dataclasses.replace(attention(1), **changes)
+    report = Report((attention(0), other), NOT_COUNTED, (), observed=True)
+    assert "blocks.0.attn.{q,k,v}" in str(report)
+    assert "blocks.1.attn.{q,k,v}" in str(report)
+
+
+def test_a_number_inside_a_word_is_not_a_block():
+    groups = (heads(layers=("conv1.a", "conv1.b")), heads(layers=("conv2.a", "conv2.b")))
+    text = str(Report(groups, NOT_COUNTED, (), observed=True))
+    assert "conv1.{a,b}" in text
+    assert "conv2.{a,b}" in text
+
+
+@pytest.mark.parametrize(
+    ("before", "after", "words"),
+    [
+        (8, 6, "25.0% fewer"),
+        (8, 9, "12.5% more"),
+        (8, 8, "unchanged"),
+        (0, 0, "unchanged"),
+        (0, 2, "2 more"),
+        (3, None, "not counted"),
+    ],
+)
+def test_totals_say_what_changed(before, after, words):
+    launches = Launches(Count(1, before), Count(1, after))
+    report = Report((heads(),), launches, (), observed=True)
+    assert words in str(report)
+    assert words in report.to_markdown()
+
+
+def test_json_holds_the_whole_report():
+    report = transformer()
+    content = json.loads(report.to_json())
+    assert list(content) == ["groups", "launches", "untraced", "observed"]
+    assert [tuple(group["layers"]) for group in content["groups"]] == [
+        group.layers for group in report.groups
+    ]
+    assert content["groups"][1]["reason"] == {
+        "name": "BIAS_ON_SOME",
+        "sentence": Reason.BIAS_ON_SOME.value,
+    }
+    assert content["groups"][0]["reason"] is None
+    assert content["groups"][0]["launches"] == {"before": 3, "after": 1}
+    assert content["launches"]["before"] == {"forward": 190, "backward": 412}
+    assert content["untraced"][0] == {"module": "", "why": "branches on the value of x.shape[1]"}
+
+
+def test_markdown_tables_have_the_same_cells_in_every_row():
+    for build in REPORTS:
+        for table in re.findall(r"(?:^\|.*\n?)+", build().to_markdown(), re.MULTILINE):
+            counts = {len(re.findall(r"(?<!\\)\|", row)) for row in table.splitlines()}
+            assert len(counts) == 1
+
+
+@pytest.mark.parametrize("reason", Reason)
+def test_every_reason_is_a_sentence_and_a_remedy(reason):
+    assert re.fullmatch(r"[A-Z][^\n]*[^.]\. [A-Z][^\n]*\.", reason.value)
+    assert len(re.findall(r"\. ", reason.value)) == 1
+
+
+def test_a_refusal_reads_as_one_line():
+    refusal = Refusal(("a", "b"), Reason.BIAS_ON_SOME, "b has none")
+    assert str(refusal) == f"a, b: {Reason.BIAS_ON_SOME.value} (b has none)"
+    assert str(Refusal(("a",), Reason.HOOKS, "")) == f"a: {Reason.HOOKS.value}"
+
+
+@pytest.mark.parametrize(
+    ("names", "expected"),
+    [
+        ([], ""),
+        (["mu"], "mu"),
+        (["mu", "logvar"], "{mu,logvar}"),
+        (["mu", "mu"], "mu"),
+        (["actor.0", "critic.0"], "{actor,critic}.0"),
+        ([f"b.{i}.{n}" for i in range(12) for n in "qkv"], "b.{0..11}.{q,k,v}"),
+        (["a.0", "a.2", "a.5"], "a.{0,2,5}"),
+        (["a.0", "a.1"], "a.{0,1}"),
+        (["a.3", "a.1", "a.2", "a.7"], "a.{1..3,7}"),
+        (["a.2", "a.10", "a.head"], "a.{2,10,head}"),
+        (["a.01", "a.02", "a.03"], "a.{01,02,03}"),
+        (["a.0.x", "a.1.y"], "a.0.x, a.1.y"),
+        (["a.0.x", "a.1.x", "a.1.y"], "a.0.x, a.1.{x,y}"),
+        (["proj", "a.0", "a.1"], "proj, a.{0,1}"),
+        (["a, b", "c"], "'a, b', c"),
+        ([""], "''"),
+    ],
+)
+def test_fold(names, expected):
+    assert fold(names) == expected
+
+
+def expand(text):
+    """Every name of a folded text, by the rules its docstring gives."""
+    names = []
+    while text:
+        quoted = re.match(r"'(?:[^'\\]|\\.)*'|\"(?:[^\"\\]|\\.)*\"", text)
+        plain = quoted or re.match(r"(?:\{[^}]*\}|[^{,])+", text)
+        token, text = plain[0], text[plain.end() :].removeprefix(", ")
+        if quoted:
+            names.append(ast.literal_eval(token))
+            continue
+        parts = re.split(r"\{([^}]*)\}", token)
+        choices = [[part] if i % 2 == 0 else alternatives(part) for i, part in enumerate(parts)]
+        names += ["".join(choice) for choice in itertools.product(*choices)]
+    return names
+
+
+def alternatives(inside):
+    found = []
+    for part in inside.split(","):
+        first, dots, last = part.partition("..")
+        found += [str(i) for i in range(int(first), int(last) + 1)] if dots else [part]
+    return found
+
+
+components = st.sampled_from(["q", "k", "conv1", "00", "-1", "0x", "", "a b"]) | st.integers(
+    0, 13
+).map(str)
+module_names = st.lists(components, min_size=1, max_size=4).map(".".join)
+
+
+@given(st.lists(module_names | st.text(max_size=5), max_size=40))
+def test_expanding_a_folded_text_gives_each_name_once(names):
+    assert sorted(expand(fold(names))) == sorted(set(names))
+
+
+@given(
+    st.lists(
+        st.lists(components.filter(str.isalnum), min_size=1, unique=True), min_size=1, max_size=3
+    )
+)
+def test_a_product_of_components_folds_into_one_term(axes):
+    names = [".".join(path) for path in itertools.product(*axes)]
+    assert ", " not in fold(names)
+    assert sorted(expand(fold(names))) == sorted(names)
