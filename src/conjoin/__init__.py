@@ -7,4 +7,15 @@ from conjoin.legality import Reason, Refusal
 from conjoin.report import Group, Report
 
 __version__ = "0.1.0"
-__all__ = ["KINDS", "Group", "Kind", "Reason", "Refusal", "Report", "nn", "optimize", "report", "unfuse"]
+__all__ = [
+    "KINDS",
+    "Group",
+    "Kind",
+    "Reason",
+    "Refusal",
+    "Report",
+    "nn",
+    "optimize",
+    "report",
+    "unfuse",
+]

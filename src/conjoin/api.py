@@ -128,15 +128,16 @@ def _calls(inputs: object, kwargs: dict[str, Any] | None) -> list[Call]:
     """The example calls; none where neither arguments nor keyword arguments were given."""
     if inputs is None:
         return [] if kwargs is None else [((), kwargs)]
-    calls = inputs if isinstance(inputs, list) else [inputs]
-    for call in calls:
+    calls: list[Call] = []
+    for call in inputs if isinstance(inputs, list) else [inputs]:
         if not isinstance(call, tuple):
             hint = "(x,)" if isinstance(call, Tensor) else "(x, y)"
             raise TypeError(
                 f"example_inputs is a tuple of the model's arguments such as {hint}, or a list of "
                 f"such tuples, not {type(call).__name__}."
             )
-    return [(call, kwargs or {}) for call in calls]
+        calls.append((call, kwargs or {}))
+    return calls
 
 
 def _copy(model: Model) -> Model:
@@ -173,7 +174,7 @@ def _count(model: nn.Module, call: Call, found: Sequence[Candidate]) -> tuple[Co
     """The launches of a call of the model, plain and optimized."""
     try:
         return _count_on(Copy(model, fake=True), Copy(model, fake=True), call, found)
-    except Exception:  # As in `observe`: whatever fake tensors do not carry, the real run decides.
+    except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
         return _count_on(Copy(model, fake=False), Copy(model, fake=False), call, found)
 
 

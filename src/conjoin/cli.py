@@ -8,10 +8,12 @@ from __future__ import annotations
 import argparse
 import ast
 import io
+import logging
 import math
 import os
 import re
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
@@ -218,10 +220,19 @@ def _model_and_inputs(options: argparse.Namespace, *, whole: bool) -> _Inputs:
 @contextmanager
 def _wrong_inputs() -> Iterator[None]:
     """The library says in one sentence what is wrong with a model or its inputs."""
+    # PyTorch logs the traceback of an operation that does not run, before it raises.
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
     try:
-        yield
+        with warnings.catch_warnings():
+            # PyTorch's own remark on copying an exported program.
+            warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
+            yield
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
+    finally:
+        log.setLevel(level)
 
 
 # Options

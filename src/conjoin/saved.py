@@ -484,9 +484,9 @@ def _check_payloads(source: str, reader: Any, name: str) -> None:
         meta = payload["tensor_meta"]
         if payload["use_pickle"] or meta is None:
             raise _needs_trust(source, f"the pickled object {key!r}")
-        size = reader.get_record_size(os.path.join(os.path.dirname(name), payload["path_name"]))
+        content = reader.get_record(os.path.join(os.path.dirname(name), payload["path_name"]))
         elements = math.prod(length["as_int"] for length in meta["sizes"])
-        if size == 0 and elements:
+        if elements and not content:
             raise SavedError(f"{source} is damaged: the tensor {key!r} has no content")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 from collections.abc import Callable, Sequence
 
 from torch import Tensor, fx
+from torch.fx.node import map_arg
 
 
 def replace(
@@ -29,8 +30,15 @@ def replace(
         whole = graph.call_module(target, (input,))
         whole.meta = dict(first.meta)
         parts = split(fx.Proxy(whole))  # type: ignore[arg-type]
-    for sibling, part in zip(siblings, parts, strict=True):
-        node: fx.Node = part.node  # type: ignore[attr-defined]
+    made = {
+        sibling: part.node  # type: ignore[attr-defined]
+        for sibling, part in zip(siblings, parts, strict=True)
+    }
+    for sibling, node in made.items():
         node.meta = dict(sibling.meta)
-        sibling.replace_all_uses_with(node)
+    # All at once: a node that reads a thousand siblings is rewritten once, not a thousand times.
+    for user in {user: None for sibling in siblings for user in sibling.users}:
+        user.args = map_arg(user.args, lambda node: made.get(node, node))
+        user.kwargs = map_arg(user.kwargs, lambda node: made.get(node, node))
+    for sibling in siblings:
         graph.erase_node(sibling)

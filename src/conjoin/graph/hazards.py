@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn import functional as F
 
 VIEW_METHODS = frozenset(
@@ -108,7 +108,9 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node
     if node.op not in ("call_method", "call_function"):
         return
     out = node.kwargs.get("out")
-    yield from (n for n in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(n, fx.Node))
+    yield from (
+        n for n in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(n, fx.Node)
+    )
     name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
     inplace = (
         node.target in INPLACE_OPERATORS

@@ -183,7 +183,8 @@ def _apart(name: str, other: str, calls: dict[str, Calls]) -> Verdict | None:
 
 def _inputs(calls: Calls) -> str:
     count = len({call[0] for call in calls})
-    return f"{count} tensor{'s' if count > 1 else ''} in {len(calls)} call{'s' if len(calls) > 1 else ''}"
+    tensors = "1 tensor" if count == 1 else f"{count} tensors"
+    return f"{tensors} in 1 call" if len(calls) == 1 else f"{tensors} in {len(calls)} calls"
 
 
 def _difference(name: str, other: str, keys: dict[str, dict[str, object]]) -> Verdict:
@@ -201,7 +202,7 @@ def _width(kind: Kind, layer: nn.Module) -> int:
     if isinstance(layer, View):
         return layer.wide_layer.widths[layer.conjoin_index]
     weight = layer._parameters.get("weight")
-    if weight is None or isinstance(weight, nn.parameter.UninitializedParameter):
+    if weight is None or nn.parameter.is_lazy(weight):
         return 0
     return weight.shape[kind.weight_dim]
 
@@ -233,12 +234,11 @@ def _shared(modules: dict[str, nn.Module]) -> dict[int, str]:
 
 def _span(tensor: Tensor) -> tuple[tuple[object, ...], int, int] | None:
     """The memory that a tensor lies in: which space, from which byte to which."""
-    lazy = isinstance(tensor, nn.parameter.UninitializedTensorMixin)
-    if lazy or tensor.layout is not torch.strided or tensor.numel() == 0:
+    if nn.parameter.is_lazy(tensor) or tensor.layout is not torch.strided or tensor.numel() == 0:
         return None
     steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    size = (steps + 1) * tensor.element_size()
+    size = int(steps + 1) * tensor.element_size()
     if tensor.is_meta:
-        start = tensor.storage_offset() * tensor.element_size()
+        start = int(tensor.storage_offset()) * tensor.element_size()
         return ("meta", tensor.untyped_storage()._cdata), start, start + size
     return (str(tensor.device),), tensor.data_ptr(), tensor.data_ptr() + size

@@ -36,11 +36,20 @@ class _Convolution(Kind):
 
 
 class _Conv(_Convolution):
-    settings = ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
+    settings = (
+        "in_channels",
+        "kernel_size",
+        "stride",
+        "padding",
+        "dilation",
+        "groups",
+        "padding_mode",
+    )
 
     def key(self, layer: nn.Module) -> dict[str, object]:
-        """The settings; a name for the padding (`"same"`) is kept as a name."""
-        return {**super().key(layer), "_reversed_padding": tuple(layer._reversed_padding_repeated_twice)}  # type: ignore[arg-type]
+        """The settings, and the padding as `F.pad` wants it."""
+        padding: Any = layer._reversed_padding_repeated_twice
+        return {**super().key(layer), "_reversed_padding": tuple(padding)}
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(batch, in, *space) -> (batch, sum out_i, *space')."""

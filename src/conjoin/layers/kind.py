@@ -16,7 +16,7 @@ from typing import TYPE_CHECKING, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch.nn.parameter import UninitializedTensorMixin
+from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
 from conjoin.legality import Reason
@@ -73,7 +73,9 @@ class Kind(ABC):
 
     def check(self, layer: nn.Module) -> Verdict | None:
         """Why this layer, looked at by itself, cannot be merged; None where it can."""
-        return _initialized(layer) or _plain(layer, self.layer) or _unhooked(layer) or _ordinary(layer)
+        return (
+            _initialized(layer) or _plain(layer, self.layer) or _unhooked(layer) or _ordinary(layer)
+        )
 
     def shapes(self, layers: Sequence[nn.Module]) -> tuple[torch.Size, ...]:
         """The shapes of the siblings' weights."""
@@ -109,7 +111,7 @@ class Kind(ABC):
         if self.weight_dim == 0:
             return wide.weight
         sizes = [shape.numel() for shape in wide.shapes]
-        blocks = wide.weight.split(sizes)
+        blocks = torch.split(wide.weight, sizes)
         return torch.cat(
             [block.view(shape) for block, shape in zip(blocks, wide.shapes, strict=True)],
             dim=self.weight_dim,
@@ -118,8 +120,8 @@ class Kind(ABC):
     def split(self, wide: Wide, output: Tensor) -> tuple[Tensor, ...]:
         """The parts of the wide layer's output, which may also be an `fx.Proxy`.
 
-        `unsafe_split_with_sizes` lets the model change a part in place, as it could the sibling's own
-        output; that is exact because these layers do not save their output for backward.
+        `unsafe_split_with_sizes` lets the model change a part in place, as it could the sibling's
+        own output; that is exact because these layers do not save their output for backward.
         """
         parts = torch.unsafe_split_with_sizes(output, wide.widths, self.output_dim)
         return tuple(parts[i] for i in range(len(wide.widths)))
@@ -167,7 +169,7 @@ def _memory_format(weight: Tensor) -> str:
 
 
 def _initialized(layer: nn.Module) -> Verdict | None:
-    lazy = [n for n, p in layer._parameters.items() if isinstance(p, UninitializedTensorMixin)]
+    lazy = [n for n, p in layer._parameters.items() if p is not None and is_lazy(p)]
     return (Reason.UNINITIALIZED, f"{', '.join(lazy)} has no shape yet") if lazy else None
 
 
@@ -206,6 +208,8 @@ def _ordinary(layer: nn.Module) -> Verdict | None:
         if type(tensor) is not nn.Parameter or type(tensor.data) is not Tensor:
             kind = type(tensor if type(tensor) is not nn.Parameter else tensor.data).__name__
             return Reason.CUSTOM_PARAMETER, f"{name} is a {kind}"
-        if tensor.layout is not torch.strided or not (tensor.is_floating_point() or tensor.is_complex()):
+        if tensor.layout is not torch.strided or not (
+            tensor.is_floating_point() or tensor.is_complex()
+        ):
             return Reason.CUSTOM_PARAMETER, f"{name} is {tensor.layout}, {tensor.dtype}"
     return None

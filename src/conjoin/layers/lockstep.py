@@ -123,7 +123,7 @@ def _start(key: tuple[int, int], wide: Wide, index: int, input: Tensor) -> Tenso
 def _alias(input: Tensor) -> Tensor:
     if not torch.is_grad_enabled():
         return input
-    return _Alias.apply(input) if input.requires_grad else input.detach()  # type: ignore[no-any-return, no-untyped-call]
+    return _Alias.apply(input) if input.requires_grad else input.detach()  # type: ignore[no-untyped-call]
 
 
 class _Token:

@@ -155,7 +155,8 @@ class View(nn.Module):
 
     def __repr__(self) -> str:
         wide = self.wide_layer
-        return f"{self.conjoin_base.__name__}({self.extra_repr()}, part {self.conjoin_index} of {len(wide.widths)})"
+        part = f"part {self.conjoin_index} of {len(wide.widths)}"
+        return f"{self.conjoin_base.__name__}({self.extra_repr()}, {part})"
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_view, (self.conjoin_base,), self.__dict__.copy()
@@ -186,7 +187,7 @@ class View(nn.Module):
 
 
 @functools.cache
-def view_class(base: type[nn.Module]) -> type[View]:
+def view_class(base: Any) -> type[View]:
     """The class of views of `base` layers: a subclass of `base` that goes by its name."""
     names = {"conjoin_base": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
     return cast(type[View], type(base.__name__, (View, base), names))
@@ -227,7 +228,9 @@ def release(view: View) -> nn.Module:
     wide = view.wide_layer
     restored: dict[str, nn.Parameter | None] = {}
     for name, source in wide.named_parameters(recurse=False):
-        restored[name] = own = _like(wide.part(name, source, view.conjoin_index).detach().clone(), source)
+        restored[name] = own = _like(
+            wide.part(name, source, view.conjoin_index).detach().clone(), source
+        )
         if source.grad is not None:
             own.grad = wide.part(name, source.grad, view.conjoin_index).clone()
     del view._modules[WIDE], view.__dict__["conjoin_index"]
@@ -246,7 +249,7 @@ def _like(tensor: Tensor, parameter: nn.Parameter) -> nn.Parameter:
 
 def _within(tensor: Tensor, wide: Wide, name: str) -> bool:
     whole: Tensor = getattr(wide, name)
-    return tensor.untyped_storage()._cdata == whole.untyped_storage()._cdata
+    return bool(tensor.untyped_storage()._cdata == whole.untyped_storage()._cdata)
 
 
 def _adopt(view: View, replaced: dict[str, nn.Parameter]) -> None:
@@ -283,4 +286,6 @@ def wides(model: nn.Module) -> dict[Wide, list[tuple[str, View]]]:
     found: dict[Wide, list[tuple[str, View]]] = {}
     for name, view in views(model):
         found.setdefault(view.wide_layer, []).append((name, view))
-    return {wide: sorted(members, key=lambda m: m[1].conjoin_index) for wide, members in found.items()}
+    return {
+        wide: sorted(members, key=lambda m: m[1].conjoin_index) for wide, members in found.items()
+    }

@@ -66,8 +66,9 @@ class Copy:
             return copy.deepcopy(model)
         # What most models consist of is made anew, which is much faster than converting it.
         memo: dict[int, Any] = {}
+        plain = list(_plain_tensors(model))
         with self._mode:
-            for tensor in _plain_tensors(model):
+            for tensor in plain:
                 empty = torch.empty_strided(
                     tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
                 )
@@ -121,7 +122,7 @@ def observe(model: nn.Module, calls: Sequence[Call], kinds: tuple[Kind, ...]) ->
     with undisturbed():
         try:
             return _observe(Copy(model, fake=True), calls, kinds)
-        except Exception:  # Whatever fake tensors do not carry, the real run decides.
+        except Exception:  # noqa: BLE001 - Whatever fake tensors do not carry, the real run decides.
             return _observe(Copy(model, fake=False), calls, kinds)
 
 
@@ -166,7 +167,8 @@ def undisturbed() -> Iterator[None]:
     numpy = sys.modules.get("numpy")
     state = random.getstate()
     numpy_state = numpy.random.get_state() if numpy is not None else None
-    devices = range(torch.cuda.device_count()) if torch.cuda.is_initialized() else []
+    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    devices = range(torch.cuda.device_count()) if started else []
     try:
         with torch.random.fork_rng(devices):
             yield
@@ -223,7 +225,11 @@ class _Watch(TorchFunctionMode):
         return output
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if args and isinstance(args[0], Tensor) and self._outputs:
@@ -234,9 +240,7 @@ class _Watch(TorchFunctionMode):
         tensor = args[0]
         if tensor.layout is not torch.strided:
             return
-        name, output, channel = self._outputs.get(
-            tensor.untyped_storage()._cdata, ("", tensor, 0)
-        )
+        name, output, channel = self._outputs.get(tensor.untyped_storage()._cdata, ("", tensor, 0))
         called = getattr(func, "__name__", str(func))
         if not name or name in self.strided:
             return

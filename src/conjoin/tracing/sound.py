@@ -5,7 +5,7 @@ will always do. That is wrong without an error where the forward branches on a f
 calls, draws a random number or enters `torch.no_grad()`. So a trace is used only where there was
 nothing for Python to decide:
 
-- all code that ran, PyTorch's own aside, is a straight line with loops over modules at most;
+- all code that may run, PyTorch's own aside, is a straight line, but for loops over modules;
 - the names that it reads are modules, functions of PyTorch, or constants that are watched;
 - no operation ran for real during the trace, so none is missing from the graph.
 
@@ -20,7 +20,7 @@ import inspect
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import BuiltinFunctionType, CodeType, FrameType, FunctionType, ModuleType
+from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
@@ -46,18 +46,35 @@ FORBIDDEN_NAMES = frozenset({"training", "grad", "__dict__", "__class__", "forwa
 """Attributes whose value changes while the model lives, or that go around the module's call."""
 
 HARMLESS_BUILTINS = frozenset(
-    {"range", "len", "zip", "enumerate", "list", "tuple", "dict", "reversed", "sum", "super", "slice"}
+    {
+        "range",
+        "len",
+        "zip",
+        "enumerate",
+        "list",
+        "tuple",
+        "dict",
+        "reversed",
+        "sum",
+        "super",
+        "slice",
+    }
 )
 """Built-in functions that give the same on every call and have no effect."""
 
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 """Types of attribute that a trace may take as they are, as long as they are watched."""
 
+FORBIDDEN_METHODS = frozenset(
+    "train eval requires_grad_ zero_grad apply load_state_dict add_module set_submodule".split()
+)
+"""Methods of `nn.Module` that change the module; so does whatever is called `register_...`."""
+
 TRUSTED = frozenset({"torch", "conjoin", *sys.stdlib_module_names}) - {"__main__"}
 """Packages whose code is not looked into; what a forward may call of them is checked by name."""
 
 
-class _Unsound(Exception):
+class _UnsoundError(Exception):
     """The trace would not be the original forward on every call."""
 
 
@@ -67,22 +84,33 @@ class _Tracer(fx.Tracer):
     proxy_buffer_attributes = True
 
     def __init__(self, inlined: set[nn.Module]) -> None:
-        super().__init__(autowrap_modules=())
+        super().__init__()
         self.inlined = inlined
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m not in self.inlined
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Proxies for the arguments without a default; Python itself fills in the others."""
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in _required(self.root)]
+        return root_fn, [self.root, *proxies]
 
 
 class _NothingReal(TorchFunctionMode):
     """Stops a trace when an operation runs that does not depend on the forward's arguments."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         if not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-            raise _Unsound(f"{getattr(func, '__name__', func)} runs without the input")
+            raise _UnsoundError(f"{getattr(func, '__name__', func)} runs without the input")
         return func(*args, **kwargs)
 
 
@@ -109,10 +137,10 @@ def trace(region: nn.Module, pipeline: Sequence[Pass]) -> Traced | None:
     """
     inlined = _inlined(region)
     try:
-        graph, executed = _run(region, inlined)
-        constants = tuple(_constants(region, inlined, executed))
+        constants = tuple(_constants(region, inlined, _functions(inlined)))
+        graph = _run(region, inlined)
         _only_registered(graph, region)
-    except Exception:  # The region's own code, which may raise anything on a proxy.
+    except Exception:  # noqa: BLE001 - The region's own code, which may raise anything on a proxy.
         return None
     modules = dict(region.named_modules())
     before = {node.target for node in graph.nodes if node.op == "call_module"}
@@ -151,113 +179,133 @@ def _containers(region: nn.Module, inlined: set[nn.Module]) -> Iterator[nn.Modul
                 yield child
 
 
-def _run(region: nn.Module, inlined: set[nn.Module]) -> tuple[fx.Graph, set[CodeType]]:
-    """The graph of one symbolic run, and the code that ran."""
-    for module in inlined - {region}:
-        if any(getattr(module, hooks) for hooks in CALL_HOOKS) or "forward" in vars(module):
-            raise _Unsound("a module that would be bypassed has hooks")
-    defaults = _defaults(region)
-    executed: dict[CodeType, FrameType] = {}
-
-    def note(frame: FrameType, event: str, argument: object) -> None:
-        code = frame.f_code
-        if event == "call" and code not in executed and _is_users(frame.f_globals.get("__name__", "")):
-            _check_code(code, frame)
-            executed[code] = frame
-
-    profiler = sys.getprofile()
-    sys.setprofile(note)
-    try:
-        with _NothingReal():
-            graph = _Tracer(inlined).trace(region, concrete_args=defaults)
-    finally:
-        sys.setprofile(profiler)
-    _drop_defaults(graph, region, defaults)
-    return graph, set(executed)
+def _run(region: nn.Module, inlined: set[nn.Module]) -> fx.Graph:
+    """The graph of one symbolic run."""
+    for module in inlined:
+        if "forward" in vars(module):
+            raise _UnsoundError("a forward was replaced on the instance")
+        if module is not region and any(getattr(module, hooks) for hooks in CALL_HOOKS):
+            raise _UnsoundError("a module that would be bypassed has hooks")
+    with _NothingReal():
+        return _Tracer(inlined).trace(region)
 
 
-def _defaults(region: nn.Module) -> dict[str, Any]:
-    """The arguments that have a default, which the new forward takes for granted."""
-    parameters = inspect.signature(type(region).forward).parameters.values()
-    defaults = {p.name: p.default for p in parameters if p.default is not p.empty}
-    if any(p.kind in (p.VAR_POSITIONAL, p.VAR_KEYWORD) for p in parameters):
-        raise _Unsound("the forward takes any number of arguments")
-    if not all(value is None or type(value) in (bool, int, float) for value in defaults.values()):
-        raise _Unsound("an argument has a default that is no number")
-    return defaults
+def _required(region: nn.Module) -> list[str]:
+    """The arguments without a default; the new forward is for calls with just these."""
+    parameters = [*inspect.signature(type(region).forward).parameters.values()][1:]
+    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
+    required = [p for p in parameters if p.default is p.empty and p.kind not in optional]
+    if any(p.kind is p.KEYWORD_ONLY for p in required):
+        raise _UnsoundError("an argument must be given by name")
+    return [p.name for p in required]
 
 
-def _drop_defaults(graph: fx.Graph, region: nn.Module, defaults: dict[str, Any]) -> None:
-    """Takes the arguments with a default out of the graph, with what fx checks of them."""
-    names = [*inspect.signature(type(region).forward).parameters][1:]
-    placeholders = [node for node in graph.nodes if node.op == "placeholder"]
-    for name, placeholder in zip(names, placeholders, strict=True):
-        if name in defaults:
-            for node in reversed([placeholder, *_reads(placeholder)]):
-                graph.erase_node(node)
-
-
-def _reads(node: fx.Node) -> Iterator[fx.Node]:
-    for user in node.users:
-        yield user
-        yield from _reads(user)
-
-
-def _is_users(module: str) -> bool:
-    """Whether code of that module is neither PyTorch's nor conjoin's nor Python's own."""
-    return module.split(".")[0] not in TRUSTED and not module.startswith("namedtuple_")
-
-
-def _check_code(code: CodeType, frame: FrameType) -> None:
-    """Refuses code in which Python may decide something, or remember it.
+def _functions(inlined: set[nn.Module]) -> set[FunctionType]:
+    """All functions but PyTorch's own that the forwards of `inlined` may run, each checked.
 
     Raises:
-        _Unsound: it may.
+        _UnsoundError: in one of them Python may decide something, or remember it.
     """
-    if set(code.co_freevars) - {"__class__"} and not _nested(code, frame.f_back):
-        raise _Unsound("a closure")
+    classes = {type(module) for module in inlined}
+    pending = [function for cls in classes for function in _attribute(cls, "forward")]
+    found: set[FunctionType] = set()
+    while pending:
+        function = pending.pop()
+        if function in found or _trusted(function.__module__):
+            continue
+        found.add(function)
+        if set(function.__code__.co_freevars) - {"__class__"}:
+            raise _UnsoundError("a closure")
+        for code in _nested(function.__code__):
+            for name in _check_code(code, function.__globals__):
+                value = function.__globals__[name]
+                pending += [value] if isinstance(value, FunctionType) else []
+            for name in code.co_names:
+                pending += [f for cls in classes for f in _attribute(cls, name)]
+    return found
+
+
+def _trusted(module: str) -> bool:
+    return module.split(".")[0] in TRUSTED
+
+
+def _attribute(cls: type, name: str) -> list[FunctionType]:
+    """The functions behind an attribute of a class.
+
+    Raises:
+        _UnsoundError: it is neither a function nor a constant.
+    """
+    value = inspect.getattr_static(cls, name, None)
+    if isinstance(value, property):
+        value = value.fget
+    if isinstance(value, (staticmethod, classmethod)):
+        value = value.__func__
+    if isinstance(value, FunctionType):
+        return [value]
+    if not callable(value) and not _constant(value):
+        raise _UnsoundError(f"it reads the class attribute {name}")
+    return []
+
+
+def _nested(code: CodeType) -> Iterator[CodeType]:
+    """The code of a function and of the comprehensions and functions in it."""
+    yield code
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _nested(constant)
+
+
+def _check_code(code: CodeType, names: dict[str, Any]) -> Iterator[str]:
+    """Refuses code in which Python may decide something, or remember it.
+
+    Yields:
+        The global names that it reads, other than built-in functions.
+
+    Raises:
+        _UnsoundError: it may.
+    """
     for instruction in dis.get_instructions(code):
         operation, name = instruction.opname, instruction.argval
         if operation == "STORE_DEREF" and name in code.co_cellvars:
             continue
         if operation in FORBIDDEN_OPERATIONS or ("JUMP" in operation and "_IF" in operation):
-            raise _Unsound(operation)
+            raise _UnsoundError(operation)
         if operation.startswith("YIELD") and code.co_name != "<genexpr>":
-            raise _Unsound(operation)
-        if operation in ("LOAD_GLOBAL", "LOAD_NAME") and not _harmless(name, frame):
-            raise _Unsound(f"it reads {name}")
-        if operation in ("LOAD_ATTR", "LOAD_METHOD") and name in FORBIDDEN_NAMES:
-            raise _Unsound(f"it reads .{name}")
+            raise _UnsoundError(operation)
+        if operation in ("LOAD_GLOBAL", "LOAD_NAME"):
+            if not _harmless(name, names):
+                raise _UnsoundError(f"it reads {name}")
+            if name in names:
+                yield name
+        if operation in ("LOAD_ATTR", "LOAD_METHOD") and (
+            name in FORBIDDEN_NAMES | FORBIDDEN_METHODS or name.startswith("register_")
+        ):
+            raise _UnsoundError(f"it reads .{name}")
 
 
-def _nested(code: CodeType, caller: FrameType | None) -> bool:
-    """Whether code is a comprehension or the like, that reads its caller's own variables."""
-    return caller is not None and code in caller.f_code.co_consts
-
-
-def _harmless(name: str, frame: FrameType) -> bool:
+def _harmless(name: str, names: dict[str, Any]) -> bool:
     """Whether a global name stands for the same thing on every call."""
-    if name not in frame.f_globals:
+    if name not in names:
         return name in HARMLESS_BUILTINS and hasattr(builtins, name)
-    value = frame.f_globals[name]
+    value = names[name]
     if isinstance(value, ModuleType):
         return value is math or value.__name__.split(".")[0] == "torch"
-    if isinstance(value, FunctionType):  # A function of the user's is checked when it runs.
-        return _is_users(value.__module__) or value.__module__.split(".")[0] == "torch"
+    if isinstance(value, FunctionType):  # Anyone else's function is checked like the forward.
+        return value.__module__.split(".")[0] == "torch" or not _trusted(value.__module__)
     if isinstance(value, BuiltinFunctionType):
         return value in torch.overrides.get_testing_overrides() or value.__module__ == "math"
     return isinstance(value, type) and issubclass(value, nn.Module)
 
 
 def _constants(
-    region: nn.Module, inlined: set[nn.Module], executed: set[CodeType]
+    region: nn.Module, inlined: set[nn.Module], functions: set[FunctionType]
 ) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """The plain attributes of modules that the code may have read.
+    """The plain attributes of modules that the functions may have read.
 
     Raises:
-        _Unsound: one of them can change without being replaced, or is not watched.
+        _UnsoundError: one of them can change without being replaced, or is not watched.
     """
-    names = {name for code in executed for name in code.co_names}
+    names = {name for f in functions for code in _nested(f.__code__) for name in code.co_names}
     for module in region.modules():
         attributes = vars(module)
         for name in names & attributes.keys():
@@ -265,11 +313,8 @@ def _constants(
             if name == "_modules" and module in inlined:
                 continue
             if module not in inlined or not _constant(value):
-                raise _Unsound(f"it reads the attribute {name}")
+                raise _UnsoundError(f"it reads the attribute {name}")
             yield attributes, name, value
-        if module in inlined:
-            for name in names:
-                _check_class_attribute(type(module), name)
 
 
 def _constant(value: object) -> bool:
@@ -278,19 +323,12 @@ def _constant(value: object) -> bool:
     return isinstance(value, CONSTANTS)
 
 
-def _check_class_attribute(cls: type, name: str) -> None:
-    value = inspect.getattr_static(cls, name, None)
-    plain = callable(value) or isinstance(value, (property, staticmethod, classmethod))
-    if not plain and not _constant(value):
-        raise _Unsound(f"it reads the class attribute {name}")
-
-
 def _only_registered(graph: fx.Graph, region: nn.Module) -> None:
     """Refuses tensors that are neither parameters nor buffers: a trace keeps them for ever."""
     registered = {*dict(region.named_parameters()), *dict(region.named_buffers())}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in registered:
-            raise _Unsound(f"it keeps {node.target}")
+            raise _UnsoundError(f"it keeps {node.target}")
 
 
 def _places(

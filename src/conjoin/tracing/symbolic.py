@@ -11,12 +11,10 @@ whenever it runs, because it shares a call only where the inputs are the very sa
 from __future__ import annotations
 
 import contextlib
-import inspect
-from collections.abc import Callable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -48,11 +46,17 @@ class _NoSideEffects(TorchFunctionMode):
     """Stops a trace before it would change a tensor of the model for real."""
 
     def __torch_function__(
-        self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
         name = getattr(func, "__name__", "")
-        writes = "out" in kwargs or name == "__setitem__" or (name.endswith("_") and name[:2] != "__")
+        writes = (
+            "out" in kwargs or name == "__setitem__" or (name.endswith("_") and name[:2] != "__")
+        )
         if writes and not any(isinstance(a, fx.Proxy) for a in pytree.tree_leaves((args, kwargs))):
             raise fx.proxy.TraceError(f"{name} changes a tensor of the model while it is traced")
         return func(*args, **kwargs)
@@ -82,7 +86,7 @@ def trace(model: nn.Module, kinds: tuple[Kind, ...]) -> Sightings:
             if not isinstance(module, CONTAINERS) and any(True for _ in module.children()):
                 try:
                     graph = _Tracer(kinds).trace(module)
-                except Exception as error:  # The model's own code, which may raise anything.
+                except Exception as error:  # noqa: BLE001 - The model's own code, which may raise anything.
                     untraced.append(Untraced(name, _why(error)))
                 else:
                     _note(graph, name, module, kinds, sites, strided)
