@@ -1,0 +1,178 @@
+"""The optimizer's state to and fro between a plain model and an optimized one.
+
+A model's own checkpoint needs nothing: `state_dict()` has the plain names and values either way.
+An optimizer keeps its state by parameter, and an optimized model has one parameter where the
+plain model has several. State of a parameter's shape (momentum, second moments) is cut and joined
+like the parameter; a single number (the step) is the same for all parts.
+
+Both functions take the parameters of each param group to be in the order of the model's
+`parameters()`, as they are where the groups are made by going through it.
+"""
+
+from __future__ import annotations
+
+import copy
+from collections.abc import Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from conjoin.layers.kind import TENSORS
+from conjoin.layers.wide import View, Wide
+
+_Slot = tuple[nn.Parameter, "tuple[Wide, str, int] | None"]
+"""A plain model's parameter: the Parameter that holds it, and which part of a wide one it is."""
+
+
+def separate(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """The state of an optimizer, as an optimizer of the plain model would have it.
+
+    Args:
+        optimizer: an optimizer of `model`'s parameters.
+        model: the optimized model.
+
+    Returns:
+        A state dict for an optimizer that was built over `conjoin.unfuse(model)`.
+
+    Raises:
+        ValueError: the optimizer keeps state that is neither of the parameter's shape nor a
+            number, as Adafactor and Muon may; it cannot be cut.
+    """
+    packed = optimizer.state_dict()
+    plain: dict[str, Any] = {"state": {}, "param_groups": []}
+    slots = list(_slots(model))
+    count = 0
+    for group, held in zip(packed["param_groups"], optimizer.param_groups, strict=True):
+        index = {id(p): i for p, i in zip(held["params"], group["params"], strict=True)}
+        mine = [slot for slot in slots if id(slot[0]) in index]
+        for number, (parameter, part) in enumerate(mine, count):
+            state = packed["state"].get(index[id(parameter)])
+            if state is not None:
+                plain["state"][number] = _cut(state, parameter, part)
+        plain["param_groups"].append({**group, "params": [*range(count, count + len(mine))]})
+        count += len(mine)
+    return plain
+
+
+def merge(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
+    """The state of a plain model's optimizer, as an optimizer of the optimized model has it.
+
+    Args:
+        state: the state dict of an optimizer of the plain model.
+        optimizer: an optimizer of `model`'s parameters, with the same param groups; it stays as
+            it is.
+        model: the optimized model.
+
+    Returns:
+        A state dict for `optimizer.load_state_dict`.
+
+    Raises:
+        ValueError: the param groups do not correspond, or siblings' states do not go together:
+            some have one and others none, their numbers differ, or they cannot be joined.
+    """
+    packed = optimizer.state_dict()
+    slots = list(_slots(model))
+    states: dict[int, dict[str, Any]] = {}
+    if len(state["param_groups"]) != len(packed["param_groups"]):
+        raise ValueError(
+            f"the state has {len(state['param_groups'])} param groups and the optimizer has "
+            f"{len(packed['param_groups'])}. Build both optimizers with the same groups."
+        )
+    groups = []
+    for plain, group, held in zip(
+        state["param_groups"], packed["param_groups"], optimizer.param_groups, strict=True
+    ):
+        index = {id(p): i for p, i in zip(held["params"], group["params"], strict=True)}
+        mine = [slot for slot in slots if id(slot[0]) in index]
+        if len(mine) != len(plain["params"]):
+            raise ValueError(
+                f"a param group of the state has {len(plain['params'])} parameters where the "
+                f"plain model has {len(mine)}. Build both optimizers with the same groups."
+            )
+        parts: dict[int, dict[int, Any]] = {}
+        for (parameter, part), number in zip(mine, plain["params"], strict=True):
+            position = 0 if part is None else part[2]
+            found = parts.setdefault(index[id(parameter)], {})
+            found[position] = state["state"].get(number)
+        for parameter, part in mine:
+            number = index[id(parameter)]
+            whole = _join([state for _, state in sorted(parts[number].items())], parameter, part)
+            if whole is not None:
+                states[number] = whole
+        groups.append({**plain, "params": group["params"]})
+    return {"state": states, "param_groups": groups}
+
+
+def _slots(model: nn.Module) -> Iterator[_Slot]:
+    """The plain model's parameters in the order of its `parameters()`."""
+    seen: set[int] = set()
+    for module in model.modules():
+        if isinstance(module, View):
+            wide = module.wide_layer
+            for name in TENSORS:
+                tensor = getattr(wide, name)
+                if tensor is not None:
+                    yield tensor, (wide, name, module.conjoin_index)
+        elif not isinstance(module, Wide):
+            for parameter in module._parameters.values():
+                if parameter is not None and id(parameter) not in seen:
+                    seen.add(id(parameter))
+                    yield parameter, None
+
+
+def _cut(
+    state: dict[str, Any], parameter: nn.Parameter, part: tuple[Wide, str, int] | None
+) -> dict[str, Any]:
+    if part is None:
+        return state
+    wide, name, index = part
+    return {
+        key: wide.part(name, value, index).clone()
+        if _shaped(key, value, parameter)
+        else copy.deepcopy(value)  # A step that is a tensor must not be counted by all the parts.
+        for key, value in state.items()
+    }
+
+
+def _join(
+    states: list[Any], parameter: nn.Parameter, part: tuple[Wide, str, int] | None
+) -> dict[str, Any] | None:
+    """The states of all parts of a parameter as one, in the order of the parts."""
+    if part is None:
+        return states[0]  # type: ignore[no-any-return]
+    present = [state for state in states if state is not None]
+    if not present:
+        return None
+    wide, name, _ = part
+    if len(present) < len(states) or any(state.keys() != present[0].keys() for state in present):
+        raise ValueError(f"some parts of a wide {name} have optimizer state and others have none.")
+    joined: dict[str, Any] = {}
+    for key, first in present[0].items():
+        values = [state[key] for state in present]
+        if isinstance(first, Tensor) and first.dim() > 0:
+            joined[key] = wide.kind.merge(name, values)
+            _shaped(key, joined[key], parameter)
+        elif all(bool(torch.as_tensor(value == first).all()) for value in values):
+            joined[key] = first
+        else:
+            raise ValueError(f"the siblings' {key} differs in the optimizer's state: {values}.")
+    return joined
+
+
+def _shaped(key: str, value: object, parameter: nn.Parameter) -> bool:
+    """Whether state is of the parameter's shape.
+
+    Raises:
+        ValueError: it is neither that nor a single number.
+    """
+    if not isinstance(value, Tensor) or value.dim() == 0:
+        return False
+    if value.shape != parameter.shape:
+        raise ValueError(
+            f"the optimizer's {key} has the shape {tuple(value.shape)} for a parameter of shape "
+            f"{tuple(parameter.shape)}, so it cannot be divided among siblings. Start the "
+            "optimizer afresh, or keep the model as it is."
+        )
+    return True

@@ -1,0 +1,120 @@
+"""The optimizer's state survives the way there and back."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+
+import conjoin
+from conjoin import checkpoints
+
+
+class Heads(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(6, 8)
+        self.a = nn.Linear(8, 3)
+        self.up = nn.ModuleList([nn.ConvTranspose1d(4, 2, 3), nn.ConvTranspose1d(4, 5, 3)])
+        self.b = nn.Linear(8, 5)
+
+    def forward(self, x):
+        h = self.stem(x).relu()
+        y = h.view(-1, 4, 2)
+        return self.b(h), self.a(h), self.up[0](y), self.up[1](y)  # b is the first part
+
+
+OPTIMIZERS = {
+    "sgd": lambda parameters: torch.optim.SGD(parameters, lr=1e-3, momentum=0.9),
+    "adam": lambda parameters: torch.optim.AdamW(parameters, lr=0.01, amsgrad=True),
+}
+
+
+def step(model, optimizer, x):
+    optimizer.zero_grad()
+    sum(out.square().sum() for out in model(x)).backward()
+    optimizer.step()
+
+
+def grouped(model):
+    """Biases without weight decay, as many training scripts have it."""
+    named = list(model.named_parameters())
+    return [
+        {"params": [p for name, p in named if not name.endswith("bias")]},
+        {"params": [p for name, p in named if name.endswith("bias")], "weight_decay": 0.0},
+    ]
+
+
+@pytest.mark.parametrize("groups", [lambda model: model.parameters(), grouped], ids=["one", "two"])
+@pytest.mark.parametrize("name", OPTIMIZERS)
+@pytest.mark.parametrize("start_fused", [True, False])
+def test_training_goes_on_as_if_nothing_had_happened(name, groups, start_fused):
+    torch.manual_seed(0)
+    plain = Heads().double()
+    fused = conjoin.optimize(plain)
+    assert len(list(fused.parameters())) < len(list(plain.parameters()))
+    data = torch.randn(6, 5, 6, dtype=torch.float64)
+    reference = copy.deepcopy(plain)
+    expected = OPTIMIZERS[name](groups(reference))
+    model = fused if start_fused else plain
+    optimizer = OPTIMIZERS[name](groups(model))
+    for x in data[:3]:
+        step(reference, expected, x)
+        step(model, optimizer, x)
+
+    if start_fused:
+        other = conjoin.unfuse(model)
+        successor = OPTIMIZERS[name](groups(other))
+        successor.load_state_dict(checkpoints.separate(optimizer, model))
+    else:
+        other = conjoin.optimize(model)
+        successor = OPTIMIZERS[name](groups(other))
+        successor.load_state_dict(checkpoints.merge(optimizer.state_dict(), successor, other))
+    for x in data[3:]:
+        step(reference, expected, x)
+        step(other, successor, x)
+
+    for key, value in reference.state_dict().items():
+        torch.testing.assert_close(other.state_dict()[key], value, rtol=0, atol=1e-9)
+
+
+def test_there_and_back_is_exact():
+    model = conjoin.optimize(Heads())
+    optimizer = OPTIMIZERS["adam"](model.parameters())
+    step(model, optimizer, torch.randn(4, 6))
+    back = checkpoints.merge(checkpoints.separate(optimizer, model), optimizer, model)
+    before = optimizer.state_dict()
+    assert back["state"].keys() == before["state"].keys()
+    for number, state in before["state"].items():
+        for key, value in state.items():
+            assert torch.equal(back["state"][number][key], value)
+    assert back["param_groups"] == before["param_groups"]
+
+
+def test_state_of_another_shape_is_refused():
+    model = conjoin.optimize(Heads())
+    optimizer = torch.optim.Adafactor(model.parameters())
+    step(model, optimizer, torch.randn(4, 6))
+    with pytest.raises(ValueError, match="cannot be divided among siblings"):
+        checkpoints.separate(optimizer, model)
+
+
+def test_steps_that_differ_are_refused():
+    plain = Heads()
+    optimizer = OPTIMIZERS["adam"](plain.parameters())
+    step(plain, optimizer, torch.randn(4, 6))
+    state = optimizer.state_dict()
+    state["state"][2]["step"] += 1
+    fused = conjoin.optimize(plain)
+    with pytest.raises(ValueError, match="step differs"):
+        checkpoints.merge(state, OPTIMIZERS["adam"](fused.parameters()), fused)
+
+
+def test_groups_that_do_not_correspond_are_refused():
+    plain = Heads()
+    fused = conjoin.optimize(plain)
+    state = OPTIMIZERS["sgd"](plain.parameters()).state_dict()
+    with pytest.raises(ValueError, match="1 param groups and the optimizer has 2"):
+        checkpoints.merge(state, OPTIMIZERS["sgd"](grouped(fused)), fused)
+    with pytest.raises(ValueError, match="param group of the state has 10 parameters"):
+        checkpoints.merge(state, OPTIMIZERS["sgd"]([fused.stem.weight]), fused)
