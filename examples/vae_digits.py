@@ -217,7 +217,7 @@ def show_way_back(fused: VAE, images: Tensor) -> None:
             )
 
 
-def main(epochs: int = 8) -> None:
+def main(epochs: int = 5) -> None:
     """Runs the demonstration.
 
     Args:

@@ -182,7 +182,6 @@ def _count_on(
     plain: Copy, optimized: Copy, call: Call, found: Sequence[Candidate]
 ) -> tuple[Counted, Counted]:
     unfuse(plain.model, inplace=True)
-    regions.uninstall(optimized.model)
     _fuse_all(optimized.model, found)
     names = [name for candidate in found for name in candidate.layers]
     with undisturbed():

@@ -16,7 +16,7 @@ from torch import Tensor, nn
 from conjoin.graph.site import Sightings, Site
 from conjoin.layers import Kind, kind_of
 from conjoin.layers.kind import Verdict, common, tensors
-from conjoin.layers.wide import View
+from conjoin.layers.wide import View, wides
 from conjoin.legality import Reason, Refusal
 
 DIFFERENCE = {
@@ -72,8 +72,18 @@ def candidates(
             widths = tuple(_width(kind, modules[name]) for name in names)
             strided = frozenset(i for i, name in enumerate(names) if name in sightings.strided)
             found.append(Candidate(kind, names, widths, refusal, strided))
+    found += _unseen(model, {name for candidate in found for name in candidate.layers})
     first = {site.layer: order for order, site in reversed(list(enumerate(sightings.sites)))}
-    return tuple(sorted(found, key=lambda candidate: first[candidate.layers[0]]))
+    last = len(first)
+    return tuple(sorted(found, key=lambda candidate: first.get(candidate.layers[0], last)))
+
+
+def _unseen(model: nn.Module, seen: set[str]) -> Iterator[Candidate]:
+    """The groups that were merged earlier and are not called in what was seen of the model."""
+    for wide, members in wides(model).items():
+        names = tuple(name for name, _ in members)
+        if not seen.intersection(names) and len(names) > 1:
+            yield Candidate(wide.kind, names, tuple(wide.widths), None, wide.contiguous)
 
 
 Calls = tuple[tuple[Hashable, int, Hashable], ...]
@@ -129,14 +139,11 @@ def _resolve(
     for group in groups:
         if len(group) > 1:
             yield tuple(group), None
-    reference = max(groups, key=len, default=[])
+    reference = max(groups, key=len, default=[""])[0]
     for group in groups:
-        if len(group) > 1:
-            continue
-        name = group[0]
-        other = next((n for n in (*reference, *keys) if n != name), None)
-        if other is not None:
-            verdicts[name] = _apart(name, other, calls) or _difference(name, other, keys)
+        if len(group) == 1 and group[0] != reference:
+            name = group[0]
+            verdicts[name] = _apart(name, reference, calls) or _difference(name, reference, keys)
     merged = {name for group in groups if len(group) > 1 for name in group}
     yield from _refusals([name for name in layers if name not in merged], verdicts)
 

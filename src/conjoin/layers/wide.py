@@ -11,7 +11,6 @@ the wide layer. The wide layer is a child of every one of its views, so that
 
 from __future__ import annotations
 
-import functools
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
@@ -186,11 +185,20 @@ class View(nn.Module):
             _adopt(self, replaced)
 
 
-@functools.cache
-def view_class(base: Any) -> type[View]:
+_view_classes: dict[type, type[View]] = {}
+
+
+def view_class(base: type[nn.Module]) -> type[View]:
     """The class of views of `base` layers: a subclass of `base` that goes by its name."""
-    names = {"conjoin_base": base, "__module__": base.__module__, "__qualname__": base.__qualname__}
-    return cast(type[View], type(base.__name__, (View, base), names))
+    if base not in _view_classes:
+        names = {
+            "conjoin_base": base,
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        }
+        _view_classes[base] = cast("type[View]", type(base.__name__, (View, base), names))
+    return _view_classes[base]
 
 
 def _new_view(base: type[nn.Module]) -> View:

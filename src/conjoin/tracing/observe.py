@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from conjoin.graph.site import Sightings, Site, Untraced
 from conjoin.launches import Counted, count_layers
 from conjoin.layers import Kind, kind_of
+from conjoin.tracing import regions
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of one call of the model."""
@@ -60,6 +61,7 @@ class Copy:
         self.fake = fake
         self._mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         self.model = self._copied(model)
+        regions.uninstall(self.model)  # So that every view is called.
 
     def _copied(self, model: nn.Module) -> nn.Module:
         if self._mode is None:

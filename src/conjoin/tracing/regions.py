@@ -9,11 +9,13 @@ optional arguments, a hook on a module that the new forward does not call, a sib
 
 from __future__ import annotations
 
+import contextlib
 import functools
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.nn.modules import module as nn_module
 
@@ -24,6 +26,9 @@ from conjoin.tracing import sound
 
 PLAN = "conjoin_plan"
 """The attribute of a region that holds its plan."""
+
+OWN_COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__getattribute__", "__slots__")
+"""A class that defines one of these keeps its forward: a region would get in the way of it."""
 
 
 @dataclass(slots=True)
@@ -84,27 +89,34 @@ class Region(nn.Module):
         return _new_region, (self.conjoin_base,), self.__dict__.copy()
 
 
-@functools.cache
-def region_class(base: Any) -> type[Region]:
+_region_classes: dict[type, type[Region]] = {}
+
+
+def region_class(base: type[nn.Module]) -> type[Region]:
     """The class of regions that are `base` modules: a subclass of `base` that goes by its name."""
+    if base not in _region_classes:
+        names = {
+            "conjoin_base": base,
+            "forward": _forward(base),
+            "__module__": base.__module__,
+            "__qualname__": base.__qualname__,
+            "__doc__": base.__doc__,
+        }
+        _region_classes[base] = cast("type[Region]", type(base.__name__, (Region, base), names))
+    return _region_classes[base]
+
+
+def _forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """A forward that runs the plan where it holds, and otherwise the forward of `base`."""
 
     @functools.wraps(base.forward)
     def forward(self: Region, *args: Any, **kwargs: Any) -> Any:
-        plan = vars(self).get(PLAN)
-        if plan is None:
-            plan = _plan_again(self)
+        plan = vars(self).get(PLAN) or _plan_again(self)
         if plan is not None and not kwargs and len(args) == plan.arity and plan.holds():
             return plan.function(self, *args)
         return base.forward(self, *args, **kwargs)
 
-    names = {
-        "conjoin_base": base,
-        "forward": forward,
-        "__module__": base.__module__,
-        "__qualname__": base.__qualname__,
-        "__doc__": base.__doc__,
-    }
-    return cast(type[Region], type(base.__name__, (Region, base), names))
+    return forward
 
 
 def _new_region(base: type[nn.Module]) -> Region:
@@ -113,7 +125,9 @@ def _new_region(base: type[nn.Module]) -> Region:
 
 
 def _plan_again(region: Region) -> Plan | None:
-    """The plan of a region that came out of a pickle; without one it is no region any more."""
+    """The plan of a region that came out of a copy or a pickle, which hold none."""
+    if torch.compiler.is_compiling():
+        return None
     region.__class__ = region.conjoin_base  # type: ignore[assignment]
     vars(region).pop(PLAN, None)
     _install(region)
@@ -135,7 +149,23 @@ def uninstall(model: nn.Module) -> None:
             vars(module).pop(PLAN, None)
 
 
+@contextlib.contextmanager
+def suspended(model: nn.Module) -> Iterator[None]:
+    """Gives every region of `model` its own forward back for a while."""
+    held = [(module, type(module)) for module in model.modules() if isinstance(module, Region)]
+    for module, cls in held:
+        module.__class__ = cls.conjoin_base  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        for module, cls in held:
+            module.__class__ = cls
+
+
 def _install(module: nn.Module) -> None:
+    before = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
+    if any(name in vars(cls) for cls in before for name in OWN_COPYING):
+        return
     traced = sound.trace(module, PIPELINE)
     if traced is None:
         return

@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from conjoin.graph import hazards
 from conjoin.graph.site import Sightings, Site, Untraced
 from conjoin.layers import Kind, kind_of
+from conjoin.tracing import regions
 from conjoin.tracing.observe import undisturbed
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -75,7 +76,7 @@ def trace(model: nn.Module, kinds: tuple[Kind, ...]) -> Sightings:
     sites: list[Site] = []
     strided: dict[str, str] = {}
     untraced: list[Untraced] = []
-    with undisturbed(), _restored(model), _NoSideEffects():
+    with undisturbed(), regions.suspended(model), _restored(model), _NoSideEffects():
         pending = [("", model)]
         seen: set[nn.Module] = set()
         while pending:

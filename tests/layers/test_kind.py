@@ -1,0 +1,245 @@
+"""What a kind looks at before layers are merged: each layer by itself, and what they share."""
+
+import pytest
+import torch
+from families import EVERY_KIND
+from torch import nn
+from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
+
+from conjoin.layers import KINDS, kind_of
+from conjoin.layers.kind import common, tensors
+from conjoin.legality import Reason
+
+every_kind = pytest.mark.parametrize("case", EVERY_KIND.values(), ids=EVERY_KIND)
+
+
+def test_every_kind_has_a_case():
+    assert [kind.name for kind in KINDS] == list(EVERY_KIND)
+
+
+@every_kind
+def test_a_plain_layer_may_be_merged(case):
+    layer = case.layer(3)
+    kind = kind_of(layer)
+    assert kind.layer is type(layer)
+    assert kind.check(layer) is None
+
+
+@every_kind
+def test_a_frozen_half_precision_layer_may_be_merged(case):
+    layer = case.layer(3).to(torch.bfloat16).requires_grad_(False)
+    assert kind_of(layer).check(layer) is None
+
+
+class OwnForward(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) + 1
+
+
+class OwnConvForward(nn.Conv2d):
+    def _conv_forward(self, x, weight, bias):
+        return super()._conv_forward(x, weight * 2, bias)
+
+
+class OwnLoading(nn.Linear):
+    def _load_from_state_dict(self, *args):
+        super()._load_from_state_dict(*args)
+
+
+class OwnCall(nn.Linear):
+    def __call__(self, x):
+        return super().__call__(x) + 1
+
+
+class Computed(nn.Linear):
+    @property
+    def weight(self):
+        return self._parameters["weight"] * 2
+
+    @weight.setter
+    def weight(self, value):
+        pass
+
+
+class Normed(nn.Linear):
+    """What is computed is the same as in the plain layer."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.extra = "an attribute"
+
+    def reset_parameters(self):
+        nn.init.normal_(self.weight)
+        nn.init.zeros_(self.bias)
+
+
+def patched():
+    layer = nn.Linear(4, 3)
+    layer.forward = lambda x: x
+    return layer
+
+
+def changed(change):
+    layer = nn.Linear(4, 3)
+    change(layer)
+    return layer
+
+
+class Quantized(nn.Parameter):
+    pass
+
+
+def with_parameter(made):
+    layer = nn.Linear(4, 3)
+    layer.weight = made(layer.weight.detach())
+    return layer
+
+
+def integer():
+    layer = nn.Linear(4, 3)
+    layer.weight = nn.Parameter(torch.zeros(3, 4, dtype=torch.int8), requires_grad=False)
+    return layer
+
+
+REFUSED = {
+    "own forward": (lambda: OwnForward(4, 3), Reason.OWN_FORWARD, "OwnForward defines forward"),
+    "part of a forward": (lambda: OwnConvForward(2, 3, 1), Reason.OWN_FORWARD, "_conv_forward"),
+    "own loading": (lambda: OwnLoading(4, 3), Reason.OWN_FORWARD, "_load_from_state_dict"),
+    "own call": (lambda: OwnCall(4, 3), Reason.OWN_FORWARD, "__call__"),
+    "patched": (patched, Reason.OWN_FORWARD, "replaced on the instance"),
+    "forward hook": (
+        lambda: changed(lambda layer: layer.register_forward_hook(lambda *_: None)),
+        Reason.HOOKS,
+        "forward hooks",
+    ),
+    "forward pre-hook": (
+        lambda: changed(lambda layer: layer.register_forward_pre_hook(lambda *_: None)),
+        Reason.HOOKS,
+        "forward pre hooks",
+    ),
+    "backward hook": (
+        lambda: changed(lambda layer: layer.register_full_backward_hook(lambda *_: None)),
+        Reason.HOOKS,
+        "backward hooks",
+    ),
+    "state_dict hook": (
+        lambda: changed(lambda layer: layer.register_state_dict_post_hook(lambda *_: None)),
+        Reason.HOOKS,
+        "state dict hooks",
+    ),
+    "loading hook": (
+        lambda: changed(lambda layer: layer.register_load_state_dict_pre_hook(lambda *_: None)),
+        Reason.HOOKS,
+        "load state dict pre hooks",
+    ),
+    "hook on the weight": (
+        lambda: changed(lambda layer: layer.weight.register_hook(lambda grad: grad)),
+        Reason.HOOKS,
+        "a hook on weight",
+    ),
+    "hook after accumulation": (
+        lambda: changed(
+            lambda layer: layer.bias.register_post_accumulate_grad_hook(lambda p: None)
+        ),
+        Reason.HOOKS,
+        "a hook on bias",
+    ),
+    "weight_norm": (lambda: weight_norm(nn.Linear(4, 3)), Reason.PARAMETRIZED, "weight"),
+    "spectral_norm": (lambda: spectral_norm(nn.Linear(4, 3)), Reason.PARAMETRIZED, "weight"),
+    "pruning": (
+        lambda: prune.l1_unstructured(nn.Linear(4, 3), "weight", 0.5),
+        Reason.PARAMETRIZED,
+        "weight",
+    ),
+    "pruned bias": (
+        lambda: prune.l1_unstructured(nn.Linear(4, 3), "bias", 0.5),
+        Reason.PARAMETRIZED,
+        "bias",
+    ),
+    "parametrization": (
+        lambda: parametrizations.orthogonal(nn.Linear(4, 3)),
+        Reason.PARAMETRIZED,
+        "weight is computed by a parametrization",
+    ),
+    "lazy": (lambda: nn.LazyLinear(3), Reason.UNINITIALIZED, "weight"),
+    "class of parameter": (lambda: with_parameter(Quantized), Reason.CUSTOM_PARAMETER, "Quantized"),
+    "integers": (integer, Reason.CUSTOM_PARAMETER, "int8"),
+    "groups": (lambda: nn.Conv2d(4, 6, 1, groups=2), Reason.GROUPED, "groups=2"),
+    "max_norm": (
+        lambda: nn.Embedding(4, 3, max_norm=1.5),
+        Reason.UNSUPPORTED_OPTION,
+        "max_norm=1.5",
+    ),
+    "sparse": (lambda: nn.Embedding(4, 3, sparse=True), Reason.UNSUPPORTED_OPTION, "sparse=True"),
+    "scaled by frequency": (
+        lambda: nn.Embedding(4, 3, scale_grad_by_freq=True),
+        Reason.UNSUPPORTED_OPTION,
+        "scale_grad_by_freq=True",
+    ),
+}
+
+
+@pytest.mark.parametrize(("build", "reason", "detail"), REFUSED.values(), ids=REFUSED)
+def test_refused(build, reason, detail):
+    layer = build()
+    found, why = kind_of(layer).check(layer)
+    assert found is reason
+    assert detail in why
+
+
+def test_a_weight_computed_by_the_class_is_refused():
+    layer = Computed(4, 3)
+    assert kind_of(layer).check(layer) is not None
+
+
+def test_a_subclass_that_only_starts_otherwise_may_be_merged():
+    assert kind_of(Normed(4, 3)).check(Normed(4, 3)) is None
+
+
+def test_a_lazy_layer_may_be_merged_once_it_has_a_shape():
+    layer = nn.LazyConv2d(3, 1)
+    assert kind_of(layer).check(layer)[0] is Reason.UNINITIALIZED
+    layer(torch.randn(1, 2, 4, 4))
+    assert kind_of(layer).check(layer) is None
+
+
+DIFFERENCES = {
+    "stride": dict(stride=2),
+    "padding": dict(padding=1),
+    "dilation": dict(dilation=2),
+    "kernel_size": dict(kernel_size=1),
+    "padding_mode": dict(padding_mode="circular"),
+    "bias": dict(bias=False),
+    "dtype": dict(dtype=torch.float64),
+    "device": dict(device="meta"),
+}
+
+
+def in_common(layer):
+    return common(kind_of(layer), layer, tensors(layer))
+
+
+@pytest.mark.parametrize(("name", "settings"), DIFFERENCES.items(), ids=DIFFERENCES)
+def test_what_must_be_equal(name, settings):
+    base = {"kernel_size": 3}
+    one, other = nn.Conv2d(2, 3, **base), nn.Conv2d(2, 3, **{**base, **settings})
+    mine, theirs = in_common(one), in_common(other)
+    assert name in {key for key in mine if mine[key] != theirs[key]}
+    assert mine == in_common(nn.Conv2d(2, 5, **base))
+
+
+def test_memory_format_and_requires_grad_must_be_equal():
+    mine = in_common(nn.Conv2d(2, 3, 3))
+    assert mine != in_common(nn.Conv2d(2, 3, 3).to(memory_format=torch.channels_last))
+    assert mine != in_common(nn.Conv2d(2, 3, 3).requires_grad_(False))
+    half = nn.Conv2d(2, 3, 3)
+    half.bias.requires_grad_(False)
+    assert mine != in_common(half)
+
+
+def test_attributes_of_parameters_must_be_equal():
+    one, other = nn.Linear(4, 3), nn.Linear(4, 3)
+    one.weight.learning_rate = 0.1
+    assert in_common(one) != in_common(other)
+    other.weight.learning_rate = one.weight.learning_rate
+    assert in_common(one) == in_common(other)
