@@ -217,7 +217,7 @@ def show_way_back(fused: VAE, images: Tensor) -> None:
             )
 
 
-def main(epochs: int = 5) -> None:
+def main(epochs: int = 8) -> None:
     """Runs the demonstration.
 
     Args:
@@ -254,5 +254,7 @@ def main(epochs: int = 5) -> None:
 
 
 if __name__ == "__main__":
+    # Layers this small gain nothing from a second thread, and lose much to other programs.
+    torch.set_num_threads(1)
     # By its name and not as __main__, so that the command line can unpickle the class.
     importlib.import_module("vae_digits").main()
