@@ -134,7 +134,9 @@ def test_without_inputs_nothing_is_counted(capsys: Capture, whole: str) -> None:
 
 def test_an_exported_program_is_reported_on_its_own_inputs(capsys: Capture, exported: str) -> None:
     report = json.loads(succeed(capsys, "report", exported, "--format", "json"))
+    assert [(g["layers"], g["fused"]) for g in report["groups"]] == [(["0.0", "0.1"], True)]
     assert report["launches"]["before"]["forward"] == 3
+    assert report["launches"]["after"]["forward"] == 2
 
 
 def test_factories_of_the_current_folder(capsys: Capture, nets: str) -> None:

@@ -37,6 +37,8 @@ from typing import Any
 import torch
 from torch import nn
 
+from conjoin.tracing.exported import lift
+
 # torch.save stores members uncompressed, so an honest archive unpacks to its own size.
 MAX_EXPANSION = 20
 # Below this size no archive is a danger to memory, however well it is packed.
@@ -441,7 +443,7 @@ def _from_exported(source: str, kind: Kind, trust_pickle: bool) -> Saved:
             _check_exported(source, torch._C.PyTorchFileReader(source))
         program = torch.export.load(source)
         # Without guards: their source is text in the file, and would be executed.
-        model = program.module(check_guards=trust_pickle)
+        model = lift(program.module(check_guards=trust_pickle))
     inputs = program.example_inputs
     return Saved(model, *inputs) if inputs else Saved(model)
 

@@ -51,14 +51,16 @@ class OwnCall(nn.Linear):
         return super().__call__(x) + 1
 
 
-class Computed(nn.Linear):
+class Scaled(nn.Linear):
+    """An equalized learning rate: the weight is computed by a property."""
+
+    def __init__(self, *args):
+        super().__init__(*args)
+        self.scale = 2.0
+
     @property
     def weight(self):
-        return self._parameters["weight"] * 2
-
-    @weight.setter
-    def weight(self, value):
-        pass
+        return self.scale * self._parameters["weight"]
 
 
 class Normed(nn.Linear):
@@ -187,8 +189,24 @@ def test_refused(build, reason, detail):
     assert detail in why
 
 
-def test_a_weight_computed_by_the_class_is_refused():
-    layer = Computed(4, 3)
+def bias_as(hold):
+    layer = nn.Linear(4, 3)
+    bias = layer.bias.detach()
+    del layer.bias
+    hold(layer, bias)
+    return layer
+
+
+COMPUTED = {
+    "weight by a property": lambda: Scaled(4, 3),
+    "bias a plain tensor": lambda: bias_as(lambda layer, bias: setattr(layer, "bias", bias)),
+    "bias a buffer": lambda: bias_as(lambda layer, bias: layer.register_buffer("bias", bias)),
+}
+
+
+@pytest.mark.parametrize("build", COMPUTED.values(), ids=COMPUTED)
+def test_what_is_no_parameter_is_refused(build):
+    layer = build()
     assert kind_of(layer).check(layer) is not None
 
 

@@ -38,6 +38,10 @@ def plain(case, widths=(2, 3)):
 def test_state_dict_is_the_originals(case, widths):
     plain = case.family(widths)
     assert_same_state(fused(plain), plain)
+
+
+def test_state_dict_tells_no_more_versions_than_the_original():
+    plain = EVERY_KIND["Linear"].family()
     assert fused(plain).state_dict()._metadata == plain.state_dict()._metadata
 
 
@@ -56,11 +60,9 @@ def test_safetensors(case, widths, tmp_path):
     plain = case.family(widths)
     file = tmp_path / "model.safetensors"
     safetensors.torch.save_file(fused(plain).state_dict(), file)
+    assert file.read_bytes() == safetensors.torch.save(plain.state_dict())
     target = fused(case.family(widths))
     target.load_state_dict(safetensors.torch.load_file(file))
-    assert_same_state(target, plain)
-    safetensors.torch.save_file(plain.state_dict(), file)
-    safetensors.torch.load_model(target, file)
     assert_same_state(target, plain)
 
 
@@ -259,10 +261,9 @@ def test_gradients_go_along():
     plain = EVERY_KIND["Conv2d"].family((2, 3))
     train(plain, EVERY_KIND["Conv2d"].input())
     plain.layers[0].bias.grad = None
-    model = copy.deepcopy(plain)
-    merge(model.layers)
-    expected = {n: torch.zeros(2).double() if g is None else g for n, g in gradients(plain).items()}
-    assert_close(gradients(model), expected, "gradient of")
+    expected = gradients(plain) | {"layers.0.bias": torch.zeros(2).double()}
+    merge(plain.layers)
+    assert_close(gradients(plain), expected, "gradient of")
 
 
 @pytest.mark.parametrize("flag", [True, False])
@@ -280,16 +281,12 @@ def test_freezing_one_sibling():
     for each in (plain, model):
         each.layers[0].requires_grad_(False)
     assert_equivalent(model, plain, (EVERY_KIND["Linear"].input(),))
-    assert [p.requires_grad for p in model.layers[0].parameters()] == [False, False]
-    assert gradients(model)["layers.1.weight"] is not None
+    assert [p.requires_grad for p in model.parameters()] == [False, False, True, True]
 
 
 ASSIGNMENTS = {
     "weight": lambda layer: setattr(layer, "weight", nn.Parameter(torch.ones_like(layer.weight))),
     "no bias": lambda layer: setattr(layer, "bias", None),
-    "data": lambda layer: setattr(layer.weight, "data", torch.ones_like(layer.weight)),
-    "register": lambda layer: layer.register_parameter("bias", None),
-    "delete": lambda layer: delattr(layer, "bias"),
     "in place": lambda layer: layer.weight.data.fill_(2),
     "initialized": lambda layer: nn.init.constant_(layer.weight, 0.5),
     "slice": lambda layer: layer.weight.detach()[0].fill_(2),
@@ -303,14 +300,8 @@ def test_assignment(name, change):
     case = EVERY_KIND[name]
     plain = case.family((2, 3))
     model = fused(plain)
-    raised = []
     for each in (plain, model):
-        try:
-            change(each.layers[1])
-            raised.append(None)
-        except (AttributeError, KeyError, RuntimeError) as error:
-            raised.append(type(error))
-    assert raised[0] == raised[1]
+        change(each.layers[1])
     assert_same_state(model, plain)
 
 
@@ -338,9 +329,9 @@ def test_attributes_of_parameters_are_kept():
     plain = EVERY_KIND["Linear"].family((2, 3))
     for parameter in plain.parameters():
         parameter.tag = "kept"
-    model = fused(plain)
-    assert [p.tag for p in model.parameters()] == ["kept"] * 2
-    assert [p.tag for p in release(model.layers[1]).parameters()] == ["kept"] * 2
+    merge(plain.layers)
+    assert [p.tag for p in plain.parameters()] == ["kept"] * 2
+    assert [p.tag for p in release(plain.layers[1]).parameters()] == ["kept"] * 2
 
 
 @pytest.mark.parametrize("name", ["Conv2d", "Conv3d", "ConvTranspose2d"])

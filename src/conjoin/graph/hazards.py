@@ -6,7 +6,6 @@ import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
-import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -83,7 +82,7 @@ def shares_memory(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_method":
         return node.target in VIEW_METHODS or _is_inplace_name(str(node.target))
     if node.op == "call_function":
-        name = getattr(node.target, "__name__", "")
+        name = _called(node)
         return (
             node.target in VIEW_FUNCTIONS
             or name in VIEW_METHODS
@@ -111,7 +110,7 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node
     yield from (
         n for n in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(n, fx.Node)
     )
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
+    name = _called(node)
     inplace = (
         node.target in INPLACE_OPERATORS
         or _is_inplace_name(name)
@@ -141,22 +140,26 @@ def reads_strides(node: fx.Node, *, escapes: bool) -> str:
     for user in node.users:
         if user.op == "output" and escapes:
             return "what reads the output is not known"
-        if user.op == "call_method" and user.target in STRIDE_METHODS:
-            return str(user.target)
-        if user.op == "call_function" and user.target is torch.as_strided:
-            return "as_strided"
+        if user.op in ("call_method", "call_function") and _called(user) in STRIDE_METHODS:
+            return _called(user)
         if user.op == "call_function" and not _of_torch(user.target):
             return f"{getattr(user.target, '__name__', user.target)} is not PyTorch's"
         if _may_view(user) and (why := reads_strides(user, escapes=escapes)):
             return why
-        if _may_view(user) and any(_is_inplace_name(str(u.target)) for u in user.users):
+        if _may_view(user) and any(_is_inplace_name(_called(u)) for u in user.users):
             return "a change in place of a view of the output"
     return ""
 
 
 def _may_view(node: fx.Node) -> bool:
-    name = node.target if isinstance(node.target, str) else getattr(node.target, "__name__", "")
-    return node.op in ("call_method", "call_function") and name in VIEW_METHODS
+    return node.op in ("call_method", "call_function") and _called(node) in VIEW_METHODS
+
+
+def _called(node: fx.Node) -> str:
+    """The name of the method or function that a node calls, without an overload's."""
+    if isinstance(node.target, str):
+        return node.target
+    return str(getattr(node.target, "__name__", "")).split(".")[0]
 
 
 def _of_torch(target: Callable[..., Any] | str) -> bool:

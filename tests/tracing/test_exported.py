@@ -1,0 +1,98 @@
+"""An exported program's layers are found again, and compute what they did."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torch.utils import _pytree as pytree
+
+import conjoin
+from conjoin.tracing.exported import lift
+
+
+class Zoo(nn.Module):
+    """Siblings of every kind, with settings that an export writes in different ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 4), nn.Linear(8, 6)
+        self.norm = nn.BatchNorm1d(2)
+        self.convs = nn.ModuleList(nn.Conv1d(2, n, 3, padding="same") for n in (3, 4))
+        self.planes = nn.ModuleList(
+            nn.Conv2d(2, n, 3, stride=(1, 2), dilation=1, padding=1, bias=False) for n in (3, 3)
+        )
+        self.up = nn.ModuleList(
+            nn.ConvTranspose1d(2, n, 3, stride=2, output_padding=1) for n in (3, 1)
+        )
+        self.tables = nn.ModuleList(nn.Embedding(5, n, padding_idx=1) for n in (3, 4))
+
+    def forward(self, x, rows):
+        y = self.norm(x.view(-1, 2, 4))
+        branches = [conv(y) for conv in (*self.convs, *self.up)]
+        z = y.unsqueeze(-1)
+        planes = [conv(z) for conv in self.planes]
+        return self.q(x), self.k(x), branches, planes, [table(rows) for table in self.tables]
+
+
+class Functional(nn.Module):
+    """Weights that belong to no layer, and a layer that is called in two ways."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(4, 8))
+        self.layer = nn.Linear(8, 8)
+        self.scale = nn.Parameter(torch.ones(8))
+
+    def forward(self, x):
+        y = nn.functional.linear(x, self.weight) + nn.functional.linear(x, self.weight * 2)
+        return y, self.layer(x), nn.functional.linear(x, self.layer.weight)
+
+
+def exported(model, inputs):
+    return torch.export.export(model, inputs).module(check_guards=False)
+
+
+@pytest.mark.parametrize(
+    ("model", "inputs"),
+    [
+        (Zoo(), (torch.randn(3, 8, dtype=torch.float64), torch.tensor([0, 1, 4]))),
+        (Functional(), (torch.randn(3, 8, dtype=torch.float64),)),
+    ],
+    ids=["layers", "functional"],
+)
+def test_the_same_function(model, inputs):
+    model = copy.deepcopy(model).double().eval()
+    expected = pytree.tree_leaves(model(*inputs))
+    found = pytree.tree_leaves(lift(exported(model, inputs))(*inputs))
+    for a, b in zip(found, expected, strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+def test_the_layers_stand_at_their_names():
+    model = Zoo()
+    lifted = lift(exported(model, (torch.randn(3, 8), torch.tensor([0, 1, 4]))))
+    for name, layer in model.named_modules():
+        if isinstance(layer, (nn.Linear, nn.Embedding, nn.modules.conv._ConvNd)):
+            assert repr(lifted.get_submodule(name)) == repr(layer)
+            for key, tensor in layer.state_dict().items():
+                assert torch.equal(lifted.get_submodule(name).state_dict()[key], tensor)
+
+
+@pytest.mark.parametrize("observed", [True, False])
+def test_its_report_is_the_model_s(observed):
+    model, inputs = Zoo(), (torch.randn(3, 8), torch.tensor([0, 1, 4]))
+    lifted = lift(exported(model, inputs))
+    expected = conjoin.report(model, inputs if observed else None)
+    found = conjoin.report(lifted, inputs if observed else None)
+    assert [(g.kind, set(g.layers), g.fused) for g in found.groups] == [
+        (g.kind, set(g.layers), g.fused) for g in expected.groups
+    ]
+    assert len(found.groups) == 5
+    assert found.launches == expected.launches
+
+
+def test_what_is_no_layer_stays_an_operation():
+    lifted = lift(exported(Functional(), (torch.randn(3, 8),)))
+    calls = [node.target for node in lifted.graph.nodes if node.op == "call_module"]
+    assert calls == ["layer"]
