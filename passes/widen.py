@@ -16,34 +16,45 @@ from conjoin.graph import edit, hazards
 from conjoin.layers.wide import WIDE, View, Wide
 
 
-def widen(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> int:
+def widen(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[str] | None:
     """Merges the calls of views that make up whole wide layers.
 
-    A wide layer is left to its views where some of them are not called on the same tensor in the
-    same state: what they compute is the same, in more launches.
+    A wide layer is left to its views where some of them are not called on the same tensor, or
+    where something stands between them that might change it: what the views compute is the same,
+    in more launches.
 
     Args:
         graph: the graph, changed in place.
         modules: the modules that it calls, by target.
 
     Returns:
-        How many groups of calls were merged.
+        The targets of modules that stand between siblings, which must stay free of side effects;
+        None where nothing was merged.
     """
-    versions = hazards.versions(graph, modules)
     calls: dict[tuple[Wide, fx.Node, int], dict[int, fx.Node]] = {}
+    between: dict[tuple[Wide, fx.Node, int], list[str]] = {}
+    pure: list[str] = []
+    barrier = 0
     for node in graph.nodes:
         view = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(view, View) and (input := _only_input(node)) is not None:
-            group = calls.setdefault((view.wide_layer, input, versions[node]), {})
-            group.setdefault(view.conjoin_index, node)
-    merged = 0
-    for (wide, input, _), group in calls.items():
+            key = view.wide_layer, input, barrier
+            calls.setdefault(key, {}).setdefault(view.conjoin_index, node)
+            between.setdefault(key, pure)
+        elif not hazards.is_pure(node, modules):
+            barrier += 1
+            pure = []
+        elif node.op == "call_module":
+            pure.append(str(node.target))
+    relied: list[str] | None = None
+    for key, group in calls.items():
+        wide, input, _ = key
         if len(group) == len(wide.widths):
             siblings = [group[index] for index in range(len(group))]
             first = min(siblings)
             edit.replace(graph, siblings, first, f"{first.target}.{WIDE}", input, wide.split)
-            merged += 1
-    return merged
+            relied = [*(relied or []), *between[key]]
+    return relied
 
 
 def _only_input(node: fx.Node) -> fx.Node | None:

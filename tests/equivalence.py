@@ -7,6 +7,8 @@ from collections.abc import Iterator, Mapping
 
 import torch
 from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils import _pytree as pytree
 
 from conjoin.layers.wide import views
 
@@ -67,7 +69,7 @@ def differentiable(inputs):
         leaves.append(tensor.detach().clone().requires_grad_())
         return leaves[-1].clone()
 
-    return leaves, torch.utils._pytree.tree_map_only(Tensor, copied, inputs)
+    return leaves, pytree.tree_map_only(Tensor, copied, inputs)
 
 
 def tensors(value, name="", seen=None) -> Iterator[tuple[str, Tensor]]:
@@ -211,11 +213,18 @@ def bytes_of(tensor: Tensor) -> Tensor:
 
 def assert_same_structure(actual: nn.Module, expected: nn.Module) -> None:
     """The same modules of the same classes at the same names, in the same order."""
-    ours = {name: type(m) for name, m in actual.named_modules(remove_duplicate=False)}
-    theirs = {name: type(m) for name, m in expected.named_modules(remove_duplicate=False)}
-    assert list(ours.items()) == list(theirs.items())
+    ours, theirs = (
+        [(name, class_of(module)) for name, module in model.named_modules(remove_duplicate=False)]
+        for model in (actual, expected)
+    )
+    assert ours == theirs
     ours = [name for name, _ in actual.named_parameters()]
     assert ours == [name for name, _ in expected.named_parameters()]
+
+
+def class_of(module: nn.Module) -> type:
+    """The module's class; parametrized modules have one of their own each, which says nothing."""
+    return parametrize.type_before_parametrizations(module)
 
 
 def set_seed(seed: int = SEED) -> None:
@@ -233,6 +242,7 @@ def random_states() -> tuple[object, ...]:
 
     return (
         random.getstate(),
-        tuple(numpy.random.get_state(legacy=False)["state"]["key"].tolist()),
+        tuple(numpy.random.get_state()[1].tolist()),
+        numpy.random.get_state()[2],
         torch.get_rng_state(),
     )

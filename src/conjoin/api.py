@@ -15,8 +15,9 @@ from conjoin.layers import KINDS
 from conjoin.layers.wide import View, fuse, release, views
 from conjoin.report import Group, Report
 from conjoin.tracing import regions
-from conjoin.tracing.observe import Call, Copy, observe, undisturbed
+from conjoin.tracing.observe import Call, Copy, observe
 from conjoin.tracing.symbolic import trace
+from conjoin.tracing.undisturbed import undisturbed
 
 Model = TypeVar("Model", bound=nn.Module)
 
@@ -158,16 +159,20 @@ def _find(model: nn.Module, calls: list[Call]) -> tuple[tuple[Candidate, ...], S
 def _fuse_all(model: nn.Module, found: Sequence[Candidate]) -> None:
     """Merges the candidates that may be merged and are not yet."""
     modules = dict(model.named_modules())
+    order = {name: position for position, name in enumerate(modules)}
     for candidate in found:
         if candidate.refusal is not None:
             continue
+        leader = min(
+            range(len(candidate.layers)), key=[order[n] for n in candidate.layers].__getitem__
+        )
         layers = [modules[name] for name in candidate.layers]
         fused = [layer for layer in layers if isinstance(layer, View)]
         if len(fused) == len(layers) and len({view.wide_layer for view in fused}) == 1:
             continue
         for view in fused:
             release(view)
-        fuse(candidate.kind, layers, candidate.contiguous)
+        fuse(candidate.kind, layers, candidate.contiguous, leader)
 
 
 def _count(model: nn.Module, call: Call, found: Sequence[Candidate]) -> tuple[Counted, Counted]:

@@ -208,7 +208,10 @@ def count_step(
             return Count(forward.count, 0)
         seeds = [torch.ones_like(root) for root in roots]
         with LaunchCounter() as backward:
-            torch.autograd.backward(roots, seeds)
+            try:
+                torch.autograd.backward(roots, seeds)
+            except RuntimeError:  # The model's forward runs, but not its backward.
+                return Count(forward.count, None)
     return Count(forward.count, backward.count)
 
 

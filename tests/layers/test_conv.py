@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from derivatives import assert_same_second_derivatives
 from equivalence import assert_equivalent
 from families import EVERY_KIND, WIDTHS, assert_runs_once, case, fused
-from derivatives import assert_same_second_derivatives
 from torch import nn
 
 CONVOLUTIONS = {
@@ -16,9 +16,7 @@ CONVOLUTIONS = {
     "1d unbatched": case(nn.Conv1d, 2, (2, 8), kernel_size=3),
     "1d empty": case(nn.Conv1d, 2, (0, 2, 8), kernel_size=3),
     "1x1": case(nn.Conv2d, 3, (2, 3, 4, 5), kernel_size=1),
-    "oblong": case(
-        nn.Conv2d, 2, (2, 2, 6, 7), kernel_size=(3, 2), stride=(2, 1), padding=(1, 0)
-    ),
+    "oblong": case(nn.Conv2d, 2, (2, 2, 6, 7), kernel_size=(3, 2), stride=(2, 1), padding=(1, 0)),
     "2d dilation": case(nn.Conv2d, 2, (2, 2, 6, 7), kernel_size=2, dilation=(1, 2)),
     "2d same": case(nn.Conv2d, 2, (2, 2, 5, 6), kernel_size=(2, 3), padding="same", dilation=2),
     "circular": case(

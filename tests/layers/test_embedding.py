@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from derivatives import assert_same_second_derivatives
 from equivalence import assert_equivalent
 from families import WIDTHS, assert_runs_once, fused, merge, table
-from derivatives import assert_same_second_derivatives
 from torch import nn
 
 SHAPES = [(), (5,), (2, 3), (2, 2, 3), (0,), (2, 0)]

@@ -222,14 +222,14 @@ def test_a_lazy_layer_may_be_merged_once_it_has_a_shape():
 
 
 DIFFERENCES = {
-    "stride": dict(stride=2),
-    "padding": dict(padding=1),
-    "dilation": dict(dilation=2),
-    "kernel_size": dict(kernel_size=1),
-    "padding_mode": dict(padding_mode="circular"),
-    "bias": dict(bias=False),
-    "dtype": dict(dtype=torch.float64),
-    "device": dict(device="meta"),
+    "stride": {"stride": 2},
+    "padding": {"padding": 1},
+    "dilation": {"dilation": 2},
+    "kernel_size": {"kernel_size": 1},
+    "padding_mode": {"padding_mode": "circular"},
+    "bias": {"bias": False},
+    "dtype": {"dtype": torch.float64},
+    "device": {"device": "meta"},
 }
 
 

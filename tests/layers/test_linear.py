@@ -2,9 +2,9 @@
 
 import pytest
 import torch
+from derivatives import assert_same_second_derivatives
 from equivalence import assert_equivalent
 from families import WIDTHS, assert_runs_once, case, fused
-from derivatives import assert_same_second_derivatives
 from torch import nn
 
 SHAPES = [(4,), (3, 4), (2, 3, 4), (2, 1, 3, 4), (0, 4)]

@@ -19,7 +19,5 @@ ZOO: dict[str, Specimen] = {
 }
 """All models by name."""
 
-PACKAGE: dict[str, str] = {
-    name: package for package, models in PACKAGES.items() for name in models
-}
+PACKAGE: dict[str, str] = {name: package for package, models in PACKAGES.items() for name in models}
 """The package that a model needs, by the model's name."""

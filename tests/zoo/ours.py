@@ -158,7 +158,9 @@ class Upsampler(nn.Module):
         super().__init__()
         self.up = nn.ModuleList(nn.ConvTranspose2d(3, n, 2, stride=2) for n in (4, 5))
         self.lines = nn.ModuleList(nn.Conv1d(6, 4, 3, padding="same") for _ in range(2))
-        self.volumes = nn.ModuleList(nn.Conv3d(1, n, 3, padding_mode="circular", padding=1) for n in (2, 3))
+        self.volumes = nn.ModuleList(
+            nn.Conv3d(1, n, 3, padding_mode="circular", padding=1) for n in (2, 3)
+        )
 
     def forward(self, x: Tensor) -> list[Tensor]:
         line, volume = x.flatten(2).repeat(1, 2, 1), x.unsqueeze(1)

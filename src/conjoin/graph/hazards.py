@@ -22,9 +22,9 @@ VIEW_FUNCTIONS: frozenset[Any] = frozenset({operator.getitem, getattr, F.dropout
 
 STRIDE_METHODS = frozenset(
     "view view_as stride is_contiguous data_ptr storage_offset as_strided untyped_storage numpy "
-    "__array__ __dlpack__".split()
+    "__array__ __dlpack__ view_as_complex reshape reshape_as flatten ravel contiguous".split()
 )
-"""Methods whose result depends on the strides of the tensor."""
+"""Methods whose result depends on the strides, also in whether it shares memory."""
 
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The attributes of `nn.Module` that hold the hooks that run when the module is called."""
@@ -120,6 +120,29 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node
         yield first
 
 
+def is_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node is known to change nothing: not its inputs, and nothing else.
+
+    Drawing random numbers counts as pure, since no layer that is merged draws any.
+    """
+    if node.op in ("placeholder", "get_attr", "output"):
+        return True
+    if node.op == "call_module":
+        return not _opaque(modules[str(node.target)]) and not any(
+            True for _ in written(node, modules)
+        )
+    name = _called(node)
+    known = node.op == "call_method" or _of_torch(node.target)
+    custom = getattr(node.target, "namespace", "aten") not in ("aten", "prims")
+    return (
+        known
+        and not custom
+        and not any(True for _ in written(node, modules))
+        and not name.startswith(("_foreach", "__i"))
+        and name not in ("setattr", "apply", "backward")
+    )
+
+
 def _opaque(module: nn.Module) -> bool:
     """Whether a module may do anything to its input: it is not PyTorch's, or has hooks."""
     plain = type(module).__module__.startswith(("torch.nn.", "conjoin."))
@@ -146,12 +169,12 @@ def reads_strides(node: fx.Node, *, escapes: bool) -> str:
             return f"{getattr(user.target, '__name__', user.target)} is not PyTorch's"
         if _may_view(user) and (why := reads_strides(user, escapes=escapes)):
             return why
-        if _may_view(user) and any(_is_inplace_name(_called(u)) for u in user.users):
-            return "a change in place of a view of the output"
     return ""
 
 
 def _may_view(node: fx.Node) -> bool:
+    if node.op == "call_function" and node.target in VIEW_FUNCTIONS:
+        return True
     return node.op in ("call_method", "call_function") and _called(node) in VIEW_METHODS
 
 

@@ -86,7 +86,7 @@ def _unseen(model: nn.Module, seen: set[str]) -> Iterator[Candidate]:
             yield Candidate(wide.kind, names, tuple(wide.widths), None, wide.contiguous)
 
 
-Calls = tuple[tuple[Hashable, int, Hashable], ...]
+Calls = tuple[tuple[Hashable, Hashable, Hashable], ...]
 """The input, version and modes of each call of a layer."""
 
 
@@ -94,7 +94,7 @@ def _connected(
     modules: dict[str, nn.Module], sites: Iterable[Site], kinds: tuple[Kind, ...]
 ) -> Iterator[dict[str, Calls]]:
     """Sets of two or more layers of one kind that are connected by tensors that they read."""
-    calls: dict[str, list[tuple[Hashable, int, Hashable]]] = {}
+    calls: dict[str, list[tuple[Hashable, Hashable, Hashable]]] = {}
     for site in sites:
         calls.setdefault(site.layer, []).append((site.input, site.version, site.modes))
     readers: dict[tuple[Kind | None, Hashable], list[str]] = {}
@@ -121,11 +121,11 @@ def _connected(
 
 
 def _resolve(
-    kind: Kind, layers: dict[str, nn.Module], calls: dict[str, Calls], shared: dict[int, str]
+    kind: Kind, layers: dict[str, nn.Module], calls: dict[str, Calls], shared: dict[str, str]
 ) -> Iterator[tuple[tuple[str, ...], Refusal | None]]:
     """Splits connected layers into groups that are or may be merged and refusals."""
     verdicts: dict[str, Verdict | None] = {
-        name: None if isinstance(layer, View) else kind.check(layer) or _held(layer, shared)
+        name: None if isinstance(layer, View) else kind.check(layer) or _held(name, layer, shared)
         for name, layer in layers.items()
     }
     keys = {
@@ -214,29 +214,42 @@ def _width(kind: Kind, layer: nn.Module) -> int:
     return weight.shape[kind.weight_dim]
 
 
-def _held(layer: nn.Module, shared: dict[int, str]) -> Verdict | None:
-    for name, tensor in tensors(layer).items():
-        if id(tensor) in shared:
-            return Reason.SHARED_PARAMETER, f"{name} shares its memory with {shared[id(tensor)]}"
+def _held(name: str, layer: nn.Module, shared: dict[str, str]) -> Verdict | None:
+    for key in tensors(layer):
+        if other := shared.get(f"{name}.{key}".lstrip(".")):
+            return Reason.SHARED_PARAMETER, f"{key} shares its memory with {other}"
     return None
 
 
-def _shared(modules: dict[str, nn.Module]) -> dict[int, str]:
-    """The parameters, by id, that overlap with another tensor of the model, and with which."""
-    spans: list[tuple[tuple[object, ...], int, int, str, Tensor]] = []
+def _shared(modules: dict[str, nn.Module]) -> dict[str, str]:
+    """The tensors, by name, that overlap with another one of the model, and with which."""
+    spans: list[tuple[tuple[object, ...], int, int, str]] = []
     for prefix, module in modules.items():
-        for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-            if tensor is not None and (span := _span(tensor)) is not None:
-                spans.append((*span, f"{prefix}.{name}".lstrip("."), tensor))
+        for name, tensor in _held_tensors(module):
+            if (span := _span(tensor)) is not None:
+                spans.append((*span, f"{prefix}.{name}".lstrip(".")))
     spans.sort(key=lambda span: (str(span[0]), span[1], span[2]))
-    shared: dict[int, str] = {}
-    for i, (space, _, stop, name, tensor) in enumerate(spans):
-        for other_space, start, _, other_name, other in spans[i + 1 :]:
+    shared: dict[str, str] = {}
+    for i, (space, _, stop, name) in enumerate(spans):
+        for other_space, start, _, other in spans[i + 1 :]:
             if other_space != space or start >= stop:
                 break
-            shared.setdefault(id(tensor), other_name)
-            shared.setdefault(id(other), name)
+            shared.setdefault(name, other)
+            shared.setdefault(other, name)
     return shared
+
+
+def _held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
+    """All tensors that a module holds, in plain attributes and lists too."""
+    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
+        if tensor is not None:
+            yield name, tensor
+    for name, value in vars(module).items():
+        if name in ("_parameters", "_buffers", "_modules"):
+            continue
+        values = value.values() if isinstance(value, dict) else value
+        several = values if isinstance(value, (list, tuple, set, dict)) else (value,)
+        yield from ((name, item) for item in several if isinstance(item, Tensor))
 
 
 def _span(tensor: Tensor) -> tuple[tuple[object, ...], int, int] | None:

@@ -13,13 +13,13 @@ class Site:
     Attributes:
         layer: the layer's qualified name.
         input: which tensor it read; equal for sites that read the very same tensor object.
-        version: how often that tensor had been changed in place before.
+        version: changes when that tensor is, or may have been, changed in place.
         modes: the modes that were on (gradients, autocast, inference), so far as known.
     """
 
     layer: str
     input: Hashable
-    version: int
+    version: Hashable
     modes: Hashable = None
 
 

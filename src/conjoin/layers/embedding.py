@@ -38,7 +38,7 @@ class Embedding(Kind):
         return super().check(layer)
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
-        """(*) -> (n, *, width) for tables of one width, (*, sum width_i) otherwise."""
+        """(*) -> (n, *, width) for a stack of tables, (*, sum width_i) otherwise."""
         padding: Any = wide.settings["padding_idx"]
         if _stacked(wide):
             return self._read_stack(wide, input, padding)
@@ -48,15 +48,20 @@ class Embedding(Kind):
         return torch.cat([F.embedding(input, table, padding) for table in tables], dim=-1)
 
     def split(self, wide: Wide, output: Tensor) -> tuple[Tensor, ...]:
-        """The parts: along the stack for tables of one width, along the channels otherwise."""
+        """The parts: along the stack for a stack of tables, along the channels otherwise.
+
+        Neither operation on the stack makes views, which `detach_` and others would not take.
+        """
         if not _stacked(wide):
             return super().split(wide, output)
         parts = torch.unsafe_split(output, 1, 0)
-        return tuple(parts[i][0] for i in range(len(wide.widths)))
+        stack = [parts[i] for i in range(len(wide.widths))]
+        return tuple(torch.ops.aten._unsafe_view(part, part.shape[1:]) for part in stack)
 
     def _read_stack(self, wide: Wide, input: Tensor, padding: int | None) -> Tensor:
         stack = wide.weight.view(len(wide.widths), *wide.shapes[0])
-        rows = stack.index_select(1, input.reshape(-1)).view(-1, *input.shape, wide.widths[0])
+        shape = len(wide.widths), *input.shape, wide.widths[0]
+        rows = stack.index_select(1, input.reshape(-1)).view(shape)
         if padding is None or not rows.requires_grad:
             return rows
         # The padding row is read like any other and gets no gradient.
@@ -64,4 +69,4 @@ class Embedding(Kind):
 
 
 def _stacked(wide: Wide) -> bool:
-    return len(set(wide.widths)) == 1
+    return len(wide.widths) > 1 and len(set(wide.widths)) == 1

@@ -177,10 +177,14 @@ def _plain(layer: nn.Module, base: type[nn.Module]) -> Verdict | None:
     if parametrize.is_parametrized(layer):
         names = ", ".join(layer.parametrizations)  # type: ignore[arg-type]
         return Reason.PARAMETRIZED, f"{names} is computed by a parametrization"
+    for name in TENSORS:
+        if layer._parameters.get(name) is None and getattr(layer, name, None) is not None:
+            return Reason.PARAMETRIZED, f"{name} is no Parameter of the layer itself"
     if layer._parameters.get("weight") is None:
-        return Reason.PARAMETRIZED, "weight is no Parameter of the layer itself"
-    if "forward" in vars(layer):
-        return Reason.OWN_FORWARD, "forward was replaced on the instance"
+        return Reason.PARAMETRIZED, "it has no weight of its own"
+    for name, value in vars(layer).items():
+        if callable(value) and hasattr(base, name):
+            return Reason.OWN_FORWARD, f"{name} was replaced on the instance"
     if overrides := _overrides(type(layer), base):
         return Reason.OWN_FORWARD, f"{type(layer).__name__} defines {', '.join(overrides)}"
     return None
@@ -189,8 +193,13 @@ def _plain(layer: nn.Module, base: type[nn.Module]) -> Verdict | None:
 def _overrides(cls: type, base: type[nn.Module]) -> list[str]:
     """What the classes that stand before `base` in the method resolution order redefine."""
     before = cls.__mro__[: cls.__mro__.index(base)]
-    defined = {name for c in before for name, value in vars(c).items() if callable(value)}
-    return sorted(name for name in defined - HARMLESS_OVERRIDES if hasattr(base, name))
+    defined = {
+        name
+        for cls_before in before
+        for name, value in vars(cls_before).items()
+        if (callable(value) and hasattr(base, name)) or isinstance(value, property)
+    }
+    return sorted(defined - HARMLESS_OVERRIDES)
 
 
 def _unhooked(layer: nn.Module) -> Verdict | None:

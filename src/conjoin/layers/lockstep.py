@@ -5,7 +5,8 @@ runs the wide layer; the others take their part of that run, if nothing has chan
 Whoever asks in vain computes its own slice, which is always right. So a run is shared only while
 it could not be told from the separate calls, and it is kept only as long as
 
-- x is alive (the run refers to x weakly, and the graph of the run holds an alias of x, not x),
+- x is alive (the run refers to x weakly, and the graph of the run holds an alias of x, not x; a
+  leaf that requires a gradient is held by its graph in any case, so there nothing is shared),
 - the graph of the run has not been freed by a backward pass,
 - some part has not been taken.
 
@@ -24,6 +25,7 @@ import torch
 from torch import Tensor
 from torch._C._functorch import maybe_current_level
 from torch._subclasses.fake_tensor import FakeTensor
+from torch.autograd import forward_ad
 
 if TYPE_CHECKING:
     from conjoin.layers.wide import Wide
@@ -39,7 +41,7 @@ PATIENCE = 8
 class _Run:
     """One run of a wide layer: the parts that nobody has taken yet."""
 
-    wide: Wide
+    wide: Callable[[], Wide | None]
     input: Callable[[], Tensor | None]
     graph: Callable[[], object] | None
     state: tuple[object, ...]
@@ -48,7 +50,7 @@ class _Run:
     def is_for(self, wide: Wide, input: Tensor) -> bool:
         """Whether this run computed what a call with `input` would compute now."""
         return (
-            self.wide is wide
+            self.wide() is wide
             and self.input() is input
             and (self.graph is None or self.graph() is not None)
             and self.state == _state(wide, input)
@@ -116,7 +118,7 @@ def _start(key: tuple[int, int], wide: Wide, index: int, input: Tensor) -> Tenso
             graph = _until_backward(output)
     parts = dict(enumerate(wide.split(output)))
     part = parts.pop(index)
-    _thread.runs[key] = _Run(wide, _watch(input, key), graph, state, parts)
+    _thread.runs[key] = _Run(weakref.ref(wide), _watch(input, key), graph, state, parts)
     return part
 
 
@@ -149,16 +151,23 @@ def _watch(input: Tensor, key: tuple[int, int]) -> weakref.ref[Tensor]:
 
 def _drop(runs: dict[tuple[int, int], _Run], key: tuple[int, int]) -> None:
     run = runs.pop(key, None)
-    if run is not None:
-        run.wide.wasted += 1
+    wide = run.wide() if run is not None else None
+    if wide is not None:
+        wide.wasted += 1
+
+
+def in_transform() -> bool:
+    """Whether a functorch transform or forward-mode differentiation is going on."""
+    return maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
 def _shareable(input: object) -> bool:
     return (
         type(input) in PLAIN_TENSORS
         and not torch.compiler.is_compiling()
-        and maybe_current_level() is None
+        and not in_transform()
         and torch._C._get_tracing_state() is None
+        and not (input.is_leaf and input.requires_grad)  # type: ignore[attr-defined]
         and not input.is_inference()  # type: ignore[attr-defined]
         and input.layout is torch.strided  # type: ignore[attr-defined]
         and not input.is_nested  # type: ignore[attr-defined]
@@ -169,7 +178,7 @@ def _state(wide: Wide, input: Tensor) -> tuple[object, ...]:
     """All that a call's result depends on besides the values of tensors that nobody changed."""
     device = input.device.type
     weight, bias = wide.weight, wide.bias
-    autocast = torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     return (
         input._version,
         input.requires_grad,

@@ -11,7 +11,8 @@ the wide layer. The wide layer is a child of every one of its views, so that
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+import copy
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
 import torch
@@ -19,6 +20,7 @@ from torch import Tensor, nn
 
 from conjoin.layers import lockstep
 from conjoin.layers.kind import TENSORS, Kind
+from conjoin.layers.lockstep import in_transform
 
 WIDE = "wide"
 """The name of the wide layer among its view's children."""
@@ -66,7 +68,24 @@ class Wide(nn.Module):
 
     def forward(self, input: Tensor) -> Tensor:
         """All parts of the output, side by side."""
-        return self.kind.run(self, input)
+        try:
+            return self.kind.run(self, input)
+        except (RuntimeError, TypeError, ValueError, IndexError):
+            self.kind.run(self.alone(0), input)  # Raises what the first sibling would have.
+            raise
+
+    def alone(self, index: int) -> Wide:
+        """A wide layer of the `index`-th sibling only, on the same memory."""
+        one = copy.copy(self)
+        one.shapes, one.widths = self.shapes[index : index + 1], self.widths[index : index + 1]
+        one._parameters = {}
+        for name in TENSORS:
+            whole: Tensor | None = getattr(self, name)
+            part = None if whole is None else self.part(name, whole, index)
+            if name == "weight" and self.kind.weight_dim != 0 and part is not None:
+                part = part.reshape(-1)
+            one.__dict__[name] = part
+        return one
 
     def part(self, name: str, tensor: Tensor, index: int) -> Tensor:
         """The `index`-th sibling's part of the wide `weight` or `bias`, or gradient: a view."""
@@ -108,6 +127,10 @@ class View(nn.Module):
 
     conjoin_base: type[nn.Module]
     conjoin_index: int
+    conjoin_leads: bool
+
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not the user's: a view is no new class of theirs."""
 
     @property
     def wide_layer(self) -> Wide:
@@ -116,13 +139,21 @@ class View(nn.Module):
 
     @property
     def weight(self) -> Tensor | None:
-        """This sibling's slice of the wide weight."""
-        return self._slice("weight")
+        """This sibling's slice of the wide weight; it acts as the Parameter that it was."""
+        return self._part("weight")
 
     @property
     def bias(self) -> Tensor | None:
         """This sibling's slice of the wide bias, or None."""
-        return self._slice("bias")
+        return self._part("bias")
+
+    def _part(self, name: str) -> Tensor | None:
+        plain = self._slice(name)
+        if type(plain) is not Tensor or torch.compiler.is_compiling() or in_transform():
+            return plain
+        part = plain.as_subclass(Part)
+        part.conjoin_view, part.conjoin_name = self, name
+        return part
 
     def _slice(self, name: str) -> Tensor | None:
         wide = self.wide_layer
@@ -140,17 +171,49 @@ class View(nn.Module):
         return cast(Tensor, self.conjoin_base.forward(self, input)) if shared is None else shared
 
     def __setattr__(self, name: str, value: Any) -> None:
-        """Assigning a weight or bias makes this sibling a plain layer again, then assigns."""
-        if name not in TENSORS:
-            super().__setattr__(name, value)
-        elif self._parameters.get(name) is not None:  # Only while a checkpoint is being loaded.
-            self._parameters[name] = value
-        else:
+        """Changing a parameter, a setting or a method makes this sibling a plain layer again."""
+        if name in TENSORS and self._parameters.get(name) is not None:
+            self._parameters[name] = value  # Slices are there while a checkpoint is loaded.
+        elif self._is_own(name, value):
             setattr(release(self), name, value)
+        else:
+            super().__setattr__(name, value)
 
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Freezes or thaws this sibling alone, which makes it a plain layer again."""
-        return release(self).requires_grad_(requires_grad)
+    def _is_own(self, name: str, value: Any) -> bool:
+        if name.startswith("__") or name == "training":
+            return False
+        setting = not name.startswith("_") and name in vars(self)
+        return name in TENSORS or setting or callable(getattr(type(self), name, None))
+
+    def named_parameters(
+        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Parameter]]:
+        """This sibling's own; the wide layer's are yielded by a module that holds siblings."""
+        dot = f"{prefix}." if prefix else ""
+        for name in TENSORS:
+            part = self._part(name)
+            if part is not None:
+                yield dot + name, cast(nn.Parameter, part)
+        yield from super().named_parameters(prefix, False, remove_duplicate)
+
+    def named_modules(
+        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
+    ) -> Iterator[tuple[str, nn.Module]]:
+        """The wide layer among them, but with duplicates only below its first view.
+
+        `functional_call` restores a parameter that it meets at two names to what it put there.
+        """
+        for name, module in super().named_modules(memo, prefix, remove_duplicate):
+            if remove_duplicate or self.conjoin_leads or not isinstance(module, Wide):
+                yield name, module
+
+    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
+        """The sibling's own children, so that `apply` comes by the wide weight once a sibling."""
+        return ((name, child) for name, child in super().named_children() if name != WIDE)
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        self.wide_layer._apply(fn, recurse)
+        return super()._apply(fn, recurse)
 
     def __repr__(self) -> str:
         wide = self.wide_layer
@@ -206,13 +269,19 @@ def _new_view(base: type[nn.Module]) -> View:
     return cls.__new__(cls)
 
 
-def fuse(kind: Kind, layers: Sequence[nn.Module], contiguous: frozenset[int] = frozenset()) -> Wide:
+def fuse(
+    kind: Kind,
+    layers: Sequence[nn.Module],
+    contiguous: frozenset[int] = frozenset(),
+    leader: int = 0,
+) -> Wide:
     """Merges layers that were checked to go together; their old storage is given up at once.
 
     Args:
         kind: the kind that the layers are of.
         layers: two or more; each becomes a view in place.
         contiguous: the positions of the layers whose output is handed out contiguous.
+        leader: the position of the layer that comes first among the model's modules.
 
     Returns:
         The wide layer.
@@ -224,7 +293,110 @@ def fuse(kind: Kind, layers: Sequence[nn.Module], contiguous: frozenset[int] = f
         layer.__class__ = view_class(type(layer))
         layer._modules[WIDE] = wide
         layer.__dict__["conjoin_index"] = index
+        layer.__dict__["conjoin_leads"] = index == leader
     return wide
+
+
+def _alone(name: str) -> Callable[..., Any]:
+    """A method of a module, for one sibling alone: it becomes a plain layer first."""
+
+    def method(self: View, *args: Any, **kwargs: Any) -> Any:
+        return getattr(release(self), name)(*args, **kwargs)
+
+    method.__name__ = name
+    return method
+
+
+for _name in (
+    *("to", "cpu", "cuda", "to_empty", "type", "half", "float", "double", "bfloat16"),
+    "requires_grad_",
+):
+    setattr(View, _name, _alone(_name))
+
+
+class Part(Tensor):
+    """A view's `weight` or `bias`: acts as the Parameter that it was, and stays a slice.
+
+    It is made anew at each access. What goes for the values and the gradient goes through to the
+    wide layer. What one wide parameter cannot have for one part only, such as a hook or
+    `requires_grad`, makes the sibling a plain layer.
+    """
+
+    conjoin_view: View
+    conjoin_name: str
+    _is_param = True  # What isinstance(..., nn.Parameter) looks at.
+
+    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+
+    def _whole(self) -> nn.Parameter:
+        return cast(nn.Parameter, getattr(self.conjoin_view.wide_layer, self.conjoin_name))
+
+    def _of(self, tensor: Tensor) -> Tensor:
+        view = self.conjoin_view
+        return view.wide_layer.part(self.conjoin_name, tensor, view.conjoin_index)
+
+    def _released(self) -> nn.Parameter:
+        return cast(nn.Parameter, getattr(release(self.conjoin_view), self.conjoin_name))
+
+    @property
+    def data(self) -> Tensor:  # type: ignore[override]
+        """The values; writing to them, or assigning others, changes the wide layer."""
+        return self._of(self._whole().data)
+
+    @data.setter
+    def data(self, values: Tensor) -> None:
+        own = self.data
+        if (values.shape, values.dtype, values.device) == (own.shape, own.dtype, own.device):
+            own.copy_(values)
+        else:
+            self._released().data = values
+
+    @property
+    def grad(self) -> Tensor | None:  # type: ignore[override]
+        """The slice of the wide gradient."""
+        gradient = self._whole().grad
+        return None if gradient is None else self._of(gradient)
+
+    @grad.setter
+    def grad(self, gradient: Tensor | None) -> None:
+        whole = self._whole()
+        if whole.grad is None:
+            whole.grad = torch.zeros_like(whole)
+        with torch.no_grad():
+            part = self._of(whole.grad)
+            part.zero_() if gradient is None else part.copy_(gradient)
+
+    @property
+    def requires_grad(self) -> bool:  # type: ignore[override]
+        """Whether it trains; assigning makes the sibling a plain layer."""
+        return self._whole().requires_grad
+
+    @requires_grad.setter
+    def requires_grad(self, value: bool) -> None:
+        if value != self.requires_grad:
+            self._released().requires_grad = value
+
+    def requires_grad_(self, requires_grad: bool = True) -> Any:
+        """Freezes or thaws this parameter alone."""
+        self.requires_grad = requires_grad
+        return getattr(self.conjoin_view, self.conjoin_name)
+
+    def register_hook(self, hook: Any) -> Any:
+        """Makes the sibling a plain layer, and registers the hook on its parameter."""
+        return self._released().register_hook(hook)  # type: ignore[no-untyped-call]
+
+    def register_post_accumulate_grad_hook(self, hook: Any) -> Any:
+        """Makes the sibling a plain layer, and registers the hook on its parameter."""
+        return self._released().register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
+        return nn.Parameter(self.data.clone(), requires_grad=self.requires_grad)
+
+    def __reduce_ex__(self, protocol: Any) -> Any:
+        return nn.Parameter(self.data.clone(), self.requires_grad).__reduce_ex__(protocol)
+
+    def __repr__(self) -> str:  # type: ignore[override]
+        return f"Parameter containing:\n{self.data!r}"
 
 
 def release(view: View) -> nn.Module:
@@ -241,7 +413,7 @@ def release(view: View) -> nn.Module:
         )
         if source.grad is not None:
             own.grad = wide.part(name, source.grad, view.conjoin_index).clone()
-    del view._modules[WIDE], view.__dict__["conjoin_index"]
+    del view._modules[WIDE], view.__dict__["conjoin_index"], view.__dict__["conjoin_leads"]
     layer: nn.Module = view
     layer.__class__ = view.conjoin_base
     layer.__dict__["_parameters"] = {**restored, **layer._parameters}

@@ -11,8 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
-import random
-import sys
+import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from typing import Any
 
@@ -26,6 +25,7 @@ from conjoin.graph.site import Sightings, Site, Untraced
 from conjoin.launches import Counted, count_layers
 from conjoin.layers import Kind, kind_of
 from conjoin.tracing import regions
+from conjoin.tracing.undisturbed import undisturbed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of one call of the model."""
@@ -43,9 +43,38 @@ STRIDE_QUERIES = frozenset(
         Tensor.__array__,
         Tensor.__dlpack__,
         Tensor.view_as,
+        torch.view_as_complex,
     }
 )
 """Functions whose result depends on the strides of the tensor that they are given."""
+
+RESHAPES = frozenset(
+    {
+        Tensor.reshape,
+        torch.reshape,
+        Tensor.reshape_as,
+        Tensor.flatten,
+        torch.flatten,
+        Tensor.ravel,
+        torch.ravel,
+        Tensor.contiguous,
+        Tensor.view,
+    }
+)
+"""Functions whose result shares memory with a contiguous tensor, but not always with a slice."""
+
+WAYS_AROUND = frozenset(
+    {
+        Tensor.data.__get__,  # type: ignore[attr-defined]
+        Tensor.data.__set__,  # type: ignore[attr-defined]
+        Tensor.numpy,
+        Tensor.__array__,
+        Tensor.__dlpack__,
+        Tensor.untyped_storage,
+        Tensor.data_ptr,
+    }
+)
+"""Functions that lead to changes of a tensor that its version counter does not see."""
 
 
 class Copy:
@@ -163,23 +192,6 @@ def _line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
-@contextlib.contextmanager
-def undisturbed() -> Iterator[None]:
-    """Leaves the random streams of Python, NumPy and PyTorch as they were."""
-    numpy = sys.modules.get("numpy")
-    state = random.getstate()
-    numpy_state = numpy.random.get_state() if numpy is not None else None
-    started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    devices = range(torch.cuda.device_count()) if started else []
-    try:
-        with torch.random.fork_rng(devices):
-            yield
-    finally:
-        random.setstate(state)
-        if numpy is not None:
-            numpy.random.set_state(numpy_state)
-
-
 class _Watch(TorchFunctionMode):
     """Notes the calls of layers, and what reads the strides of their outputs."""
 
@@ -190,9 +202,12 @@ class _Watch(TorchFunctionMode):
         self._run: object = None
         self._inputs: list[Tensor] = []
         self._outputs: dict[int, tuple[str, Tensor, int]] = {}
+        self._weights: set[int] = set()
+        self._unseen = 0
         for name, module in model.named_modules():
             kind = kind_of(module, kinds)
             if kind is not None:
+                self._weights |= {p.untyped_storage()._cdata for p in module.parameters()}
                 module.__dict__["forward"] = functools.partial(
                     self._called, name, kind, module.forward
                 )
@@ -218,7 +233,8 @@ class _Watch(TorchFunctionMode):
             if isinstance(input, Tensor):
                 self._inputs.append(input)  # Alive, so that its id stays its own.
                 run = self._run
-                self.sites.append(Site(name, (*run, id(input)), _version(input), _modes(input)))  # type: ignore[misc]
+                version = (_version(input), self._unseen)
+                self.sites.append(Site(name, (*run, id(input)), version, _modes(input)))  # type: ignore[misc]
         output = forward(*args, **kwargs)
         if isinstance(output, Tensor):
             with torch._C.DisableTorchFunction():
@@ -233,51 +249,49 @@ class _Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        kwargs = kwargs or {}
-        if args and isinstance(args[0], Tensor) and self._outputs:
-            self._look(func, args)
-        return func(*args, **kwargs)
+        result = func(*args, **(kwargs or {}))
+        if args and isinstance(args[0], Tensor) and args[0].layout is torch.strided:
+            if func in WAYS_AROUND and self._concerns_a_layer(args[0]):
+                self._unseen += 1
+            self._look(func, args[0], result)
+        return result
 
-    def _look(self, func: Any, args: tuple[Any, ...]) -> None:
-        tensor = args[0]
-        if tensor.layout is not torch.strided:
+    def _concerns_a_layer(self, tensor: Tensor) -> bool:
+        storage = tensor.untyped_storage()._cdata
+        inputs = (input.untyped_storage()._cdata for input in self._inputs)
+        return storage in self._weights or storage in inputs
+
+    def _look(self, func: Any, tensor: Tensor, result: Any) -> None:
+        found = self._outputs.get(tensor.untyped_storage()._cdata)
+        if found is None or found[0] in self.strided:
             return
-        name, output, channel = self._outputs.get(tensor.untyped_storage()._cdata, ("", tensor, 0))
-        called = getattr(func, "__name__", str(func))
-        if not name or name in self.strided:
-            return
-        if func in STRIDE_QUERIES or (
-            func is Tensor.view and not (tensor is output and _fits(tensor, channel, args[1:]))
-        ):
-            self.strided[name] = called
-        elif tensor is not output and called.endswith("_") and not called.endswith("__"):
-            self.strided[name] = f"{called} on a view of the output"
+        name, output, channel = found
+        shared = isinstance(result, Tensor) and _same_memory(result, output)
+        fits = tensor is output and shared and _fits(output, channel, result)
+        fits &= func is not Tensor.contiguous
+        if func in STRIDE_QUERIES or (func in RESHAPES and shared and not fits and channel > 0):
+            self.strided[name] = getattr(func, "__name__", str(func))
 
 
-def _fits(tensor: Tensor, channel: int, shape: Sequence[Any]) -> bool:
-    """Whether `tensor.view(*shape)` works for a slice along `channel`, at any batch size.
+def _same_memory(first: Tensor, second: Tensor) -> bool:
+    return (
+        first.layout is torch.strided
+        and first.untyped_storage()._cdata == second.untyped_storage()._cdata
+    )
+
+
+def _fits(tensor: Tensor, channel: int, result: Tensor) -> bool:
+    """Whether a slice along `channel` can be viewed in the result's shape, at any batch size.
 
     A slice of a contiguous tensor along dimension c is two blocks of dimensions that can be
     merged among themselves, those before c and the rest. The new shape must keep them apart.
     """
-    if channel <= 0:
-        return True
-    if len(shape) == 1 and not isinstance(shape[0], int):
-        if isinstance(shape[0], torch.dtype):
-            return False
-        shape = tuple(shape[0])
-    known = 1
-    for size in shape:
-        known *= size if size != -1 else 1
-    sizes = [size if size != -1 else tensor.numel() // max(known, 1) for size in shape]
-    before = 1
-    for size in tensor.shape[:channel]:
-        before *= size
+    before = math.prod(tensor.shape[:channel])
     leading = 1
-    for size in sizes:
+    for size in result.shape:
         leading *= size
         if leading >= before:
-            return leading == before
+            return leading == before and result.dtype is tensor.dtype
     return False
 
 
@@ -287,7 +301,7 @@ def _version(tensor: Tensor) -> int:
 
 def _modes(tensor: Tensor) -> tuple[object, ...]:
     device = tensor.device.type
-    autocast = torch.is_autocast_enabled(device)
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     return (
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),

@@ -12,7 +12,7 @@ from __future__ import annotations
 import contextlib
 import functools
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
@@ -20,9 +20,12 @@ from torch import nn
 from torch.nn.modules import module as nn_module
 
 from conjoin.graph.hazards import CALL_HOOKS
+from conjoin.layers.lockstep import in_transform
 from conjoin.layers.wide import View, views
 from conjoin.passes import PIPELINE
 from conjoin.tracing import sound
+from conjoin.tracing.sound import Traced
+from conjoin.tracing.undisturbed import restored, undisturbed
 
 PLAN = "conjoin_plan"
 """The attribute of a region that holds its plan."""
@@ -33,51 +36,76 @@ OWN_COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__getattribute__"
 
 @dataclass(slots=True)
 class Plan:
-    """A rewritten forward and the conditions under which it is the original.
+    """A rewritten forward, bound to the modules of one region.
 
     Attributes:
-        function: the rewritten forward, called with the region and `arity` arguments.
-        arity: the number of arguments.
-        bypassed: modules that the new forward does not call though the old one did: the children
-            of which module, the name, the module, its class.
-        containers: the children of a container that was iterated over, and their number.
-        constants: the attributes of a module that were read, the name and the value.
+        traced: the forward, and what it takes for granted by path.
+        modules: the children in which a module must stand, its name, the module and its class.
+        hooks: the hooks of these modules, of which there must be none.
+        containers: the children of a module that may have been iterated over, and their names.
+        constants: the attributes of a module, the name and the value.
     """
 
-    function: Callable[..., Any]
-    arity: int
-    bypassed: tuple[tuple[dict[str, nn.Module | None], str, nn.Module, type], ...]
-    containers: tuple[tuple[dict[str, nn.Module | None], int], ...]
+    traced: Traced
+    modules: tuple[tuple[dict[str, nn.Module | None], str, nn.Module | None, type], ...]
+    hooks: tuple[dict[int, Any], ...]
+    containers: tuple[tuple[dict[str, nn.Module | None], tuple[str, ...]], ...]
     constants: tuple[tuple[dict[str, Any], str, Any], ...]
-    hooks: tuple[dict[int, Any], ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """Collects the hooks of all modules that are bypassed."""
-        self.hooks = tuple(
-            vars(module)[hooks] for _, _, module, _ in self.bypassed for hooks in CALL_HOOKS
-        )
 
     def holds(self) -> bool:
-        """Whether nothing has happened since that makes the new forward another function."""
-        if nn_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        """Whether nothing has happened that makes the new forward another function."""
+        if nn_module._has_any_global_hook() or any(self.hooks):  # type: ignore[no-untyped-call]
             return False
-        if any(self.hooks):
+        if not torch.compiler.is_compiling() and in_transform():
             return False
-        for children, name, module, cls in self.bypassed:
+        for children, name, module, cls in self.modules:
             if children.get(name) is not module or module.__class__ is not cls:
                 return False
-        for children, count in self.containers:
-            if len(children) != count:
+        for children, names in self.containers:
+            if tuple(children) != names:
                 return False
-        return all(attributes.get(name) is value for attributes, name, value in self.constants)
+        for attributes, name, value in self.constants:
+            if attributes.get(name, sound.MISSING) is not value:
+                return False
+        return True
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
+        """The forward unbound; the copied region binds it to its own modules."""
+        return self.traced
 
     def __reduce__(self) -> tuple[Any, ...]:
-        """A pickle holds no code: the plan is made anew when the module is used."""
-        return _no_plan, ()
+        """A pickle holds no code: the loaded region is traced anew."""
+        return _nothing, ()
 
 
-def _no_plan() -> None:
+def _nothing() -> None:
     return None
+
+
+def _bind(region: nn.Module, traced: Traced) -> Plan:
+    """The plan of a region for what was traced of it, or of the module that it is a copy of."""
+    at = dict(region.named_modules())
+    modules = [
+        (at[path]._modules, name, at[path]._modules.get(name), cls)
+        for path, name, cls in traced.modules
+    ]
+    hooks = [vars(m)[kind] for _, _, m, _ in modules if m is not None for kind in CALL_HOOKS]
+    # A module that works in place may be switched to do so, and a forward may be put in its place.
+    watched = [(path, name) for path, name, _ in traced.modules]
+    switches = [
+        (vars(at[path]._modules[name]), key, vars(at[path]._modules[name]).get(key, sound.MISSING))
+        for path, name in watched
+        for key in ("inplace", "forward")
+        if at[path]._modules.get(name) is not None
+    ]
+    constants = [(vars(at[path]), name, value) for path, name, value in traced.constants]
+    return Plan(
+        traced,
+        tuple(modules),
+        tuple(hooks),
+        tuple((at[path]._modules, names) for path, names in traced.containers),
+        (*constants, *switches),
+    )
 
 
 class Region(nn.Module):
@@ -85,8 +113,22 @@ class Region(nn.Module):
 
     conjoin_base: type[nn.Module]
 
+    def __init_subclass__(cls, **kwargs: Any) -> None:
+        """Not the user's: a region is no new class of theirs."""
+
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_region, (self.conjoin_base,), self.__dict__.copy()
+
+    def __setstate__(self, state: Any) -> None:
+        """A copy is bound to its own modules; what comes out of a pickle is traced anew."""
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        held = vars(self).pop(PLAN, None)
+        traced = held.traced if isinstance(held, Plan) else held
+        if traced is None:
+            self.__class__ = self.conjoin_base  # type: ignore[assignment]
+            _install(self)
+        else:
+            vars(self)[PLAN] = _bind(self, traced)
 
 
 _region_classes: dict[type, type[Region]] = {}
@@ -111,10 +153,10 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
 
     @functools.wraps(base.forward)
     def forward(self: Region, *args: Any, **kwargs: Any) -> Any:
-        plan = vars(self).get(PLAN) or _plan_again(self)
-        if plan is not None and not kwargs and len(args) == plan.arity and plan.holds():
-            return plan.function(self, *args)
-        return base.forward(self, *args, **kwargs)
+        plan: Plan | None = vars(self).get(PLAN)
+        if plan is None or kwargs or len(args) != plan.traced.arity or not plan.holds():
+            return base.forward(self, *args, **kwargs)
+        return plan.traced.function(self, *args)
 
     return forward
 
@@ -122,16 +164,6 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
 def _new_region(base: type[nn.Module]) -> Region:
     cls = region_class(base)
     return cls.__new__(cls)
-
-
-def _plan_again(region: Region) -> Plan | None:
-    """The plan of a region that came out of a copy or a pickle, which hold none."""
-    if torch.compiler.is_compiling():
-        return None
-    region.__class__ = region.conjoin_base  # type: ignore[assignment]
-    vars(region).pop(PLAN, None)
-    _install(region)
-    return cast("Plan | None", vars(region).get(PLAN))
 
 
 def install(model: nn.Module) -> None:
@@ -166,10 +198,11 @@ def _install(module: nn.Module) -> None:
     before = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
     if any(name in vars(cls) for cls in before for name in OWN_COPYING):
         return
-    traced = sound.trace(module, PIPELINE)
+    with undisturbed(), restored(module):
+        traced = sound.trace(module, PIPELINE)
     if traced is None:
         return
-    vars(module)[PLAN] = Plan(*traced)
+    vars(module)[PLAN] = _bind(module, traced)
     module.__class__ = region_class(type(module))
 
 

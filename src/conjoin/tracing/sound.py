@@ -6,7 +6,8 @@ calls, draws a random number or enters `torch.no_grad()`. So a trace is used onl
 nothing for Python to decide:
 
 - all code that may run, PyTorch's own aside, is a straight line, but for loops over modules;
-- the names that it reads are modules, functions of PyTorch, or constants that are watched;
+- every name in it is known: a child, a parameter, a buffer, a constant that is watched, a method
+  that is checked in turn, or an operation on tensors;
 - no operation ran for real during the trace, so none is missing from the graph.
 
 Everything else is left to the original forward, in which the views run in lockstep.
@@ -14,68 +15,87 @@ Everything else is left to the original forward, in which the views run in locks
 
 from __future__ import annotations
 
-import builtins
 import dis
-import inspect
+import functools
 import math
 import sys
 from collections.abc import Callable, Iterator, Sequence
-from types import BuiltinFunctionType, CodeType, FunctionType, ModuleType
+from dataclasses import dataclass
+from types import CodeType, FunctionType, ModuleType
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
+from torch.nn import functional as F
 from torch.nn.modules.container import ModuleDict, ModuleList, Sequential
-from torch.overrides import TorchFunctionMode
+from torch.overrides import TorchFunctionMode, get_overridable_functions
 from torch.utils import _pytree as pytree
 
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.wide import View
+from conjoin.tracing.proxies import Proxy, UnsoundError, arguments
 
-Pass = Callable[[fx.Graph, dict[str, nn.Module]], int]
+Pass = Callable[[fx.Graph, dict[str, nn.Module]], "list[str] | None"]
 
 FORBIDDEN_OPERATIONS = frozenset(
     "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL DELETE_SUBSCR STORE_DEREF DELETE_DEREF "
     "IMPORT_NAME IMPORT_FROM RAISE_VARARGS SETUP_WITH SETUP_FINALLY BEFORE_WITH LOAD_SPECIAL "
     "PUSH_EXC_INFO CHECK_EXC_MATCH IS_OP CONTAINS_OP LOAD_BUILD_CLASS LOAD_ASSERTION_ERROR "
-    "GET_AWAITABLE SEND YIELD_FROM".split()
+    "GET_AWAITABLE SEND YIELD_FROM FORMAT_VALUE FORMAT_SIMPLE FORMAT_WITH_SPEC BUILD_STRING "
+    "BUILD_SET SET_ADD SET_UPDATE LOAD_SUPER_ATTR".split()
 )
 """Bytecode that has a side effect, enters a context, or tells a proxy from a tensor."""
 
-FORBIDDEN_NAMES = frozenset({"training", "grad", "__dict__", "__class__", "forward"})
-"""Attributes whose value changes while the model lives, or that go around the module's call."""
-
-HARMLESS_BUILTINS = frozenset(
-    {
-        "range",
-        "len",
-        "zip",
-        "enumerate",
-        "list",
-        "tuple",
-        "dict",
-        "reversed",
-        "sum",
-        "super",
-        "slice",
-    }
-)
+BUILTINS = frozenset("range len zip enumerate list tuple dict reversed sum slice".split())
 """Built-in functions that give the same on every call and have no effect."""
+
+CONTAINER_METHODS = frozenset("append extend items keys values".split())
+"""Methods of lists, dictionaries and their modules that depend on nothing but the contents."""
+
+NOT_OPERATIONS = frozenset(
+    "backward data grad numpy tolist item register_hook retain_grad requires_grad_ share_memory_ "
+    "set_ apply_ map_ map2_ storage untyped_storage data_ptr pin_memory resize_ resize_as_ "
+    "is_leaf grad_fn requires_grad _version".split()
+)
+"""What a tensor has beside operations: it leads out of the graph, or differs for a slice."""
+
+MODULE_NAMES = frozenset("torch nn functional F math pi inf special fft linalg".split())
+"""Names of PyTorch's own modules, and constants, on the way to an operation."""
+
+SPECIAL_METHODS = frozenset(
+    "__call__ _call_impl __getattr__ __getattribute__ __setattr__ __iter__ __len__ __getitem__ "
+    "__contains__ __bool__ __eq__ __hash__".split()
+)
+"""Methods that Python runs without their name standing in the code."""
 
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 """Types of attribute that a trace may take as they are, as long as they are watched."""
 
-FORBIDDEN_METHODS = frozenset(
-    "train eval requires_grad_ zero_grad apply load_state_dict add_module set_submodule".split()
-)
-"""Methods of `nn.Module` that change the module; so does whatever is called `register_...`."""
-
 TRUSTED = frozenset({"torch", "conjoin", *sys.stdlib_module_names}) - {"__main__"}
 """Packages whose code is not looked into; what a forward may call of them is checked by name."""
 
+MISSING = object()
+"""The value of an attribute that an instance does not have."""
 
-class _UnsoundError(Exception):
-    """The trace would not be the original forward on every call."""
+
+@dataclass(frozen=True, slots=True)
+class Traced:
+    """A rewritten forward, and what it takes for granted.
+
+    Attributes:
+        function: the new forward, called with the region and `arity` arguments.
+        arity: the number of arguments.
+        modules: places of modules that the new forward does not call or relies on: the path of
+            the parent, the name, and the class of the module that stands there.
+        containers: paths of modules that may have been iterated over, and their children's names.
+        constants: paths of modules, the names of attributes that were read, and their values.
+    """
+
+    function: Callable[..., Any]
+    arity: int
+    modules: tuple[tuple[str, str, type], ...]
+    containers: tuple[tuple[str, tuple[str, ...]], ...]
+    constants: tuple[tuple[str, str, Any], ...]
 
 
 class _Tracer(fx.Tracer):
@@ -87,6 +107,9 @@ class _Tracer(fx.Tracer):
         super().__init__()
         self.inlined = inlined
 
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Proxy(node, self)
+
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m not in self.inlined
 
@@ -94,8 +117,7 @@ class _Tracer(fx.Tracer):
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         """Proxies for the arguments without a default; Python itself fills in the others."""
-        proxies = [self.create_proxy("placeholder", name, (), {}) for name in _required(self.root)]
-        return root_fn, [self.root, *proxies]
+        return root_fn, arguments(self)
 
 
 class _NothingReal(TorchFunctionMode):
@@ -110,18 +132,8 @@ class _NothingReal(TorchFunctionMode):
     ) -> Any:
         kwargs = kwargs or {}
         if not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-            raise _UnsoundError(f"{getattr(func, '__name__', func)} runs without the input")
+            raise UnsoundError(f"{getattr(func, '__name__', func)} runs without the input")
         return func(*args, **kwargs)
-
-
-Traced = tuple[
-    Callable[..., Any],
-    int,
-    tuple[tuple[dict[str, Any], str, nn.Module, type], ...],
-    tuple[tuple[dict[str, Any], int], ...],
-    tuple[tuple[dict[str, Any], str, Any], ...],
-]
-"""The fields of `regions.Plan`."""
 
 
 def trace(region: nn.Module, pipeline: Sequence[Pass]) -> Traced | None:
@@ -132,29 +144,41 @@ def trace(region: nn.Module, pipeline: Sequence[Pass]) -> Traced | None:
         pipeline: the passes, in their order.
 
     Returns:
-        The new forward and the conditions under which it is the original one; None where the
-        trace would not be sound or the passes found nothing to do.
+        The new forward and what it takes for granted; None where the trace would not be sound or
+        the passes found nothing to do.
     """
     inlined = _inlined(region)
     try:
-        constants = tuple(_constants(region, inlined, _functions(inlined)))
-        graph = _run(region, inlined)
+        names = _check(region, inlined)
+        constants = tuple(_constants(region, inlined, names))
+        with _NothingReal():
+            graph = _Tracer(inlined).trace(region)
         _only_registered(graph, region)
     except Exception:  # noqa: BLE001 - The region's own code, which may raise anything on a proxy.
         return None
     modules = dict(region.named_modules())
     before = {node.target for node in graph.nodes if node.op == "call_module"}
-    if not sum(rewrite(graph, modules) for rewrite in pipeline):
+    relied: list[str] = []
+    changed = False
+    for rewrite in pipeline:
+        result = rewrite(graph, modules)
+        changed |= result is not None
+        relied += result or []
+    if not changed:
         return None
     graph.lint()
     after = {node.target for node in graph.nodes if node.op == "call_module"}
-    bypassed = [modules[str(target)] for target in before - after] + [*(inlined - {region})]
-    arity = sum(node.op == "placeholder" for node in graph.nodes)
-    return (
+    containers = _containers(region)
+    watched = [modules[str(target)] for target in (before - after) | {*relied}]
+    return Traced(
         _compile(graph),
-        arity,
-        tuple(_places(region, bypassed)),
-        tuple((m._modules, len(m._modules)) for m in (region, *_containers(region, inlined))),
+        sum(node.op == "placeholder" for node in graph.nodes),
+        tuple(_places(region, {*watched, *inlined, *containers} - {region})),
+        tuple(
+            (path, tuple(module._modules))
+            for path, module in region.named_modules()
+            if module in inlined or module in containers
+        ),
         constants,
     )
 
@@ -169,82 +193,82 @@ def _inlined(region: nn.Module) -> set[nn.Module]:
     }
 
 
-def _containers(region: nn.Module, inlined: set[nn.Module]) -> Iterator[nn.Module]:
-    """What the traced code may have iterated over."""
-    for module in inlined - {region}:
-        yield module
-    for module in inlined:
-        for child in module.children():
-            if child not in inlined and isinstance(child, (ModuleList, ModuleDict, Sequential)):
-                yield child
+def _check(region: nn.Module, inlined: set[nn.Module]) -> set[str]:
+    """Checks all functions but PyTorch's own that a forward of `inlined` may run.
 
-
-def _run(region: nn.Module, inlined: set[nn.Module]) -> fx.Graph:
-    """The graph of one symbolic run."""
-    for module in inlined:
-        if "forward" in vars(module):
-            raise _UnsoundError("a forward was replaced on the instance")
-        if module is not region and any(getattr(module, hooks) for hooks in CALL_HOOKS):
-            raise _UnsoundError("a module that would be bypassed has hooks")
-    with _NothingReal():
-        return _Tracer(inlined).trace(region)
-
-
-def _required(region: nn.Module) -> list[str]:
-    """The arguments without a default; the new forward is for calls with just these."""
-    parameters = [*inspect.signature(type(region).forward).parameters.values()][1:]
-    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    required = [p for p in parameters if p.default is p.empty and p.kind not in optional]
-    if any(p.kind is p.KEYWORD_ONLY for p in required):
-        raise _UnsoundError("an argument must be given by name")
-    return [p.name for p in required]
-
-
-def _functions(inlined: set[nn.Module]) -> set[FunctionType]:
-    """All functions but PyTorch's own that the forwards of `inlined` may run, each checked.
+    Returns:
+        The names that they use.
 
     Raises:
-        _UnsoundError: in one of them Python may decide something, or remember it.
+        UnsoundError: in one of them Python may decide something, or remember it.
     """
-    classes = {type(module) for module in inlined}
-    pending = [function for cls in classes for function in _attribute(cls, "forward")]
-    found: set[FunctionType] = set()
+    for module in inlined:
+        if module is not region and any(getattr(module, hooks) for hooks in CALL_HOOKS):
+            raise UnsoundError("a module that would be bypassed has hooks")
+    members = {
+        name
+        for module in region.modules()
+        for held in (module._modules, module._parameters, module._buffers)
+        for name, member in held.items()
+        if member is not None
+    }
+    attributes = {name for m in inlined for name in vars(m)}
+    inner = {type(module) for module in inlined}
+    outer = {type(module) for module in region.modules()} - inner
+    for cls in inner | outer:
+        if special := SPECIAL_METHODS & _own(cls).keys():
+            raise UnsoundError(f"{cls.__name__} defines {', '.join(special)}")
+    foreign = {name for cls in outer for name in _own(cls)}
+    pending = [f for cls in inner for f in _own(cls).get("forward", ())]
+    seen: set[FunctionType] = set()
+    used: set[str] = set()
     while pending:
         function = pending.pop()
-        if function in found or _trusted(function.__module__):
+        if function in seen:
             continue
-        found.add(function)
-        if set(function.__code__.co_freevars) - {"__class__"}:
-            raise _UnsoundError("a closure")
+        seen.add(function)
+        _check_closure(function)
         for code in _nested(function.__code__):
-            for name in _check_code(code, function.__globals__):
-                value = function.__globals__[name]
-                pending += [value] if isinstance(value, FunctionType) else []
-            for name in code.co_names:
-                pending += [f for cls in classes for f in _attribute(cls, name)]
+            for kind, name in _names(code):
+                if kind == "global":
+                    pending += _global(name, function.__globals__)
+                    continue
+                used.add(name)
+                methods = [f for cls in inner for f in _own(cls).get(name, ())]
+                pending += methods
+                known = methods or name in members or name in attributes or name in _operations()
+                if not known or (name in foreign and name not in members):
+                    raise UnsoundError(f"it uses .{name}")
+    return used
+
+
+def _own(cls: type) -> dict[str, list[FunctionType]]:
+    """The attributes that a class or its bases define, other than PyTorch's and conjoin's own.
+
+    Raises:
+        UnsoundError: one of them that is no function is needed; its list is empty otherwise.
+    """
+    found: dict[str, list[FunctionType]] = {}
+    for base in cls.__mro__:
+        if base.__module__.split(".")[0] in ("torch", "conjoin", "builtins"):
+            continue
+        for name, value in vars(base).items():
+            functions = found.setdefault(name, [])
+            if isinstance(value, property):
+                value = value.fget
+            if isinstance(value, (staticmethod, classmethod)):
+                value = value.__func__
+            if isinstance(value, FunctionType):
+                functions.append(value)
     return found
 
 
-def _trusted(module: str) -> bool:
-    return module.split(".")[0] in TRUSTED
-
-
-def _attribute(cls: type, name: str) -> list[FunctionType]:
-    """The functions behind an attribute of a class.
-
-    Raises:
-        _UnsoundError: it is neither a function nor a constant.
-    """
-    value = inspect.getattr_static(cls, name, None)
-    if isinstance(value, property):
-        value = value.fget
-    if isinstance(value, (staticmethod, classmethod)):
-        value = value.__func__
-    if isinstance(value, FunctionType):
-        return [value]
-    if not callable(value) and not _constant(value):
-        raise _UnsoundError(f"it reads the class attribute {name}")
-    return []
+def _check_closure(function: FunctionType) -> None:
+    defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
+    if set(function.__code__.co_freevars) - {"__class__"}:
+        raise UnsoundError("a closure")
+    if not all(_constant(value) for value in defaults):
+        raise UnsoundError("the default of an argument can change")
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:
@@ -255,66 +279,88 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
             yield from _nested(constant)
 
 
-def _check_code(code: CodeType, names: dict[str, Any]) -> Iterator[str]:
-    """Refuses code in which Python may decide something, or remember it.
-
-    Yields:
-        The global names that it reads, other than built-in functions.
+def _names(code: CodeType) -> Iterator[tuple[str, str]]:
+    """The names that code reads, as globals or as attributes.
 
     Raises:
-        _UnsoundError: it may.
+        UnsoundError: it is not a straight line.
     """
     for instruction in dis.get_instructions(code):
         operation, name = instruction.opname, instruction.argval
         if operation == "STORE_DEREF" and name in code.co_cellvars:
             continue
         if operation in FORBIDDEN_OPERATIONS or ("JUMP" in operation and "_IF" in operation):
-            raise _UnsoundError(operation)
+            raise UnsoundError(operation)
         if operation.startswith("YIELD") and code.co_name != "<genexpr>":
-            raise _UnsoundError(operation)
+            raise UnsoundError(operation)
+        augmented = operation == "BINARY_OP" and instruction.argrepr.endswith("=")
+        if augmented or operation.startswith("INPLACE_"):
+            raise UnsoundError("an augmented assignment, which a proxy does not do in place")
         if operation in ("LOAD_GLOBAL", "LOAD_NAME"):
-            if not _harmless(name, names):
-                raise _UnsoundError(f"it reads {name}")
-            if name in names:
-                yield name
-        if operation in ("LOAD_ATTR", "LOAD_METHOD") and (
-            name in FORBIDDEN_NAMES | FORBIDDEN_METHODS or name.startswith("register_")
-        ):
-            raise _UnsoundError(f"it reads .{name}")
+            yield "global", name
+        elif operation in ("LOAD_ATTR", "LOAD_METHOD"):
+            yield "attribute", name
 
 
-def _harmless(name: str, names: dict[str, Any]) -> bool:
-    """Whether a global name stands for the same thing on every call."""
-    if name not in names:
-        return name in HARMLESS_BUILTINS and hasattr(builtins, name)
-    value = names[name]
-    if isinstance(value, ModuleType):
-        return value is math or value.__name__.split(".")[0] == "torch"
-    if isinstance(value, FunctionType):  # Anyone else's function is checked like the forward.
-        return value.__module__.split(".")[0] == "torch" or not _trusted(value.__module__)
-    if isinstance(value, BuiltinFunctionType):
-        return value in torch.overrides.get_testing_overrides() or value.__module__ == "math"
-    return isinstance(value, type) and issubclass(value, nn.Module)
+def _global(name: str, namespace: dict[str, Any]) -> list[FunctionType]:
+    """The functions to check behind a global name.
+
+    Raises:
+        UnsoundError: it need not stand for the same on every call.
+    """
+    if name not in namespace:
+        if name not in BUILTINS:
+            raise UnsoundError(f"it calls {name}")
+        return []
+    value = namespace[name]
+    if isinstance(value, ModuleType) and value in (torch, nn, F, math):
+        return []
+    if isinstance(value, FunctionType) and value.__module__.split(".")[0] not in TRUSTED:
+        return [value]
+    if value in _functions():
+        return []
+    raise UnsoundError(f"it reads {name}")
+
+
+@functools.cache
+def _functions() -> frozenset[Any]:
+    """PyTorch's functions that are recorded in a graph when called with a proxy."""
+    found = get_overridable_functions()
+    listed = (f for namespace in (torch, F) for f in found.get(namespace, ()))
+    return frozenset(f for f in listed if f.__name__ not in NOT_OPERATIONS)
+
+
+@functools.cache
+def _operations() -> frozenset[str]:
+    """Names of operations, of the way to them and of what containers have."""
+    found = get_overridable_functions()
+    names = {f.__name__ for namespace in (torch, F, Tensor) for f in found.get(namespace, ())}
+    names |= {name for name, value in vars(torch).items() if isinstance(value, torch.dtype)}
+    names |= {name for name, value in vars(math).items() if callable(value)}
+    names |= {"shape", "dtype", "device", "ndim", "T", "mT", "H", "mH", "real", "imag"}
+    names |= {name for name in dir(torch) if name.endswith("_like")}
+    return frozenset((names | MODULE_NAMES | CONTAINER_METHODS) - NOT_OPERATIONS)
 
 
 def _constants(
-    region: nn.Module, inlined: set[nn.Module], functions: set[FunctionType]
-) -> Iterator[tuple[dict[str, Any], str, Any]]:
-    """The plain attributes of modules that the functions may have read.
+    region: nn.Module, inlined: set[nn.Module], names: set[str]
+) -> Iterator[tuple[str, str, Any]]:
+    """The plain attributes of modules that may have been read, and those that must stay missing.
 
     Raises:
-        _UnsoundError: one of them can change without being replaced, or is not watched.
+        UnsoundError: one of them can change without being replaced, or is not watched.
     """
-    names = {name for f in functions for code in _nested(f.__code__) for name in code.co_names}
-    for module in region.modules():
+    for path, module in region.named_modules():
         attributes = vars(module)
         for name in names & attributes.keys():
-            value = attributes[name]
-            if name == "_modules" and module in inlined:
-                continue
-            if module not in inlined or not _constant(value):
-                raise _UnsoundError(f"it reads the attribute {name}")
-            yield attributes, name, value
+            if module not in inlined or not _constant(attributes[name]) or name == "training":
+                raise UnsoundError(f"it reads the attribute {name}")
+            yield path, name, attributes[name]
+        if module in inlined:
+            for name in {"forward", *(names & _own(type(module)).keys())}:
+                if name in attributes:
+                    raise UnsoundError(f"{name} was replaced on the instance")
+                yield path, name, MISSING
 
 
 def _constant(value: object) -> bool:
@@ -328,18 +374,20 @@ def _only_registered(graph: fx.Graph, region: nn.Module) -> None:
     registered = {*dict(region.named_parameters()), *dict(region.named_buffers())}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in registered:
-            raise _UnsoundError(f"it keeps {node.target}")
+            raise UnsoundError(f"it keeps {node.target}")
 
 
-def _places(
-    region: nn.Module, bypassed: Sequence[nn.Module]
-) -> Iterator[tuple[dict[str, Any], str, nn.Module, type]]:
-    """Where the bypassed modules stand."""
-    wanted = set(bypassed)
-    for owner in region.modules():
+def _places(region: nn.Module, wanted: set[nn.Module]) -> Iterator[tuple[str, str, type]]:
+    """Where modules stand."""
+    for path, owner in region.named_modules():
         for name, child in owner._modules.items():
             if child in wanted and child is not None:
-                yield owner._modules, name, child, type(child)
+                yield path, name, type(child)
+
+
+def _containers(region: nn.Module) -> set[nn.Module]:
+    """What the traced code may have iterated over."""
+    return {m for m in region.modules() if isinstance(m, (ModuleList, ModuleDict, Sequential))}
 
 
 def _compile(graph: fx.Graph) -> Callable[..., Any]:

@@ -10,8 +10,6 @@ whenever it runs, because it shares a call only where the inputs are the very sa
 
 from __future__ import annotations
 
-import contextlib
-from collections.abc import Iterator
 from typing import Any
 
 from torch import fx, nn
@@ -22,7 +20,8 @@ from conjoin.graph import hazards
 from conjoin.graph.site import Sightings, Site, Untraced
 from conjoin.layers import Kind, kind_of
 from conjoin.tracing import regions
-from conjoin.tracing.observe import undisturbed
+from conjoin.tracing.proxies import Proxy, arguments
+from conjoin.tracing.undisturbed import restored, undisturbed
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 """Modules without a forward of their own."""
@@ -36,6 +35,15 @@ class _Tracer(fx.Tracer):
     def __init__(self, kinds: tuple[Kind, ...]) -> None:
         super().__init__()
         self.kinds = kinds
+
+    def proxy(self, node: fx.Node) -> fx.Proxy:
+        return Proxy(node, self)
+
+    def create_args_for_root(
+        self, root_fn: Any, is_module: bool, concrete_args: Any = None
+    ) -> tuple[Any, list[Any]]:
+        """Proxies for the arguments without a default; Python itself fills in the others."""
+        return root_fn, arguments(self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return kind_of(m, self.kinds) is not None or super().is_leaf_module(
@@ -76,7 +84,7 @@ def trace(model: nn.Module, kinds: tuple[Kind, ...]) -> Sightings:
     sites: list[Site] = []
     strided: dict[str, str] = {}
     untraced: list[Untraced] = []
-    with undisturbed(), regions.suspended(model), _restored(model), _NoSideEffects():
+    with undisturbed(), regions.suspended(model), restored(model), _NoSideEffects():
         pending = [("", model)]
         seen: set[nn.Module] = set()
         while pending:
@@ -123,26 +131,3 @@ def _note(
 def _why(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__
-
-
-@contextlib.contextmanager
-def _restored(model: nn.Module) -> Iterator[None]:
-    """Undoes what a trace sets on the modules: attributes, and the contents of containers."""
-    held = [(module, dict(vars(module))) for module in model.modules()]
-    contents: list[tuple[Any, Any]] = [
-        (value, value.copy())
-        for _, attributes in held
-        for value in attributes.values()
-        if isinstance(value, (list, dict, set))
-    ]
-    try:
-        yield
-    finally:
-        for module, attributes in held:
-            if vars(module) != attributes:
-                vars(module).clear()
-                vars(module).update(attributes)
-        for value, before in contents:
-            if len(value) != len(before) or value != before:
-                value.clear()
-                (value.extend if isinstance(value, list) else value.update)(before)

@@ -1,0 +1,224 @@
+"""What a graph tells of changes in place, of aliases and of strides."""
+
+import operator
+
+import pytest
+import torch
+from torch import fx, nn
+from torch.nn import functional as F
+
+from conjoin.graph.hazards import reads_strides, versions
+
+
+class Opaque(nn.Module):
+    def forward(self, x):
+        return x.add_(1)
+
+
+class Marked(nn.Module):
+    """A forward with the layer `a` before and `b` after what a function does to x."""
+
+    def __init__(self, script, child=None):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.child = child
+        self.script = script
+
+    def forward(self, x):
+        y = x + 1
+        first = self.a(y)
+        self.script(self, y)
+        return first, self.b(y)
+
+
+class _Tracer(fx.Tracer):
+    def is_leaf_module(self, module, name):
+        return True
+
+
+def graph_of(model):
+    return _Tracer().trace(model)
+
+
+def changes(script, child=None):
+    """How often y had been changed before `b` read it."""
+    model = Marked(script, child)
+    graph = graph_of(model)
+    found = versions(graph, dict(model.named_modules()))
+    nodes = {str(node.target): node for node in graph.nodes}
+    assert found[nodes["a"]] == 0
+    return found[nodes["b"]]
+
+
+def hooked():
+    module = nn.ReLU()
+    module.register_forward_hook(lambda module, args, output: args[0].zero_())
+    return module
+
+
+def python_function(y):
+    return y.zero_()
+
+
+fx.wrap("python_function")
+
+CHANGES = {
+    "method": lambda m, y: y.add_(1),
+    "function": lambda m, y: torch.relu_(y),
+    "functional": lambda m, y: F.relu(y, inplace=True),
+    "copy": lambda m, y: y.copy_(y * 2),
+    "out": lambda m, y: torch.add(y, 1, out=y),
+    "second of out": lambda m, y: torch.max(y * 2, 0, out=(y, y)),
+    "view": lambda m, y: y.view(-1).mul_(2),
+    "view of a view": lambda m, y: y.t()[0].unsqueeze(0).zero_(),
+    "reshape": lambda m, y: y.reshape(-1).zero_(),
+    "flatten": lambda m, y: y.flatten().zero_(),
+    "detach": lambda m, y: y.detach().zero_(),
+    "data": lambda m, y: y.data.zero_(),
+    "transposed": lambda m, y: y.T.zero_(),
+    "chunk": lambda m, y: y.chunk(2)[0].zero_(),
+    "torch.chunk": lambda m, y: torch.chunk(y, 2)[1].zero_(),
+    "contiguous": lambda m, y: y.contiguous().zero_(),
+    "same type": lambda m, y: y.float().zero_(),
+    "expand": lambda m, y: torch.broadcast_to(y, (2, 3, 4))[0].zero_(),
+    "narrow": lambda m, y: torch.narrow(y, 0, 0, 1).zero_(),
+    "view_as_real": lambda m, y: torch.view_as_real(y).zero_(),
+    "atleast": lambda m, y: torch.atleast_3d(y).zero_(),
+    "dropout": lambda m, y: F.dropout(y, 0.5, training=False).zero_(),
+    "squeeze_": lambda m, y: y.unsqueeze(0).squeeze_(0).zero_(),
+    "foreach": lambda m, y: torch._foreach_add_([y], 1),
+    "renorm": lambda m, y: nn.init.zeros_(y),
+    "second argument": lambda m, y: torch.add(torch.ones(4), y, out=y),
+}
+MODULES = {
+    "ReLU": nn.ReLU(inplace=True),
+    "Dropout": nn.Dropout(0.5, inplace=True),
+    "Hardswish": nn.Hardswish(inplace=True),
+    "opaque": Opaque(),
+    "hooked": hooked(),
+}
+NO_CHANGES = {
+    "pure": lambda m, y: y * 2,
+    "view": lambda m, y: y.view(-1),
+    "clone": lambda m, y: y.clone().zero_(),
+    "result": lambda m, y: (y * 2).add_(1),
+    "other": lambda m, y: torch.add(y, 1, out=torch.empty(3, 4)),
+    "requires_grad": lambda m, y: y.requires_grad_(),
+}
+
+
+@pytest.mark.parametrize("script", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_seen(script):
+    assert changes(script) > 0
+
+
+@pytest.mark.parametrize("child", MODULES.values(), ids=MODULES)
+def test_a_change_by_a_module_is_seen(child):
+    assert changes(lambda m, y: m.child(y), child) > 0
+
+
+@pytest.mark.parametrize(
+    "child", [nn.Identity(), nn.Flatten(0), nn.Unflatten(1, (2, 2)), nn.Dropout(0.5)], ids=str
+)
+def test_a_change_behind_a_module_that_shares_memory_is_seen(child):
+    assert changes(lambda m, y: m.child(y).zero_(), child) > 0
+
+
+def test_a_change_by_another_function_is_seen():
+    assert changes(lambda m, y: python_function(y)) > 0
+
+
+@pytest.mark.parametrize("script", NO_CHANGES.values(), ids=NO_CHANGES)
+def test_what_changes_nothing(script):
+    assert changes(script) == 0
+
+
+@pytest.mark.parametrize("child", [nn.ReLU(), nn.Conv1d(4, 4, 1), nn.LayerNorm(4)], ids=str)
+def test_modules_that_change_nothing(child):
+    assert changes(lambda m, y: m.child(y), child) == 0
+
+
+@pytest.mark.parametrize("function", [operator.iadd, operator.setitem])
+def test_a_change_by_an_operator_is_seen(function):
+    """Symbolic tracing has no such nodes; a graph from elsewhere may."""
+    model = Marked(lambda m, y: y * 2)
+    graph = graph_of(model)
+    nodes = {str(node.target): node for node in graph.nodes}
+    with graph.inserting_before(nodes["b"]):
+        graph.call_function(function, (nodes["b"].args[0], 1))
+    assert versions(graph, dict(model.named_modules()))[nodes["b"]] == 1
+
+
+def test_a_change_of_a_part_of_the_input():
+    """The whole is another value too."""
+
+    class Parts(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x):
+            part = x[0]
+            first = self.a(part)
+            x.zero_()
+            return first, self.b(part)
+
+    model = Parts()
+    graph = graph_of(model)
+    found = versions(graph, dict(model.named_modules()))
+    assert [found[node] for node in graph.nodes if node.op == "call_module"] == [0, 1]
+
+
+class Read(nn.Module):
+    def __init__(self, script):
+        super().__init__()
+        self.conv = nn.Conv2d(2, 3, 1)
+        self.script = script
+
+    def forward(self, x):
+        return self.script(self.conv(x)) + 1
+
+
+READS = {
+    "view": lambda y: y.view(2, -1),
+    "stride": lambda y: y.stride()[0],
+    "is_contiguous": lambda y: y.is_contiguous() + y,
+    "as_strided": lambda y: y.as_strided((2,), (1,)),
+    "torch.as_strided": lambda y: torch.as_strided(y, (2,), (1,)),
+    "data_ptr": lambda y: y.data_ptr(),
+    "view_as": lambda y: y.view_as(y),
+    "view of a view": lambda y: y.transpose(1, 2).view(-1),
+    "view of a part": lambda y: y[0].view(-1),
+    "change of a view": lambda y: y.reshape(-1).add_(1),
+    "a function of Python's own": lambda y: python_function(y),
+}
+READS_NOT = {
+    "arithmetic": lambda y: y * 2,
+    "reshape": lambda y: y.reshape(-1),
+    "flatten": lambda y: y.flatten(1),
+    "a change": lambda y: y.add_(1),
+    "a copy": lambda y: (y * 2).view(-1),
+}
+
+
+def why(script, *, escapes=False):
+    graph = graph_of(Read(script))
+    node = next(node for node in graph.nodes if node.op == "call_module")
+    return reads_strides(node, escapes=escapes)
+
+
+@pytest.mark.parametrize("script", READS.values(), ids=READS)
+def test_strides_are_read(script):
+    assert why(script)
+
+
+@pytest.mark.parametrize("script", READS_NOT.values(), ids=READS_NOT)
+def test_strides_are_not_read(script):
+    assert not why(script)
+
+
+def test_an_output_may_escape():
+    graph = graph_of(nn.Sequential(nn.Conv2d(2, 3, 1)))
+    node = next(node for node in graph.nodes if node.op == "call_module")
+    assert reads_strides(node, escapes=True)
+    assert not reads_strides(node, escapes=False)
