@@ -219,7 +219,7 @@ def test_wrong_example_inputs(model, function, given, words):
 
 
 @pytest.mark.parametrize("function", [conjoin.optimize, conjoin.unfuse, conjoin.report])
-@pytest.mark.parametrize("given", [VAE, None, {"state": 1}, lambda x: x], ids=str)
+@pytest.mark.parametrize("given", [VAE, None, {"state": 1}, lambda x: x])
 def test_no_model(function, given):
     with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module as model, not"):
         function(given)

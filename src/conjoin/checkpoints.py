@@ -152,7 +152,7 @@ def _join(
     for key, first in present[0].items():
         values = [state[key] for state in present]
         if isinstance(first, Tensor) and first.dim() > 0:
-            joined[key] = wide.kind.merge(name, values)
+            joined[key] = wide.kind.merge(wide, name, values)
             _shaped(key, joined[key], parameter)
         elif all(bool(torch.as_tensor(value == first).all()) for value in values):
             joined[key] = first

@@ -40,7 +40,7 @@ INPLACE_OPERATORS: frozenset[Any] = frozenset(
 
 
 def versions(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, int]:
-    """For each node, how often its first input had been changed in place before it.
+    """For each node, how often its first input, or any weight, had been changed in place before.
 
     A change through an alias of the input counts, since an alias is a chain of operations that
     may share memory.
@@ -51,18 +51,19 @@ def versions(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node,
     """
     root: dict[fx.Node, fx.Node] = {}
     changed: dict[fx.Node, int] = {}
+    weights = 0
     found: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        inputs = node.all_input_nodes
         first = _first(node)
         root[node] = node
+        found[node] = weights
         if first is not None:
-            found[node] = changed.get(root[first], 0)
+            found[node] += changed.get(root[first], 0)
             if shares_memory(node, modules):
                 root[node] = root[first]
-        for input in written(node, modules) if inputs else ():
+        for input in written(node, modules):
             changed[root[input]] = changed.get(root[input], 0) + 1
-        found.setdefault(node, 0)
+            weights += root[input].op == "get_attr"
     return found
 
 

@@ -182,16 +182,26 @@ def _apart(name: str, other: str, calls: dict[str, Calls]) -> Verdict | None:
     if mine == theirs:
         return None
     if [call[0] for call in mine] != [call[0] for call in theirs]:
-        return Reason.CALLED_APART, f"it reads {_inputs(mine)}, and {other} {_inputs(theirs)}"
+        counts = _inputs(mine), _inputs(theirs)
+        if counts[0] == counts[1]:
+            return Reason.CALLED_APART, f"it reads tensors that {other} does not"
+        return Reason.CALLED_APART, f"it reads {counts[0]}, and {other} {counts[1]}"
     if [call[1] for call in mine] != [call[1] for call in theirs]:
         return Reason.INPUT_MUTATED, f"what {other} reads has other values by then"
     return Reason.CALLED_APART, f"it runs with gradients or autocast set otherwise than {other}"
 
 
 def _inputs(calls: Calls) -> str:
-    count = len({call[0] for call in calls})
+    """How many tensors are read in how many calls, in the first run that has any."""
+    run = _run(calls[0][0])
+    inputs = [input for input, _, _ in calls if _run(input) == run]
+    count = len(set(inputs))
     tensors = "1 tensor" if count == 1 else f"{count} tensors"
-    return f"{tensors} in 1 call" if len(calls) == 1 else f"{tensors} in {len(calls)} calls"
+    return f"{tensors} in 1 call" if len(inputs) == 1 else f"{tensors} in {len(inputs)} calls"
+
+
+def _run(input: Hashable) -> Hashable:
+    return input[:-1] if isinstance(input, tuple) else None
 
 
 def _difference(name: str, other: str, keys: dict[str, dict[str, object]]) -> Verdict:

@@ -81,11 +81,13 @@ class Kind(ABC):
         """The shapes of the siblings' weights."""
         return tuple(tensors(layer)["weight"].shape for layer in layers)
 
-    def merge(self, name: str, blocks: Sequence[Tensor]) -> Tensor:
+    def merge(self, wide: Wide, name: str, blocks: Sequence[Tensor]) -> Tensor:
         """The wide layer's `weight` or `bias`, or gradient thereof, from the siblings'."""
-        if name == "weight" and self.weight_dim != 0:
-            return torch.cat([block.reshape(-1) for block in blocks])
-        return torch.cat(list(blocks))
+        if name != "weight" or self.weight_dim == 0:
+            return torch.cat(list(blocks))
+        if wide.channels_last:
+            blocks = [block.movedim(1, -1) for block in blocks]
+        return torch.cat([block.reshape(-1) for block in blocks])
 
     def part(self, wide: Wide, name: str, tensor: Tensor, index: int) -> Tensor:
         """The `index`-th sibling's part of the wide layer's `weight` or `bias`: a view.
@@ -97,9 +99,7 @@ class Kind(ABC):
             index: which sibling.
         """
         if name == "weight" and self.weight_dim != 0:
-            sizes = [shape.numel() for shape in wide.shapes]
-            block = tensor.narrow(0, sum(sizes[:index]), sizes[index])
-            return block.view(wide.shapes[index])
+            return self._blocks(wide, tensor)[index]
         return tensor.narrow(0, sum(wide.widths[:index]), wide.widths[index])
 
     def joined(self, wide: Wide) -> Tensor:
@@ -110,12 +110,17 @@ class Kind(ABC):
         """
         if self.weight_dim == 0:
             return wide.weight
-        sizes = [shape.numel() for shape in wide.shapes]
-        blocks = torch.split(wide.weight, sizes)
-        return torch.cat(
-            [block.view(shape) for block, shape in zip(blocks, wide.shapes, strict=True)],
-            dim=self.weight_dim,
-        )
+        return torch.cat(self._blocks(wide, wide.weight), dim=self.weight_dim)
+
+    def _blocks(self, wide: Wide, weight: Tensor) -> list[Tensor]:
+        """The siblings' weights, from the one-dimensional tensor that holds them as blocks."""
+        blocks = torch.split(weight, [shape.numel() for shape in wide.shapes])
+        if not wide.channels_last:
+            return [block.view(shape) for block, shape in zip(blocks, wide.shapes, strict=True)]
+        return [
+            block.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+            for block, shape in zip(blocks, wide.shapes, strict=True)
+        ]
 
     def split(self, wide: Wide, output: Tensor) -> tuple[Tensor, ...]:
         """The parts of the wide layer's output, which may also be an `fx.Proxy`.
@@ -151,7 +156,7 @@ def common(kind: Kind, layer: nn.Module, held: Mapping[str, nn.Parameter]) -> di
         values = {name: getattr(tensor, attribute) for name, tensor in held.items()}
         uniform = len(set(values.values())) == 1
         found[attribute] = next(iter(values.values())) if uniform else tuple(values.items())
-    found["memory_format"] = _memory_format(held["weight"])
+    found["memory_format"] = memory_format(held["weight"])
     found["attributes"] = tuple(
         (name, attribute, id(value))
         for name, tensor in held.items()
@@ -160,7 +165,8 @@ def common(kind: Kind, layer: nn.Module, held: Mapping[str, nn.Parameter]) -> di
     return found
 
 
-def _memory_format(weight: Tensor) -> str:
+def memory_format(weight: Tensor) -> str:
+    """How a weight lies in memory: `contiguous`, `channels_last` or `strided` in another way."""
     if weight.is_contiguous():
         return "contiguous"
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}

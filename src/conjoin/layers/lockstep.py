@@ -33,6 +33,9 @@ if TYPE_CHECKING:
 PLAIN_TENSORS = (Tensor, torch.nn.Parameter, FakeTensor)
 """The types of tensor of which a part behaves like a tensor of its own."""
 
+REAL_TENSORS = (Tensor, torch.nn.Parameter)
+"""The types of tensor whose address tells whether `.data` was replaced."""
+
 PATIENCE = 8
 """Runs in a row that may end with parts left over before a wide layer is no longer shared."""
 
@@ -184,6 +187,7 @@ def _state(wide: Wide, input: Tensor) -> tuple[object, ...]:
         input.requires_grad,
         id(weight),
         _version(weight),
+        weight.data_ptr() if type(weight) in REAL_TENSORS else None,
         id(bias),
         None if bias is None else _version(bias),
         torch.is_grad_enabled(),

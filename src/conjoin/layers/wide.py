@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 
 from conjoin.layers import lockstep
-from conjoin.layers.kind import TENSORS, Kind
+from conjoin.layers.kind import TENSORS, Kind, memory_format, tensors
 from conjoin.layers.lockstep import in_transform
 
 WIDE = "wide"
@@ -34,6 +34,7 @@ class Wide(nn.Module):
         settings: the settings that they have in common, by name.
         shapes: the shapes of their weights.
         widths: the numbers of their output channels.
+        channels_last: whether the weights are in that memory format.
         contiguous: which parts are handed out contiguous, since what reads them depends on it.
         weight: the siblings' weights as contiguous blocks, one after another.
         bias: the siblings' biases likewise, or None.
@@ -50,6 +51,7 @@ class Wide(nn.Module):
         self.shapes = kind.shapes(layers)
         self.widths = [shape[kind.weight_dim] for shape in self.shapes]
         self.contiguous = contiguous
+        self.channels_last = memory_format(tensors(layers[0])["weight"]) == "channels_last"
         self.wasted = 0
         self._collected: dict[str, dict[int, Tensor]] = {}
         self.register_parameter("weight", self._merge("weight", layers))
@@ -60,10 +62,11 @@ class Wide(nn.Module):
         held = [parameter for parameter in parameters if parameter is not None]
         if not held:
             return None
-        merged = _like(self.kind.merge(name, [parameter.detach() for parameter in held]), held[0])
+        values = [parameter.detach() for parameter in held]
+        merged = _like(self.kind.merge(self, name, values), held[0])
         if any(parameter.grad is not None for parameter in held):
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in held]
-            merged.grad = self.kind.merge(name, grads)
+            merged.grad = self.kind.merge(self, name, grads)
         return merged
 
     def forward(self, input: Tensor) -> Tensor:
@@ -98,16 +101,16 @@ class Wide(nn.Module):
             return parts
         return tuple(p.contiguous() if i in self.contiguous else p for i, p in enumerate(parts))
 
-    def collect(self, index: int, tensors: dict[str, nn.Parameter]) -> None:
+    def collect(self, index: int, values: dict[str, nn.Parameter]) -> None:
         """Keeps tensors for the `index`-th part of a wide layer on the meta device.
 
         Once there is one for every part, they are merged and the wide layer is real.
         """
-        for name, tensor in tensors.items():
+        for name, tensor in values.items():
             blocks = self._collected.setdefault(name, {})
             blocks[index] = tensor.detach()
             if len(blocks) == len(self.widths):
-                merged = self.kind.merge(name, [blocks[i] for i in range(len(blocks))])
+                merged = self.kind.merge(self, name, [blocks[i] for i in range(len(blocks))])
                 setattr(self, name, _like(merged, getattr(self, name)))
                 del self._collected[name]
 
@@ -115,8 +118,9 @@ class Wide(nn.Module):
         """The kind and the widths."""
         return f"{self.kind.name}, {'+'.join(map(str, self.widths))}"
 
-    def _save_to_state_dict(self, *args: Any, **kwargs: Any) -> None:
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Nothing: the views emit the slices under the siblings' names."""
+        return {} if destination is None else destination
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the views write through."""
@@ -175,6 +179,11 @@ class View(nn.Module):
         if name in TENSORS and self._parameters.get(name) is not None:
             self._parameters[name] = value  # Slices are there while a checkpoint is loaded.
         elif self._is_own(name, value):
+            if name in TENSORS and not (value is None or isinstance(value, nn.Parameter)):
+                raise TypeError(
+                    f"cannot assign '{torch.typename(value)}' as parameter '{name}' "
+                    "(torch.nn.Parameter or None expected)"
+                )
             setattr(release(self), name, value)
         else:
             super().__setattr__(name, value)
