@@ -52,7 +52,7 @@ def widen(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[str] | None
         if len(group) == len(wide.widths):
             siblings = [group[index] for index in range(len(group))]
             first = min(siblings)
-            edit.replace(graph, siblings, first, f"{first.target}.{WIDE}", input, wide.split)
+            edit.replace(graph, siblings, first, f"{first.target}.{WIDE}", input, wide)
             relied = [*(relied or []), *between[key]]
     return relied
 

@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+import operator
+from collections.abc import Sequence
 
-from torch import Tensor, fx
+from torch import fx
 from torch.fx.node import map_arg
+
+from conjoin.layers.wide import Wide
 
 
 def replace(
@@ -14,7 +17,7 @@ def replace(
     first: fx.Node,
     target: str,
     input: fx.Node,
-    split: Callable[[Tensor], Sequence[Tensor]],
+    wide: Wide,
 ) -> None:
     """Puts one call of a module and its split in the place of the calls of siblings.
 
@@ -24,16 +27,17 @@ def replace(
         first: the call that comes first in the graph; the new one stands in its place.
         target: the module that is called instead.
         input: what it is called with.
-        split: gives the parts of its output; run on a proxy, so that its operations are recorded.
+        wide: that module.
     """
     with graph.inserting_before(first):
         whole = graph.call_module(target, (input,))
         whole.meta = dict(first.meta)
-        parts = split(fx.Proxy(whole))  # type: ignore[arg-type]
-    made = {
-        sibling: part.node  # type: ignore[attr-defined]
-        for sibling, part in zip(siblings, parts, strict=True)
-    }
+        function, arguments = wide.kind.split(wide)
+        parts = graph.call_function(function, (whole, *arguments))
+        nodes = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(siblings))]
+        for i in sorted(wide.contiguous):
+            nodes[i] = graph.call_method("contiguous", (nodes[i],))
+    made = dict(zip(siblings, nodes, strict=True))
     for sibling, node in made.items():
         node.meta = dict(sibling.meta)
     # All at once: a node that reads a thousand siblings is rewritten once, not a thousand times.

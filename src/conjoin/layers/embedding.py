@@ -10,6 +10,7 @@ at each call that needs a gradient, which touches every row anyway, and read one
 
 from __future__ import annotations
 
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -47,16 +48,9 @@ class Embedding(Kind):
         tables = [wide.part("weight", wide.weight, i) for i in range(len(wide.widths))]
         return torch.cat([F.embedding(input, table, padding) for table in tables], dim=-1)
 
-    def split(self, wide: Wide, output: Tensor) -> tuple[Tensor, ...]:
-        """The parts: along the stack for a stack of tables, along the channels otherwise.
-
-        Neither operation on the stack makes views, which `detach_` and others would not take.
-        """
-        if not _stacked(wide):
-            return super().split(wide, output)
-        parts = torch.unsafe_split(output, 1, 0)
-        stack = [parts[i] for i in range(len(wide.widths))]
-        return tuple(torch.ops.aten._unsafe_view(part, part.shape[1:]) for part in stack)
+    def split(self, wide: Wide) -> tuple[Callable[..., Sequence[Tensor]], tuple[Any, ...]]:
+        """Along the stack for a stack of tables, along the channels otherwise."""
+        return (unstack, ()) if _stacked(wide) else super().split(wide)
 
     def _read_stack(self, wide: Wide, input: Tensor, padding: int | None) -> Tensor:
         stack = wide.weight.view(len(wide.widths), *wide.shapes[0])
@@ -66,6 +60,11 @@ class Embedding(Kind):
             return rows
         # The padding row is read like any other and gets no gradient.
         return torch.where((input == padding).unsqueeze(-1), rows.detach(), rows)
+
+
+def unstack(stack: Tensor) -> list[Tensor]:
+    """(n, *) -> n times (*), none of them a view, which `detach_` and others would not take."""
+    return [torch.ops.aten._unsafe_view(p, p.shape[1:]) for p in torch.unsafe_split(stack, 1, 0)]
 
 
 def _stacked(wide: Wide) -> bool:

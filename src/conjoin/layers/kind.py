@@ -11,8 +11,8 @@ contiguous is what lets `state_dict()` hand out views that safetensors accepts.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Mapping, Sequence
-from typing import TYPE_CHECKING, ClassVar
+from collections.abc import Callable, Mapping, Sequence
+from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
@@ -122,14 +122,16 @@ class Kind(ABC):
             for block, shape in zip(blocks, wide.shapes, strict=True)
         ]
 
-    def split(self, wide: Wide, output: Tensor) -> tuple[Tensor, ...]:
-        """The parts of the wide layer's output, which may also be an `fx.Proxy`.
+    def split(self, wide: Wide) -> tuple[Callable[..., Sequence[Tensor]], tuple[Any, ...]]:
+        """How the wide layer's output is cut into its parts.
 
         `unsafe_split_with_sizes` lets the model change a part in place, as it could the sibling's
         own output; that is exact because these layers do not save their output for backward.
+
+        Returns:
+            A function of the output and further arguments, and these arguments.
         """
-        parts = torch.unsafe_split_with_sizes(output, wide.widths, self.output_dim)
-        return tuple(parts[i] for i in range(len(wide.widths)))
+        return torch.unsafe_split_with_sizes, (wide.widths, self.output_dim)
 
     @abstractmethod
     def run(self, wide: Wide, input: Tensor) -> Tensor:

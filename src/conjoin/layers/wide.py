@@ -96,9 +96,8 @@ class Wide(nn.Module):
 
     def split(self, output: Tensor) -> tuple[Tensor, ...]:
         """The parts of the output, each as the sibling's own output would be."""
-        parts = self.kind.split(self, output)
-        if not self.contiguous:
-            return parts
+        function, arguments = self.kind.split(self)
+        parts = function(output, *arguments)
         return tuple(p.contiguous() if i in self.contiguous else p for i, p in enumerate(parts))
 
     def collect(self, index: int, values: dict[str, nn.Parameter]) -> None:

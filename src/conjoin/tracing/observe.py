@@ -13,6 +13,7 @@ import copy
 import functools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
+from types import CodeType, FunctionType
 from typing import Any
 
 import torch
@@ -160,24 +161,52 @@ def observe(model: nn.Module, calls: Sequence[Call], kinds: tuple[Kind, ...]) ->
 def _observe(copied: Copy, calls: Sequence[Call], kinds: tuple[Kind, ...]) -> Sightings:
     watch = _Watch(copied.model, kinds)
     failures: dict[str, Exception] = {}
-    for mode in (True, False):
+    ran = False
+    for mode in _modes_of(copied.model):
         copied.model.train(mode)
         for number, call in enumerate(calls):
             try:
                 with watch.running((mode, number)), watch:
                     copied.run(call)
+                ran = True
             except Exception as error:  # The model's own code, which may raise anything.
                 if copied.fake:
                     raise
                 failures["training" if mode else "evaluation"] = error
                 watch.discard((mode, number))
-    if len(failures) == 2:
-        raise ValueError(_unfit(failures["evaluation"])) from failures["evaluation"]
+    if not ran:
+        error = next(iter(failures.values()))
+        raise ValueError(_unfit(error)) from error
     untraced = tuple(
         Untraced("", f"does not run in {mode} mode: {_line(error)}")
         for mode, error in failures.items()
     )
     return Sightings(tuple(watch.sites), watch.strided, untraced)
+
+
+def _modes_of(model: nn.Module) -> tuple[bool, ...]:
+    """Training and evaluation mode, or only the present one where no code asks for the mode."""
+    if any(_asks_for_mode(cls) for cls in {type(module) for module in model.modules()}):
+        return True, False
+    return (model.training,)
+
+
+def _asks_for_mode(cls: type) -> bool:
+    functions = (
+        function
+        for base in cls.__mro__[: cls.__mro__.index(nn.Module)]
+        for function in vars(base).values()
+        if isinstance(function, FunctionType)
+    )
+    return any("training" in _words(function.__code__) for function in functions)
+
+
+def _words(code: CodeType) -> Iterator[object]:
+    """The names and constants in code and in the functions in it."""
+    yield from (*code.co_names, *code.co_consts)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from _words(constant)
 
 
 def _unfit(error: Exception) -> str:
