@@ -233,6 +233,7 @@ class _Watch(TorchFunctionMode):
         self._outputs: dict[int, tuple[str, Tensor, int]] = {}
         self._weights: set[int] = set()
         self._unseen = 0
+        self._in_layer = False
         for name, module in model.named_modules():
             kind = kind_of(module, kinds)
             if kind is not None:
@@ -264,7 +265,11 @@ class _Watch(TorchFunctionMode):
                 run = self._run
                 version = (_version(input), self._unseen)
                 self.sites.append(Site(name, (*run, id(input)), version, _modes(input)))  # type: ignore[misc]
-        output = forward(*args, **kwargs)
+        self._in_layer = True
+        try:
+            output = forward(*args, **kwargs)
+        finally:
+            self._in_layer = False
         if isinstance(output, Tensor):
             with torch._C.DisableTorchFunction():
                 channel = output.dim() + kind.output_dim
@@ -279,7 +284,8 @@ class _Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         result = func(*args, **(kwargs or {}))
-        if args and isinstance(args[0], Tensor) and args[0].layout is torch.strided:
+        looks = not self._in_layer and args and isinstance(args[0], Tensor)
+        if looks and args[0].layout is torch.strided:
             if func in WAYS_AROUND and self._concerns_a_layer(args[0]):
                 self._unseen += 1
             self._look(func, args[0], result)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import random
 import sys
+from collections import OrderedDict
 from collections.abc import Iterator
 from typing import Any
 
@@ -37,7 +38,7 @@ def restored(model: nn.Module) -> Iterator[None]:
         (value, value.copy())
         for _, attributes in held
         for value in attributes.values()
-        if isinstance(value, (list, dict, set))
+        if type(value) in (list, dict, set, OrderedDict)
     ]
     try:
         yield
