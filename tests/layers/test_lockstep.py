@@ -151,9 +151,7 @@ def test_autocast_on_some(linear, flags):
 
 
 @every_kind
-@pytest.mark.parametrize(
-    "mode", [torch.enable_grad, torch.no_grad, torch.inference_mode, autocast]
-)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode, autocast])
 def test_one_run_for_every_kind_in_every_mode(kind, mode):
     plain = kind.family((2, 3)).float()
     model = fused(plain)

@@ -154,9 +154,7 @@ def test_training_that_needs_more_than_one_example():
     assert conjoin.optimize(model, (X[:1],)).a.wide_layer
 
 
-@pytest.mark.parametrize(
-    "args", [(), (X, X), (torch.zeros(3, 5, dtype=torch.float64),), ("text",)]
-)
+@pytest.mark.parametrize("args", [(), (X, X), (torch.zeros(3, 5, dtype=torch.float64),), ("text",)])
 def test_inputs_that_do_not_fit(args):
     model = nn.Sequential(model_of(heads))
     with pytest.raises(ValueError, match=r"does not run on the example inputs: .*Pass a tuple"):

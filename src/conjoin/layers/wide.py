@@ -220,8 +220,8 @@ class View(nn.Module):
         return ((name, child) for name, child in super().named_children() if name != WIDE)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.wide_layer._apply(fn, recurse)
-        return super()._apply(fn, recurse)
+        self.wide_layer._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
         wide = self.wide_layer
@@ -347,7 +347,7 @@ class Part(Tensor):
         return cast(nn.Parameter, getattr(release(self.conjoin_view), self.conjoin_name))
 
     @property
-    def data(self) -> Tensor:  # type: ignore[override]
+    def data(self) -> Tensor:
         """The values; writing to them, or assigning others, changes the wide layer."""
         return self._of(self._whole().data)
 
@@ -360,7 +360,7 @@ class Part(Tensor):
             self._released().data = values
 
     @property
-    def grad(self) -> Tensor | None:  # type: ignore[override]
+    def grad(self) -> Tensor | None:
         """The slice of the wide gradient."""
         gradient = self._whole().grad
         return None if gradient is None else self._of(gradient)
@@ -375,7 +375,7 @@ class Part(Tensor):
             part.zero_() if gradient is None else part.copy_(gradient)
 
     @property
-    def requires_grad(self) -> bool:  # type: ignore[override]
+    def requires_grad(self) -> bool:
         """Whether it trains; assigning makes the sibling a plain layer."""
         return self._whole().requires_grad
 
@@ -401,7 +401,8 @@ class Part(Tensor):
         return nn.Parameter(self.data.clone(), requires_grad=self.requires_grad)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
-        return nn.Parameter(self.data.clone(), self.requires_grad).__reduce_ex__(protocol)
+        own = nn.Parameter(self.data.clone(), self.requires_grad)
+        return own.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Parameter containing:\n{self.data!r}"

@@ -175,8 +175,8 @@ def _observe(copied: Copy, calls: Sequence[Call], kinds: tuple[Kind, ...]) -> Si
                 failures["training" if mode else "evaluation"] = error
                 watch.discard((mode, number))
     if not ran:
-        error = next(iter(failures.values()))
-        raise ValueError(_unfit(error)) from error
+        failure = next(iter(failures.values()))
+        raise ValueError(_unfit(failure)) from failure
     untraced = tuple(
         Untraced("", f"does not run in {mode} mode: {_line(error)}")
         for mode, error in failures.items()

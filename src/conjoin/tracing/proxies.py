@@ -18,7 +18,7 @@ class Proxy(fx.Proxy):
     def _refuse(self, *args: object) -> NoReturn:
         raise UnsoundError("Python looks at the value of a tensor")
 
-    __hash__ = __format__ = __str__ = __bool__ = __index__ = _refuse  # type: ignore[assignment]
+    __hash__ = __format__ = __str__ = __bool__ = __index__ = _refuse
     __len__ = __contains__ = __setitem__ = _refuse
 
     def __setattr__(self, name: str, value: object) -> None:

@@ -90,21 +90,14 @@ def _bind(region: nn.Module, traced: Traced) -> Plan:
         for path, name, cls in traced.modules
     ]
     hooks = [vars(m)[kind] for _, _, m, _ in modules if m is not None for kind in CALL_HOOKS]
-    # A module that works in place may be switched to do so, and a forward may be put in its place.
-    watched = [(path, name) for path, name, _ in traced.modules]
-    switches = [
-        (vars(at[path]._modules[name]), key, vars(at[path]._modules[name]).get(key, sound.MISSING))
-        for path, name in watched
-        for key in ("inplace", "forward")
-        if at[path]._modules.get(name) is not None
-    ]
-    constants = [(vars(at[path]), name, value) for path, name, value in traced.constants]
     return Plan(
         traced,
         tuple(modules),
         tuple(hooks),
         tuple((at[path]._modules, names) for path, names in traced.containers),
-        (*constants, *switches),
+        tuple(
+            (vars(at[path]), name, value) for path, name, value in traced.constants if path in at
+        ),
     )
 
 

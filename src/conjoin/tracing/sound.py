@@ -19,7 +19,7 @@ import dis
 import functools
 import math
 import sys
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -170,16 +170,17 @@ def trace(region: nn.Module, pipeline: Sequence[Pass]) -> Traced | None:
     after = {node.target for node in graph.nodes if node.op == "call_module"}
     containers = _containers(region)
     watched = [modules[str(target)] for target in (before - after) | {*relied}]
+    places = tuple(_places(region, {*watched, *inlined, *containers} - {region}))
     return Traced(
         _compile(graph),
         sum(node.op == "placeholder" for node in graph.nodes),
-        tuple(_places(region, {*watched, *inlined, *containers} - {region})),
+        places,
         tuple(
             (path, tuple(module._modules))
             for path, module in region.named_modules()
             if module in inlined or module in containers
         ),
-        constants,
+        (*constants, *_switches(modules, places)),
     )
 
 
@@ -383,6 +384,17 @@ def _places(region: nn.Module, wanted: set[nn.Module]) -> Iterator[tuple[str, st
         for name, child in owner._modules.items():
             if child in wanted and child is not None:
                 yield path, name, type(child)
+
+
+def _switches(
+    modules: dict[str, nn.Module], places: Iterable[tuple[str, str, type]]
+) -> Iterator[tuple[str, str, Any]]:
+    """What makes a module work in place, or replaces its forward, without replacing the module."""
+    for parent, name, _ in places:
+        path = f"{parent}.{name}".lstrip(".")
+        if path in modules:  # A module at two places is listed at the first.
+            for key in ("inplace", "forward"):
+                yield path, key, vars(modules[path]).get(key, MISSING)
 
 
 def _containers(region: nn.Module) -> set[nn.Module]:
