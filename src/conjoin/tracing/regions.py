@@ -11,7 +11,7 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any, cast
 
@@ -50,7 +50,7 @@ class Plan:
     modules: tuple[tuple[dict[str, nn.Module | None], str, nn.Module | None, type], ...]
     hooks: tuple[dict[int, Any], ...]
     containers: tuple[tuple[dict[str, nn.Module | None], tuple[str, ...]], ...]
-    constants: tuple[tuple[dict[str, Any], str, Any], ...]
+    constants: tuple[tuple[Mapping[str, Any], str, Any], ...]
 
     def holds(self) -> bool:
         """Whether nothing has happened that makes the new forward another function."""
@@ -120,8 +120,11 @@ class Region(nn.Module):
         if traced is None:
             self.__class__ = self.conjoin_base  # type: ignore[assignment]
             _install(self)
-        else:
+            return
+        try:
             vars(self)[PLAN] = _bind(self, traced)
+        except KeyError:  # It has other modules than when it was traced.
+            self.__class__ = self.conjoin_base  # type: ignore[assignment]
 
 
 _region_classes: dict[type, type[Region]] = {}
