@@ -1,5 +1,7 @@
 """One call and its split stand in the place of the siblings' calls."""
 
+from types import SimpleNamespace
+
 import torch
 from torch import fx, nn
 
@@ -31,11 +33,9 @@ def edited():
     for node in graph.nodes:
         node.meta["kept"] = node.name
 
-    def split(whole):
-        parts = torch.split(whole, [2, 3, 1], -1)
-        return [parts[i] for i in range(3)]
-
-    edit.replace(graph, siblings, calls["c"], "wide", siblings[0].args[0], split)
+    kind = SimpleNamespace(split=lambda wide: (torch.split, ([2, 3, 1], -1)))
+    wide = SimpleNamespace(kind=kind, contiguous=frozenset({1}))
+    edit.replace(graph, siblings, calls["c"], "wide", siblings[0].args[0], wide)
     return model, graph
 
 
@@ -57,8 +57,14 @@ def test_one_call_is_left_where_the_first_was():
 
 def test_the_parts_take_the_notes_of_the_siblings():
     _, graph = edited()
-    notes = {node.meta.get("kept") for node in graph.nodes if "getitem" in node.name}
-    assert notes == {"a", "b", "c"}
+    parts = [n for n in graph.nodes if "getitem" in n.name or n.name == "contiguous"]
+    assert {"a", "b", "c"} <= {node.meta.get("kept") for node in parts}
+
+
+def test_a_part_is_made_contiguous_where_the_wide_layer_says_so():
+    _, graph = edited()
+    copies = [node for node in graph.nodes if node.target == "contiguous"]
+    assert [node.args[0].args[1] for node in copies] == [1]
 
 
 def test_code_runs_in_order():

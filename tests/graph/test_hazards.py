@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from conjoin.graph.hazards import reads_strides, versions
+from conjoin.graph.hazards import is_pure, reads_strides, versions
 
 
 class Opaque(nn.Module):
@@ -133,6 +133,73 @@ def test_what_changes_nothing(script):
     assert changes(script) == 0
 
 
+def test_a_change_of_a_weight_counts_for_all():
+    class Changed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+            self.scale = nn.Parameter(torch.ones(4))
+
+        def forward(self, x):
+            first = self.a(x)
+            self.scale.add_(1)
+            return first, self.b(x)
+
+    model = Changed()
+    graph = graph_of(model)
+    found = versions(graph, dict(model.named_modules()))
+    assert [found[node] for node in graph.nodes if node.op == "call_module"] == [0, 1]
+
+
+PURE = {
+    "arithmetic": lambda m, y: y * 2,
+    "function": lambda m, y: F.relu(y),
+    "method": lambda m, y: y.softmax(-1),
+    "view": lambda m, y: y.view(-1),
+    "requires_grad": lambda m, y: y.requires_grad_(),
+    "random": lambda m, y: torch.rand_like(y),
+}
+
+
+def pure(script, child=None):
+    """Whether all nodes are."""
+    model = Marked(script, child)
+    modules = dict(model.named_modules())
+    return all(is_pure(node, modules) for node in graph_of(model).nodes)
+
+
+@pytest.mark.parametrize("script", CHANGES.values(), ids=CHANGES)
+def test_a_change_is_not_pure(script):
+    assert not pure(script)
+
+
+@pytest.mark.parametrize("child", MODULES.values(), ids=MODULES)
+def test_a_module_that_changes_is_not_pure(child):
+    assert not pure(lambda m, y: m.child(y), child)
+
+
+def test_python_functions_are_not_pure():
+    assert not pure(lambda m, y: python_function(y))
+
+
+def test_a_change_of_something_else_is_not_pure():
+    """That is another question than the one of `versions`: whether nothing at all is changed."""
+    assert not pure(lambda m, y: (y * 2).add_(1))
+    assert not pure(lambda m, y: torch.add(y, 1, out=y.new_empty(3, 4)))
+
+
+@pytest.mark.parametrize("script", PURE.values(), ids=PURE)
+def test_what_is_pure(script):
+    assert pure(script)
+
+
+@pytest.mark.parametrize(
+    "child", [nn.ReLU(), nn.Dropout(), nn.Identity(), nn.LayerNorm(4)], ids=str
+)
+def test_modules_that_are_pure(child):
+    assert pure(lambda m, y: m.child(y), child)
+
+
 @pytest.mark.parametrize("child", [nn.ReLU(), nn.Conv1d(4, 4, 1), nn.LayerNorm(4)], ids=str)
 def test_modules_that_change_nothing(child):
     assert changes(lambda m, y: m.child(y), child) == 0
@@ -191,11 +258,16 @@ READS = {
     "view of a part": lambda y: y[0].view(-1),
     "change of a view": lambda y: y.reshape(-1).add_(1),
     "a function of Python's own": lambda y: python_function(y),
+    # Without shapes nobody knows whether they copy a slice, which they share with a tensor.
+    "reshape": lambda y: y.reshape(-1),
+    "flatten": lambda y: y.flatten(1),
+    "torch.flatten": lambda y: torch.flatten(y, 1),
+    "contiguous": lambda y: y.contiguous(),
 }
 READS_NOT = {
     "arithmetic": lambda y: y * 2,
-    "reshape": lambda y: y.reshape(-1),
-    "flatten": lambda y: y.flatten(1),
+    "unflatten": lambda y: y.unflatten(1, (1, 3)),
+    "transpose": lambda y: y.transpose(1, 2),
     "a change": lambda y: y.add_(1),
     "a copy": lambda y: (y * 2).view(-1),
 }

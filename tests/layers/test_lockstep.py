@@ -312,11 +312,6 @@ def by_functional_parameters(model, x):
     return outputs
 
 
-def by_state_dict(model, x):
-    state = {name: value * 2 for name, value in model.state_dict().items()}
-    return torch.func.functional_call(model, state, (x,))
-
-
 def by_grad(model, x):
     return [torch.func.grad(lambda x: sum(y.sin().sum() for y in model(x)))(x)]
 
@@ -345,7 +340,6 @@ def by_cpu_saving(model, x):
 
 TRANSFORMS = {
     "functional_call": by_functional_parameters,
-    "functional_call with a state_dict": by_state_dict,
     "vmap": lambda model, x: torch.func.vmap(lambda x: tuple(model(x)))(x),
     "grad": by_grad,
     "jacrev": lambda model, x: torch.func.jacrev(lambda x: tuple(model(x)))(x),

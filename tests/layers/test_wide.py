@@ -18,7 +18,8 @@ from equivalence import (
 from families import EVERY_KIND, Family, assert_runs_once, fused, merge
 from torch import nn
 
-from conjoin.layers.wide import View, release, views, wides
+from conjoin.layers import kind_of
+from conjoin.layers.wide import View, fuse, release, views, wides
 
 CASES = {
     f"{name} {'+'.join(map(str, widths))}": (case, widths)
@@ -356,8 +357,97 @@ def test_names_and_parameters(case, plain):
     assert len(names) == len(set(names)) == len(plain.layers[0].state_dict())
     for layer in model.layers:
         assert isinstance(layer, type(plain.layers[0]))
-        assert set(layer.parameters()) == set(model.parameters())
+        own = dict(layer.named_parameters())
+        assert own.keys() == layer.state_dict().keys()
+        assert all(torch.equal(own[name], layer.state_dict()[name]) for name in own)
+        assert all(isinstance(parameter, nn.Parameter) for parameter in own.values())
     assert sum(p.numel() for p in model.parameters()) == sum(p.numel() for p in plain.parameters())
+
+
+@every_kind
+@pytest.mark.parametrize("leader", [0, 1])
+def test_names_of_modules(case, plain, leader):
+    """With duplicates, the wide layer is listed below its leading view only."""
+    layers = list(plain.layers)
+    wide = fuse(kind_of(layers[0]), layers, leader=leader)
+    every = [name for name, m in plain.named_modules(remove_duplicate=False) if m is wide]
+    assert every == [f"layers.{leader}.wide"]
+    assert [m for m in plain.modules() if m is wide] == [wide]
+    assert [list(layer.named_children()) for layer in layers] == [[], []]
+    names = [name for name, _ in plain.named_parameters(remove_duplicate=False)]
+    assert names == [f"layers.{leader}.wide.{name}" for name, _ in wide.named_parameters()]
+
+
+@every_kind
+def test_gradients_of_a_part(case, plain):
+    model, x = fused(plain), case.input()
+    assert model.layers[0].weight.grad is None
+    for each in (plain, model):
+        train(each, x)
+    same_gradients(model, plain)
+    for each in (plain, model):
+        each.layers[1].weight.grad = torch.ones_like(each.layers[1].weight)
+        each.layers[0].weight.grad.mul_(2)
+    same_gradients(model, plain)
+    model.layers[1].weight.grad = None
+    assert not model.layers[1].weight.grad.any()  # The other's lies in the same tensor.
+    plain.layers[1].weight.grad.zero_()
+    same_gradients(model, plain)
+    assert all(isinstance(layer, View) for layer in model.layers)
+
+
+def same_gradients(model, plain):
+    for layer, original in zip(model.layers, plain.layers, strict=True):
+        ours, theirs = (
+            {name: p.grad for name, p in each.named_parameters()} for each in (layer, original)
+        )
+        assert_close(ours, theirs, "gradient of")
+
+
+RELEASES = {
+    "other dtype": lambda p: setattr(p, "data", p.data.float()),
+    "other shape": lambda p: setattr(p, "data", p.data[..., :1].contiguous()),
+    "frozen": lambda p: setattr(p, "requires_grad", False),
+    "frozen by a method": lambda p: p.requires_grad_(False),
+    "hook": lambda p: p.register_hook(lambda gradient: gradient * 3),
+    "hook after": lambda p: p.register_post_accumulate_grad_hook(lambda p: p.grad.mul_(3)),
+}
+STAYS = {
+    "other values": lambda p: setattr(p, "data", torch.full_like(p.data, 2)),
+    "values in place": lambda p: p.data.mul_(2),
+    "values without gradients": lambda p: torch.no_grad()(p.mul_)(2),
+    "still trains": lambda p: setattr(p, "requires_grad", True),
+    "still trains by a method": lambda p: p.requires_grad_(True),
+}
+
+
+@every_kind
+@pytest.mark.parametrize("change", [*RELEASES, *STAYS])
+def test_a_part_acts_as_the_parameter_that_it_was(case, plain, change):
+    """What one wide parameter cannot have for one part only makes the sibling a plain layer."""
+    model = fused(plain)
+    for each in (plain, model):
+        (RELEASES | STAYS)[change](next(each.layers[1].parameters()))
+    assert [isinstance(layer, View) for layer in model.layers] == [True, change in STAYS]
+    assert_same_state(model, plain)
+    for layer, original in zip(model.layers, plain.layers, strict=True):
+        ours, theirs = (
+            [(p.requires_grad, p.dtype, p.shape) for p in each.parameters()]
+            for each in (layer, original)
+        )
+        assert ours == theirs
+    if not change.startswith("other"):  # A layer of mixed types or shapes does not run.
+        assert_equivalent(model, plain, (case.input(),))
+
+
+@every_kind
+def test_copies_of_a_part(case, plain):
+    part = fused(plain).layers[1].weight
+    for each in (copy.deepcopy(part), pickle.loads(pickle.dumps(part))):
+        assert type(each) is nn.Parameter
+        assert torch.equal(each, plain.layers[1].weight)
+        assert each.untyped_storage().data_ptr() != part.untyped_storage().data_ptr()
+    assert repr(part).startswith("Parameter containing:")
 
 
 def test_words_of_a_view():

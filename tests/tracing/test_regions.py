@@ -112,7 +112,7 @@ def test_golden_source(name):
     model = conjoin.optimize(build(name), (input_of(build(name)),))
     text = "\n".join(
         f"# {region or 'the model'}: {type(module).__name__}\n"
-        f"{vars(module)[PLAN].function.__conjoin_source__.strip()}\n"
+        f"{vars(module)[PLAN].traced.function.__conjoin_source__.strip()}\n"
         for region, module in regions(model).items()
     )
     path = GOLDEN / f"forward_{name}.txt"
@@ -198,9 +198,6 @@ TRANSFORMS = {
     "hessian": lambda model, x: torch.func.hessian(lambda x: model(x)[0].square().sum())(x),
     "functional_call": lambda model, x: torch.func.functional_call(
         model, {name: value * 2 for name, value in model.named_parameters()}, (x,)
-    ),
-    "functional_call with a state_dict": lambda model, x: torch.func.functional_call(
-        model, {name: value * 2 for name, value in model.state_dict().items()}, (x,)
     ),
     "no_grad": lambda model, x: torch.no_grad()(model)(x),
     "inference_mode": lambda model, x: torch.inference_mode()(model)(x),
@@ -377,7 +374,6 @@ def test_none_becomes_a_parameter(registered):
     model = NoneLater(registered).double()
     x = vector(model)
     optimized = conjoin.optimize(model, (x,))
-    assert isinstance(optimized, Region)
     for each in (model, optimized):
         each.offset = nn.Parameter(torch.ones(2, dtype=torch.float64))
     same_outputs(optimized, model, x)

@@ -96,7 +96,7 @@ def test_descent():
         for name in "ab"
     )
     assert [untraced.module for untraced in sightings.untraced] == ["", "blocks.1"]
-    assert all(u.why.startswith("TraceError: symbolically traced") for u in sightings.untraced)
+    assert all(u.why.startswith("UnsoundError: Python looks") for u in sightings.untraced)
 
 
 def test_what_was_found_in_parts_is_optimized():

@@ -13,7 +13,8 @@ VIEW_METHODS = frozenset(
     "view view_as expand expand_as permute transpose t swapaxes swapdims movedim moveaxis squeeze "
     "unsqueeze select narrow diagonal unfold unflatten unbind split chunk tensor_split hsplit "
     "vsplit dsplit detach alias as_strided real imag mT mH T H reshape reshape_as flatten ravel "
-    "contiguous to type float double half bfloat16 requires_grad_ __getitem__".split()
+    "view_as_real view_as_complex broadcast_to broadcast_tensors atleast_1d atleast_2d atleast_3d "
+    "positive cpu cuda contiguous to type float double half bfloat16 requires_grad_ __getitem__".split()
 )
 """Methods, and functions of the same names, whose result may share memory with the input."""
 
@@ -63,7 +64,8 @@ def versions(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node,
                 root[node] = root[first]
         for input in written(node, modules):
             changed[root[input]] = changed.get(root[input], 0) + 1
-            weights += root[input].op == "get_attr"
+            constant = str(root[input].target).startswith("_tensor_constant")
+            weights += root[input].op == "get_attr" and not constant
     return found
 
 

@@ -159,7 +159,7 @@ def observe(model: nn.Module, calls: Sequence[Call], kinds: tuple[Kind, ...]) ->
 
 
 def _observe(copied: Copy, calls: Sequence[Call], kinds: tuple[Kind, ...]) -> Sightings:
-    watch = _Watch(copied.model, kinds)
+    watch = _Watch(copied, kinds)
     failures: dict[str, Exception] = {}
     ran = False
     for mode in _modes_of(copied.model):
@@ -224,8 +224,9 @@ def _line(error: Exception) -> str:
 class _Watch(TorchFunctionMode):
     """Notes the calls of layers, and what reads the strides of their outputs."""
 
-    def __init__(self, model: nn.Module, kinds: tuple[Kind, ...]) -> None:
+    def __init__(self, copied: Copy, kinds: tuple[Kind, ...]) -> None:
         super().__init__()
+        self._fake = copied.fake
         self.sites: list[Site] = []
         self.strided: dict[str, str] = {}
         self._run: object = None
@@ -234,7 +235,7 @@ class _Watch(TorchFunctionMode):
         self._weights: set[int] = set()
         self._unseen = 0
         self._in_layer = False
-        for name, module in model.named_modules():
+        for name, module in copied.model.named_modules():
             kind = kind_of(module, kinds)
             if kind is not None:
                 self._weights |= {p.untyped_storage()._cdata for p in module.parameters()}
@@ -283,6 +284,8 @@ class _Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
+        if self._fake and func is Tensor.__dlpack__:
+            raise NotImplementedError("a fake tensor has no memory to hand out")
         result = func(*args, **(kwargs or {}))
         looks = not self._in_layer and args and isinstance(args[0], Tensor)
         if looks and args[0].layout is torch.strided:
