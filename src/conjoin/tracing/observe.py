@@ -115,19 +115,42 @@ class Copy:
     def run(self, call: Call) -> Any:
         """Runs the copy on arguments like these, and gives its output."""
         args, kwargs = pytree.tree_map_only(Tensor, self._argument, call)
-        with self._mode or contextlib.nullcontext():
+        with self._entered():
             return self.model(*args, **kwargs)
 
     def count(self, call: Call, layers: Iterable[str]) -> Counted:
         """The launches of a step on arguments like these, in all and within each of `layers`."""
         args, kwargs = pytree.tree_map_only(Tensor, self._argument, call)
-        with self._mode or contextlib.nullcontext():
+        with self._entered():
             return count_layers(self.model, args, kwargs, layers)
+
+    @contextlib.contextmanager
+    def _entered(self) -> Iterator[None]:
+        if self._mode is None:
+            yield
+            return
+        with self._mode, _NoMemory():
+            yield
 
     def _argument(self, tensor: Tensor) -> Tensor:
         if self._mode is not None:
             return self._mode.from_tensor(tensor, static_shapes=True)
         return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+class _NoMemory(TorchFunctionMode):
+    """Raises where a fake tensor would be read as if it had memory, which ends the process."""
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        if func is Tensor.__dlpack__:
+            raise NotImplementedError("a fake tensor has no memory to hand out")
+        return func(*args, **(kwargs or {}))
 
 
 def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
@@ -159,7 +182,7 @@ def observe(model: nn.Module, calls: Sequence[Call], kinds: tuple[Kind, ...]) ->
 
 
 def _observe(copied: Copy, calls: Sequence[Call], kinds: tuple[Kind, ...]) -> Sightings:
-    watch = _Watch(copied, kinds)
+    watch = _Watch(copied.model, kinds)
     failures: dict[str, Exception] = {}
     ran = False
     for mode in _modes_of(copied.model):
@@ -224,9 +247,8 @@ def _line(error: Exception) -> str:
 class _Watch(TorchFunctionMode):
     """Notes the calls of layers, and what reads the strides of their outputs."""
 
-    def __init__(self, copied: Copy, kinds: tuple[Kind, ...]) -> None:
+    def __init__(self, model: nn.Module, kinds: tuple[Kind, ...]) -> None:
         super().__init__()
-        self._fake = copied.fake
         self.sites: list[Site] = []
         self.strided: dict[str, str] = {}
         self._run: object = None
@@ -235,7 +257,7 @@ class _Watch(TorchFunctionMode):
         self._weights: set[int] = set()
         self._unseen = 0
         self._in_layer = False
-        for name, module in copied.model.named_modules():
+        for name, module in model.named_modules():
             kind = kind_of(module, kinds)
             if kind is not None:
                 self._weights |= {p.untyped_storage()._cdata for p in module.parameters()}
@@ -284,8 +306,6 @@ class _Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        if self._fake and func is Tensor.__dlpack__:
-            raise NotImplementedError("a fake tensor has no memory to hand out")
         result = func(*args, **(kwargs or {}))
         looks = not self._in_layer and args and isinstance(args[0], Tensor)
         if looks and args[0].layout is torch.strided:
