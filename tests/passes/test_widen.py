@@ -230,5 +230,23 @@ def test_a_second_time_changes_nothing(script, count):
     assert graph.python_code("self").src == code
 
 
+def test_a_hook_on_a_view_between():
+    """A view is PyTorch's own layer only as long as nobody hooks anything to it."""
+    model = Called(lambda m, x: (m.a(x), m.p(x), m.b(x), m.c(x)))
+    model.p, model.q = nn.Linear(4, 4), nn.Linear(4, 4)
+    merge([model.p, model.q])
+    assert widen(_Tracer().trace(model), dict(model.named_modules())) is not None
+    model.p.register_forward_hook(lambda module, args, output: args[0].zero_())
+    assert widen(_Tracer().trace(model), dict(model.named_modules())) is None
+
+
+def test_a_view_between_is_relied_on():
+    """It is still called, but earlier or later than before, which a hook would notice."""
+    model = Called(lambda m, x: (m.a(x), m.p(x), m.b(x), m.c(x)))
+    model.p, model.q = nn.Linear(4, 4), nn.Linear(4, 4)
+    merge([model.p, model.q])
+    assert widen(_Tracer().trace(model), dict(model.named_modules())) == ["p"]
+
+
 def test_it_is_in_the_pipeline():
     assert widen in PIPELINE

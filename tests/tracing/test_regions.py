@@ -18,7 +18,7 @@ from torch.nn.utils import parametrizations, prune
 
 import conjoin
 from conjoin.nn import Parallel
-from conjoin.tracing.regions import PLAN, Region
+from conjoin.tracing.regions import PLAN, Region, install, uninstall
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -353,6 +353,43 @@ def test_wrong_calls_raise_the_same_error(args):
             each(*args)
         errors.append((error.type, str(error.value)))
     assert errors[0] == errors[1]
+
+
+class Between(nn.Module):
+    """A sibling `p` of `q` between the siblings `a` and `b`, on an alias of what these read."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+        self.p, self.q = nn.Linear(4, 4, bias=False), nn.Linear(4, 4, bias=False)
+
+    def forward(self, x):
+        y, other = x + 1, x * 2
+        alias = y.view(3, 4)
+        first = self.a(y), self.p(alias), self.b(y)
+        return *first, other.add_(1), self.q(alias)
+
+
+@pytest.mark.parametrize("traced", ["before", "after"])
+def test_a_hook_on_a_view_between_siblings(traced):
+    model = Between().double()
+    x = vector(model)
+    optimized = conjoin.optimize(model, (x,))
+    for each in (model, optimized):
+        each.p.register_forward_hook(lambda module, args, output: zero(args[0]))
+    if traced == "after":  # What comes out of a pickle is traced anew.
+        install_anew(optimized)
+    with torch.no_grad():
+        same_outputs(optimized, model, x)
+
+
+def zero(tensor):
+    tensor.zero_()
+
+
+def install_anew(model):
+    uninstall(model)
+    install(model)
 
 
 class NoneLater(Heads):

@@ -294,6 +294,11 @@ def asks_the_mode(self, x):
     return F.dropout(self.a(x), 0.5, torch.is_grad_enabled()), self.b(x)
 
 
+def class_constant(self, x):
+    """Nobody watches classes, whose attributes can change for all of their modules."""
+    return self.a(x) * self.factor, self.b(x)
+
+
 def mutable_default(self, x, seen=[]):  # noqa: B006 - As models have it.
     seen.append(1)
     return self.a(x) * len(seen), self.b(x)
@@ -345,6 +350,7 @@ LEFT = [
     either_or,
     seeds,
     asks_the_mode,
+    class_constant,
     adds_to_the_input,
     adds_to_a_view,
     frozen_dtype,
@@ -370,9 +376,17 @@ def test_rewritten(forward, inputs):
     assert_equivalent(optimized, model, (X,))
 
 
-def test_a_default_that_can_change_is_left():
-    """Not compared with the original: the two share the default."""
-    assert not isinstance(conjoin.optimize(with_forward(mutable_default), (X,)), Region)
+@pytest.mark.parametrize("inputs", [None, (X,)], ids=["traced", "observed"])
+def test_a_default_that_can_change_is_left(inputs):
+    """Not compared with the original's output: the two share the default, and count in it."""
+    model = with_forward(mutable_default)
+    optimized = conjoin.optimize(model, inputs)
+    assert not isinstance(optimized, Region)
+    [seen] = mutable_default.__defaults__
+    seen.clear()
+    for count in (1, 2, 3):
+        torch.testing.assert_close(optimized(X)[0], model.a(X) * count, rtol=0, atol=1e-9)
+    assert len(seen) == 3
 
 
 @named(LEFT)

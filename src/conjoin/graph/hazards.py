@@ -14,7 +14,8 @@ VIEW_METHODS = frozenset(
     "unsqueeze select narrow diagonal unfold unflatten unbind split chunk tensor_split hsplit "
     "vsplit dsplit detach alias as_strided real imag mT mH T H reshape reshape_as flatten ravel "
     "view_as_real view_as_complex broadcast_to broadcast_tensors atleast_1d atleast_2d atleast_3d "
-    "positive cpu cuda contiguous to type float double half bfloat16 requires_grad_ __getitem__".split()
+    "positive cpu cuda contiguous to type float double half bfloat16 requires_grad_ "
+    "__getitem__".split()
 )
 """Methods, and functions of the same names, whose result may share memory with the input."""
 

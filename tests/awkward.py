@@ -1,0 +1,2042 @@
+"""Awkward models: each is small, named for its hazard, and has siblings that read one tensor.
+
+`HAZARDS` is the table: the hazard, what plain symbolic tracing or naive fusion does to it, and what
+conjoin does: the siblings are fused exactly, or refused for a `Reason`.
+"""
+
+import collections
+import copy
+import dataclasses
+import functools
+import math
+import random
+import threading
+import warnings
+from collections.abc import Callable
+
+import numpy
+import torch
+from torch import nn
+from torch.nn import functional as F
+from torch.nn.utils import parametrizations, parametrize, prune
+from torch.utils.checkpoint import checkpoint
+
+from conjoin.legality import Reason
+
+EXACT = None
+"""The outcome of siblings that are fused."""
+
+BATCHES = (4, 3)
+"""The batch size of each call."""
+
+
+def normal(*shape, dtype=torch.float64):
+    return torch.randn(*shape, dtype=dtype)
+
+
+def rows(call):
+    return (normal(BATCHES[call], 6),), {}
+
+
+def single_rows(call):
+    return (normal(BATCHES[call], 6, dtype=torch.float32),), {}
+
+
+def many_rows(call):
+    return (normal(BATCHES[call], 2, 6),), {}
+
+
+def even_rows(call):
+    return (normal(2 * BATCHES[call], 6),), {}
+
+
+def one_row(call):
+    return (normal(6),), {}
+
+
+def no_rows(call):
+    return (normal(0, 6),), {}
+
+
+def images(call):
+    return (normal(BATCHES[call], 4, 5, 5),), {}
+
+
+def channels_last_images(call):
+    return (normal(BATCHES[call], 4, 5, 5).to(memory_format=torch.channels_last),), {}
+
+
+def indices(call):
+    return (torch.randint(0, 7, (BATCHES[call], 2)),), {}
+
+
+def with_or_without_mask(call):
+    mask = (normal(3),) if call % 2 else ()
+    return (normal(BATCHES[call], 6), *mask), {}
+
+
+def with_or_without_keyword(call):
+    return (), {"x": normal(BATCHES[call], 6), **({"scale": 2.0} if call % 2 else {})}
+
+
+def one_or_two_tensors(call):
+    return tuple(normal(BATCHES[call], 6) for _ in range(1 + call % 2)), {}
+
+
+def listed_rows(call):
+    return ([normal(BATCHES[call], 6)],), {}
+
+
+def right_and_wrong_widths(call):
+    return (normal(BATCHES[call], 6 + call % 2),), {}
+
+
+class TwoHeads(nn.Module):
+    """Nothing awkward, so that the whole forward is rewritten"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 3).double(), nn.Linear(6, 5).double()
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class Undecided(TwoHeads):
+    """Python decides, so that the forward stays and the siblings run in lockstep"""
+
+    def forward(self, x):
+        if x.sum() is None:
+            return None
+        return self.a(x), self.b(x)
+
+
+class FrozenHeads(TwoHeads):
+    """Frozen, so that what the layers read may change before the backward pass"""
+
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+
+
+# What the code of forward decides, remembers or draws.
+
+
+class TrainingBranch(TwoHeads):
+    """A branch on `self.training`"""
+
+    def forward(self, x):
+        y = self.a(x)
+        if self.training:
+            y = y * 2
+        return y, self.b(x)
+
+
+class TrainingFactor(TwoHeads):
+    """Arithmetic with `self.training`"""
+
+    def forward(self, x):
+        return self.a(x) * (2 - self.training), self.b(x)
+
+
+class FunctionalDropout(TwoHeads):
+    """`F.dropout(y, p, self.training)`"""
+
+    def forward(self, x):
+        return F.dropout(self.a(x), 0.5, self.training), self.b(x)
+
+
+class NestedFlag(TwoHeads):
+    """The flag of a nested module, also in a mixed mode"""
+
+    class Noise(nn.Module):
+        def forward(self, x):
+            return x + torch.randn_like(x) if self.training else x
+
+    def __init__(self):
+        super().__init__()
+        self.noise, self.drop = self.Noise(), nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.noise(self.a(x)), self.drop(self.b(x))
+
+
+class NestedMethod(TwoHeads):
+    """A method of a nested module that reads its own flag"""
+
+    class Scale(nn.Module):
+        def factor(self):
+            return 2.0 if self.training else 1.0
+
+    def __init__(self):
+        super().__init__()
+        self.scale = self.Scale()
+
+    def forward(self, x):
+        return self.a(x) * self.scale.factor(), self.b(x)
+
+
+class NoGradAround(TwoHeads):
+    """`torch.no_grad()` around the siblings"""
+
+    def forward(self, x):
+        with torch.no_grad():
+            y, z = self.a(x), self.b(x)
+        return y, z + x.sum()
+
+
+class NoGradAroundOne(TwoHeads):
+    """`torch.no_grad()` around one sibling"""
+
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.a(x)
+        return y, self.b(x)
+
+
+class InferenceModeAroundOne(TwoHeads):
+    """`torch.inference_mode()` around one sibling"""
+
+    def forward(self, x):
+        with torch.inference_mode():
+            y = self.a(x)
+        return y.clone(), self.b(x)
+
+
+class AutocastAround(TwoHeads):
+    """`torch.autocast` around the siblings"""
+
+    def __init__(self):
+        super().__init__()
+        self.float()
+
+    def forward(self, x):
+        x = x.detach()
+        with torch.autocast("cpu", torch.bfloat16):
+            return self.a(x), self.b(x)
+
+
+class AutocastAroundOne(TwoHeads):
+    """`torch.autocast` around one sibling"""
+
+    def __init__(self):
+        super().__init__()
+        self.float()
+
+    def forward(self, x):
+        with torch.autocast("cpu", torch.bfloat16):
+            y = self.a(x)
+        return y, self.b(x)
+
+
+class GradModeSet(TwoHeads):
+    """`torch.set_grad_enabled` between the siblings"""
+
+    def forward(self, x):
+        before = torch.is_grad_enabled()
+        torch.set_grad_enabled(False)
+        y = self.a(x)
+        torch.set_grad_enabled(before)
+        return y, self.b(x)
+
+
+class GradModeRead(TwoHeads):
+    """`torch.is_grad_enabled()` in the arithmetic"""
+
+    def forward(self, x):
+        return self.a(x) * torch.is_grad_enabled(), self.b(x)
+
+
+class FreshNoise(TwoHeads):
+    """`torch.randn` without the input among its arguments"""
+
+    def forward(self, x):
+        return self.a(x) + torch.randn(3, dtype=x.dtype), self.b(x)
+
+
+class NoiseOfShape(TwoHeads):
+    """`torch.randn` of the input's shape"""
+
+    def forward(self, x):
+        return self.a(x) + torch.randn(x.shape[0], 3, dtype=x.dtype), self.b(x)
+
+
+class FreshBuffer(TwoHeads):
+    """A fresh tensor that is changed in place"""
+
+    def forward(self, x):
+        total = torch.zeros(3, dtype=x.dtype)
+        total += self.a(x).sum(0)
+        return total, self.b(x)
+
+
+class PythonsRandom(TwoHeads):
+    """A number from `random`"""
+
+    def forward(self, x):
+        return self.a(x) * random.random(), self.b(x)
+
+
+class NumpysRandom(TwoHeads):
+    """A number from `numpy.random`"""
+
+    def forward(self, x):
+        return self.a(x) * numpy.random.rand(), self.b(x)
+
+
+class SeedInside(TwoHeads):
+    """A random stream that forward seeds"""
+
+    def forward(self, x):
+        torch.manual_seed(7)
+        return F.dropout(self.a(x)), self.b(x)
+
+
+class DropoutBetween(TwoHeads):
+    """Dropout on the siblings' outputs, below the split"""
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def forward(self, x):
+        return self.drop(self.a(x)), self.drop(self.b(x))
+
+
+class Counter(TwoHeads):
+    """A counter on the module"""
+
+    def __init__(self):
+        super().__init__()
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.a(x) * self.calls, self.b(x)
+
+
+class InheritedCounter(Counter):
+    """A counter in a method that `super()` reaches"""
+
+    def forward(self, x):
+        return super().forward(x)
+
+
+class KeptOutput(TwoHeads):
+    """An output that is kept on the module, and a list that grows"""
+
+    def __init__(self):
+        super().__init__()
+        self.last, self.log = None, []
+
+    def forward(self, x):
+        self.last = self.a(x).detach()
+        self.log.append(len(x))
+        return self.last * len(self.log), self.b(x)
+
+
+class BufferUpdated(TwoHeads):
+    """Buffers that forward updates, in place and by assignment"""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("mean", torch.zeros(3, dtype=torch.float64))
+
+    def forward(self, x):
+        y = self.a(x)
+        self.calls += 1
+        self.mean = self.mean.lerp(y.detach().mean(0), 0.1)
+        return y - self.mean, self.b(x) * self.calls
+
+
+class BatchNorms(nn.Module):
+    """BatchNorm on the siblings' outputs"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 3, 1).double(), nn.Conv2d(4, 5, 1).double()
+        self.norm_a, self.norm_b = nn.BatchNorm2d(3).double(), nn.BatchNorm2d(5).double()
+
+    def forward(self, x):
+        return self.norm_a(self.a(x)), self.norm_b(self.b(x))
+
+
+class ShapeBranch(TwoHeads):
+    """A branch on the shape"""
+
+    def forward(self, x):
+        if x.shape[0] > 2:
+            return self.a(x), self.b(x)
+        return self.b(x), self.a(x)
+
+
+class ShapeArithmetic(TwoHeads):
+    """Numbers computed from the shape"""
+
+    def forward(self, x):
+        count, width = x.shape
+        return self.a(x)[:, : count % 3] / math.sqrt(count), self.b(x).reshape(count, -1) / width
+
+
+class ShapeUnpacked(TwoHeads):
+    """A starred shape, `*x.shape[:-1]`"""
+
+    def forward(self, x):
+        return self.a(x).reshape(*x.shape[:-1], 1, 3), self.b(x)
+
+
+class ValueBranch(TwoHeads):
+    """A branch on the values"""
+
+    def forward(self, x):
+        y = self.a(x)
+        return (y if y.sum() > 0 else -y), self.b(x)
+
+
+class LoopOnValue(TwoHeads):
+    """A loop that a value ends"""
+
+    def forward(self, x):
+        y, z = self.a(x), self.b(x)
+        while y.abs().max() > 0.1:
+            y = y / 2
+        return y, z
+
+
+class TypeBranch(TwoHeads):
+    """A branch on the type of the argument"""
+
+    def forward(self, x):
+        x = x * 2 if isinstance(x, torch.Tensor) else torch.as_tensor(x)
+        return self.a(x), self.b(x)
+
+
+class NoneTest(TwoHeads):
+    """`x is None` in the arithmetic"""
+
+    def forward(self, x):
+        return self.a(x) * (x is None), self.b(x)
+
+
+class DtypeTest(TwoHeads):
+    """Comparisons of `dim()`, `dtype` and `device`"""
+
+    def forward(self, x):
+        return self.a(x) * (x.dim() == 2) * (x.dtype == torch.float64), self.b(
+            x
+        ) * x.is_floating_point()
+
+
+class ShapeInKey(TwoHeads):
+    """A string made from the shape"""
+
+    def forward(self, x):
+        return {f"a{x.shape[0]}": self.a(x), "b%d" % x.shape[1]: self.b(x)}  # noqa: UP031
+
+
+class Looked(TwoHeads):
+    """A dictionary looked up by a property of the input"""
+
+    def forward(self, x):
+        return self.a(x) * {2: 2.0, 3: 3.0}.get(x.dim(), 7.0), self.b(x)
+
+
+class SetOfShape(TwoHeads):
+    """A set made from the shape"""
+
+    def forward(self, x):
+        return self.a(x) * len({x.shape[0], x.shape[1], 4}), self.b(x)
+
+
+class Assertion(TwoHeads):
+    """An `assert`, which must go on raising"""
+
+    def forward(self, x):
+        assert x.shape[-1] == 6, "six features"
+        return self.a(x), self.b(x)
+
+
+class WrongInput(TwoHeads):
+    """Inputs of a wrong shape, and PyTorch's own error"""
+
+
+class Caught(TwoHeads):
+    """An exception between the siblings"""
+
+    def forward(self, x):
+        y = self.a(x)
+        try:
+            int("three")
+        except ValueError:
+            y = y * 3
+        return y, self.b(x)
+
+
+class EarlyReturn(TwoHeads):
+    """A sibling that is called in training only"""
+
+    def forward(self, x):
+        y = self.a(x)
+        return (y, self.b(x)) if self.training else y
+
+
+class Generated(TwoHeads):
+    """Siblings called in a generator"""
+
+    def outputs(self, x):
+        for layer in (self.a, self.b):
+            yield layer(x)
+
+    def forward(self, x):
+        return [y * 2 for y in self.outputs(x)]
+
+
+class Recursive(TwoHeads):
+    """A forward that calls itself"""
+
+    def __init__(self):
+        super().__init__()
+        self.step = nn.Linear(6, 6).double()
+
+    def forward(self, x, depth=2):
+        y, z = self.a(x), self.b(x)
+        if depth == 0:
+            return y, z
+        deeper = self.forward(self.step(x * 1), depth - 1)
+        return y + deeper[0], z + deeper[1]
+
+
+class Children(TwoHeads):
+    """A loop over `self.children()`"""
+
+    def forward(self, x):
+        return [layer(x) for layer in self.children() if isinstance(layer, nn.Linear)]
+
+
+class OwnAttribute(TwoHeads):
+    """`__getattr__` that counts"""
+
+    def __init__(self):
+        super().__init__()
+        self.reads = [0]
+
+    def __getattr__(self, name):
+        if name != "factor":
+            return super().__getattr__(name)
+        self.reads[0] += 1
+        return float(self.reads[0])
+
+    def forward(self, x):
+        return self.a(x) * self.factor, self.b(x)
+
+
+class OwnCall(nn.Module):
+    """A nested module with its own `__call__`"""
+
+    class Counted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.layer, self.calls = nn.Linear(6, 3).double(), 0
+
+        def __call__(self, x):
+            self.calls += 1
+            return super().__call__(x) * self.calls
+
+        def forward(self, x):
+            return self.layer(x)
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = self.Counted(), nn.Linear(6, 5).double()
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class OwnIteration(nn.Module):
+    """A container whose `__iter__` reads the mode"""
+
+    class Layers(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.held = nn.ModuleList([nn.Linear(6, 3), nn.Linear(6, 5)]).double()
+
+        def __iter__(self):
+            return iter(list(self.held)[:: 1 if self.training else -1])
+
+    def __init__(self):
+        super().__init__()
+        self.layers = self.Layers()
+
+    def forward(self, x):
+        return [layer(x) for layer in self.layers]
+
+
+class LiveProperty(TwoHeads):
+    """A property that reads an object which changes"""
+
+    def __init__(self):
+        super().__init__()
+        self.settings = {"factor": 1.0}
+
+    @property
+    def factor(self):
+        return self.settings["factor"]
+
+    def forward(self, x):
+        self.settings["factor"] += 1
+        return self.a(x) * self.factor, self.b(x)
+
+
+class InsideCheckpoint(TwoHeads):
+    """Siblings that a checkpoint computes again"""
+
+    reentrant = False
+
+    def __init__(self):
+        super().__init__()
+        self.drop = nn.Dropout(0.5)
+
+    def inner(self, x):
+        return self.drop(self.a(x)).sin(), self.b(x).cos()
+
+    def forward(self, x):
+        return checkpoint(self.inner, x, use_reentrant=self.reentrant)
+
+
+class InsideReentrantCheckpoint(InsideCheckpoint):
+    """Siblings that a reentrant checkpoint computes again"""
+
+    reentrant = True
+
+
+class GradientInside(TwoHeads):
+    """`torch.autograd.grad` inside forward"""
+
+    def forward(self, x):
+        with torch.enable_grad():
+            x = x.detach().requires_grad_() * 1
+            y, z = self.a(x), self.b(x)
+            (slope,) = torch.autograd.grad(y.pow(2).sum(), x, create_graph=True)
+        return slope, z
+
+
+class BackwardBetween(TwoHeads):
+    """`backward()` between the siblings"""
+
+    def forward(self, x):
+        x = x * 1
+        y = self.a(x)
+        y.sum().backward(retain_graph=True)
+        return y.detach(), self.b(x)
+
+
+class StepBetween(TwoHeads):
+    """A change of the weights between the siblings"""
+
+    def forward(self, x):
+        y = self.a(x)
+        with torch.no_grad():
+            for parameter in self.parameters():
+                parameter.mul_(0.9)
+        return y.detach(), self.b(x)
+
+
+# Arguments and outputs.
+
+
+class OptionalArgument(TwoHeads):
+    """An argument that may be None"""
+
+    def forward(self, x, mask=None):
+        y = self.a(x)
+        if mask is not None:
+            y = y * mask
+        return y, self.b(x)
+
+
+class KeywordOnly(TwoHeads):
+    """Keyword arguments, given and left out"""
+
+    def forward(self, *, x, scale=1.0):
+        return self.a(x) * scale, self.b(x)
+
+
+class StarredArguments(TwoHeads):
+    """`*args` of any length"""
+
+    def forward(self, *tensors):
+        return [layer(x) for x in tensors for layer in (self.a, self.b)]
+
+
+class ListArgument(TwoHeads):
+    """An argument that is a list"""
+
+    def forward(self, tensors):
+        return self.a(tensors[0]), self.b(tensors[0])
+
+
+class DictOutput(TwoHeads):
+    """A dictionary with tensors, numbers, strings and None"""
+
+    def forward(self, x):
+        y = self.a(x)
+        return {"a": y, "list": [y, (self.b(x),)], "none": None, "shape": x.shape, "text": "b"}
+
+
+class NamedTupleOutput(TwoHeads):
+    """A named tuple"""
+
+    Output = collections.namedtuple("Output", "a b")
+
+    def forward(self, x):
+        return self.Output(self.a(x), self.b(x))
+
+
+class DataclassOutput(TwoHeads):
+    """A dataclass of the model's own"""
+
+    @dataclasses.dataclass
+    class Output:
+        a: torch.Tensor
+        b: torch.Tensor
+
+    def forward(self, x):
+        return self.Output(self.a(x), b=self.b(x))
+
+
+class BranchLeftOut(TwoHeads):
+    """A loss that leaves a branch out"""
+
+    def forward(self, x):
+        return self.a(x), self.b(x).detach()
+
+
+# In-place changes and strides.
+
+
+class InPlaceOnOutputs(TwoHeads):
+    """In-place operations on the outputs"""
+
+    def forward(self, x):
+        return F.relu_(self.a(x)), self.b(x).add_(1).mul_(2)
+
+
+class InPlaceModule(TwoHeads):
+    """`ReLU(inplace=True)` on the outputs"""
+
+    def __init__(self):
+        super().__init__()
+        self.act = nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.act(self.a(x)), self.act(self.b(x))
+
+
+class InPlaceAfterSaving(TwoHeads):
+    """An in-place change of what backward needs, which must go on raising"""
+
+    def forward(self, x):
+        y = self.a(x).tanh()
+        z = y * y
+        y.add_(1)
+        return z, self.b(x)
+
+
+class ElementSet(TwoHeads):
+    """An element of an output that is set"""
+
+    def forward(self, x):
+        y = self.a(x)
+        y[0] = 0
+        return y, self.b(x)
+
+
+class InPlaceThroughView(TwoHeads):
+    """An output changed through a view of it"""
+
+    def forward(self, x):
+        y, z = self.a(x), self.b(x)
+        y.transpose(0, 1).exp_()
+        z[:, 1:].mul_(2)
+        return y, z
+
+
+class InPlaceThroughReshape(TwoHeads):
+    """An output changed through what `reshape` gives"""
+
+    def forward(self, x):
+        y = self.a(x)
+        flat = y.reshape(-1)
+        flat.add_(1)
+        return y, self.b(x)
+
+
+class InPlaceThroughContiguous(TwoHeads):
+    """An output changed through what `contiguous` gives"""
+
+    def forward(self, x):
+        y = self.a(x)
+        y.contiguous().add_(1)
+        return y, self.b(x)
+
+
+class Viewed(TwoHeads):
+    """`.view(-1)` on an output"""
+
+    def forward(self, x):
+        return self.a(x).view(-1), self.b(x).view(x.shape[0], 5, 1)
+
+
+class ViewedByTorch(nn.Module):
+    """Outputs viewed as complex numbers"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 3).double(), nn.Linear(6, 4).double()
+
+    def forward(self, x):
+        pairs = self.b(x).reshape(x.shape[0], -1, 2)
+        return self.a(x), torch.view_as_real(torch.view_as_complex(pairs))
+
+
+class Strided(TwoHeads):
+    """`as_strided` on an output"""
+
+    def forward(self, x):
+        y = self.a(x)
+        return y.as_strided((y.numel(),), (1,)).clone(), self.b(x)
+
+
+class StrideRead(TwoHeads):
+    """Arithmetic with `stride()`"""
+
+    def forward(self, x):
+        y = self.a(x)
+        return y * y.stride(0), self.b(x)
+
+
+class ContiguityRead(TwoHeads):
+    """A branch on `is_contiguous()`"""
+
+    def forward(self, x):
+        y = self.a(x)
+        return (y if y.is_contiguous() else -y), self.b(x)
+
+
+class OwnFunction(TwoHeads):
+    """A custom `autograd.Function` that relies on the strides"""
+
+    class Flat(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            return torch.as_strided(x, (x.numel(),), (1,)).clone()
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad.view(-1, 3)
+
+    def forward(self, x):
+        return self.Flat.apply(self.a(x)), self.b(x)
+
+
+# The shared input changes between the siblings.
+
+
+class InputChangedByMethod(FrozenHeads):
+    """`x.mul_(2)` between the siblings"""
+
+    def forward(self, x):
+        y = self.a(x)
+        x.mul_(2)
+        return y, self.b(x)
+
+
+class InputChangedAndTrained(TwoHeads):
+    """`x.mul_(2)` between trained siblings, which must go on raising in backward"""
+
+    def forward(self, x):
+        y = self.a(x)
+        x.mul_(2)
+        return y, self.b(x)
+
+
+class InputChangedByOperator(FrozenHeads):
+    """`h += 1` on another name of the input"""
+
+    def forward(self, x):
+        y = self.a(x)
+        h = x
+        h += 1
+        return y, self.b(x)
+
+
+class InputChangedByElement(FrozenHeads):
+    """`x[0] = 7`"""
+
+    def forward(self, x):
+        y = self.a(x)
+        x[0] = 7
+        return y, self.b(x)
+
+
+class InputChangedByFunction(FrozenHeads):
+    """`F.relu(x, True)`"""
+
+    def forward(self, x):
+        y = self.a(x)
+        F.relu(x, True)
+        return y, self.b(x)
+
+
+class InputChangedThroughView(FrozenHeads):
+    """A change through a view of the input"""
+
+    def forward(self, x):
+        y = self.a(x)
+        x.view(-1).add_(1)
+        return y, self.b(x)
+
+
+class InputChangedThroughSlice(FrozenHeads):
+    """A change through a slice of the input"""
+
+    def forward(self, x):
+        y = self.a(x)
+        x[:, 1:3].mul_(2)
+        return y, self.b(x)
+
+
+class InputChangedThroughAlias(FrozenHeads):
+    """A change through what only looks like a copy"""
+
+    def forward(self, x):
+        y = self.a(x)
+        x.cpu().contiguous().mul_(2)
+        return y, self.b(x)
+
+
+class InputChangedByOut(FrozenHeads):
+    """`out=` on the input"""
+
+    def forward(self, x):
+        x = x.detach()
+        y = self.a(x)
+        torch.add(x, 1, out=x)
+        return y, self.b(x)
+
+
+class InputChangedByForeach(FrozenHeads):
+    """`torch._foreach_mul_`"""
+
+    def forward(self, x):
+        x = x.detach()
+        y = self.a(x)
+        torch._foreach_mul_([x], 2.0)
+        return y, self.b(x)
+
+
+class InputChangedByOverload(FrozenHeads):
+    """An aten operation called directly"""
+
+    def forward(self, x):
+        y = self.a(x)
+        torch.ops.aten.mul_.Tensor(x, 2.0)
+        return y, self.b(x)
+
+
+class InputChangedByModule(FrozenHeads):
+    """`ReLU(inplace=True)` between the siblings, in a Sequential"""
+
+    def __init__(self):
+        super().__init__()
+        self.act = nn.Sequential(nn.Identity(), nn.ReLU(inplace=True))
+
+    def forward(self, x):
+        y = self.a(x)
+        self.act(x)
+        return y, self.b(x)
+
+
+class InputChangedByOpaque(FrozenHeads):
+    """A module of the model's own that changes its input"""
+
+    class Double(nn.Module):
+        def forward(self, x):
+            x.mul_(2)
+
+    def __init__(self):
+        super().__init__()
+        self.double_input = self.Double()
+
+    def forward(self, x):
+        y = self.a(x)
+        self.double_input(x)
+        return y, self.b(x)
+
+
+class InputChangedByFunctionClass(FrozenHeads):
+    """A custom `autograd.Function` that marks its input dirty"""
+
+    class Double(torch.autograd.Function):
+        @staticmethod
+        def forward(ctx, x):
+            ctx.mark_dirty(x)
+            return x.mul_(2)
+
+        @staticmethod
+        def backward(ctx, grad):
+            return grad * 2
+
+    def forward(self, x):
+        y = self.a(x)
+        self.Double.apply(x)
+        return y, self.b(x)
+
+
+class InputChangedThroughData(TwoHeads):
+    """`x.data.mul_(2)`, which the version counter does not see"""
+
+    def forward(self, x):
+        y = self.a(x)
+        x.data.mul_(2)
+        return y, self.b(x)
+
+
+class InputChangedThroughNumpy(TwoHeads):
+    """A NumPy array on the input's memory"""
+
+    def forward(self, x):
+        y = self.a(x)
+        x.detach().numpy()[:] *= 2
+        return y, self.b(x)
+
+
+# The layers and their parameters.
+
+
+class TiedWeight(nn.Module):
+    """Two layers that are tied"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 5).double(), nn.Linear(6, 5).double()
+        self.b.weight = self.a.weight
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class SharedMemory(nn.Module):
+    """Two Parameters on the same memory"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 6).double(), nn.Linear(6, 6).double()
+        self.b.weight.data = self.a.weight.data.t()
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class KeptMemory(TwoHeads):
+    """A tensor on a weight's memory in a plain list"""
+
+    def __init__(self):
+        super().__init__()
+        self.held = [self.a.weight.data]
+
+    def forward(self, x):
+        return self.a(x), self.b(x), self.held[0].sum()
+
+
+class TwoNames(TwoHeads):
+    """A layer that stands at two names"""
+
+    def __init__(self):
+        super().__init__()
+        self.c = self.a
+
+    def forward(self, x):
+        return self.c(x), self.b(x)
+
+
+class HiddenLayer(TwoHeads):
+    """A layer that stands in a plain list too"""
+
+    def __init__(self):
+        super().__init__()
+        self.held = [self.a]
+
+    def forward(self, x):
+        return self.held[0](x), self.b(x)
+
+
+class CalledTwice(TwoHeads):
+    """Siblings that are called twice, on two tensors"""
+
+    def forward(self, x):
+        y = x * 2
+        return self.a(x) + self.a(y), self.b(x) + self.b(y)
+
+
+class OneCalledTwice(TwoHeads):
+    """A sibling that is called more often than the other"""
+
+    def forward(self, x):
+        return self.a(x), self.b(x), self.a(x + 1)
+
+
+class FrozenOne(TwoHeads):
+    """One frozen sibling"""
+
+    def __init__(self):
+        super().__init__()
+        self.a.requires_grad_(False)
+
+
+class FrozenBiases(TwoHeads):
+    """Frozen biases"""
+
+    def __init__(self):
+        super().__init__()
+        self.a.bias.requires_grad_(False)
+        self.b.bias.requires_grad_(False)
+
+
+class BiasOnOne(nn.Module):
+    """A bias on one sibling only"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 3, bias=False).double(), nn.Linear(6, 5).double()
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class TwoDtypes(nn.Module):
+    """Siblings of two dtypes"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Embedding(7, 3), nn.Embedding(7, 3).double()
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class GroupedQueries(nn.Module):
+    """Widths that differ, as in grouped-query attention"""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(6, width).double() for width in (8, 2, 2))
+
+    def forward(self, x):
+        q = self.q(x).unflatten(-1, (4, 2))
+        k, v = self.k(x)[:, None], self.v(x)[:, None]
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+class NoWidth(nn.Module):
+    """A sibling without any output"""
+
+    def __init__(self):
+        super().__init__()
+        with warnings.catch_warnings(action="ignore"):
+            self.a, self.b = nn.Linear(6, 0).double(), nn.Linear(6, 5).double()
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class ForwardHook(TwoHeads):
+    """A hook on a layer"""
+
+    def __init__(self):
+        super().__init__()
+        self.a.register_forward_hook(lambda module, args, output: output * 2)
+
+
+class HookOnContainer(nn.Module):
+    """Hooks on the modules around the siblings"""
+
+    def __init__(self):
+        super().__init__()
+        self.heads = TwoHeads()
+        self.heads.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+        self.heads.register_forward_hook(lambda module, args, output: output[::-1])
+
+    def forward(self, x):
+        return self.heads(x)
+
+
+class Parametrized(TwoHeads):
+    """A parametrized weight"""
+
+    class Doubled(nn.Module):
+        def forward(self, weight):
+            return weight * 2
+
+    def __init__(self):
+        super().__init__()
+        parametrize.register_parametrization(self.a, "weight", self.Doubled())
+
+
+class WeightNorm(TwoHeads):
+    """weight_norm"""
+
+    def __init__(self):
+        super().__init__()
+        parametrizations.weight_norm(self.a)
+        parametrizations.weight_norm(self.b)
+
+
+class SpectralNorm(TwoHeads):
+    """spectral_norm, which changes a buffer at each call"""
+
+    def __init__(self):
+        super().__init__()
+        nn.utils.spectral_norm(self.a)
+        nn.utils.spectral_norm(self.b)
+
+
+class Pruned(TwoHeads):
+    """Pruning"""
+
+    def __init__(self):
+        super().__init__()
+        with torch.no_grad():
+            prune.random_unstructured(self.a, "weight", 0.5)
+
+
+class Subclassed(nn.Module):
+    """A subclass with its own forward"""
+
+    class Doubled(nn.Linear):
+        def forward(self, x):
+            return super().forward(x) * 2
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = self.Doubled(6, 3).double(), self.Doubled(6, 5).double()
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class SubclassedCall(Subclassed):
+    """A subclass with its own `__call__`"""
+
+    class Doubled(nn.Linear):
+        def __call__(self, x):
+            return super().__call__(x) * 2
+
+
+class SubclassedInside(nn.Module):
+    """A convolution with its own `_conv_forward`"""
+
+    class Doubled(nn.Conv2d):
+        def _conv_forward(self, input, weight, bias):
+            return super()._conv_forward(input, weight * 2, bias)
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = self.Doubled(4, 3, 1).double(), self.Doubled(4, 5, 1).double()
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class SubclassedForMore(nn.Module):
+    """A subclass that only adds parameters"""
+
+    class Scaled(nn.Linear):
+        def __init__(self, *args):
+            super().__init__(*args)
+            self.scale = nn.Parameter(torch.ones(self.out_features))
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = self.Scaled(6, 3).double(), self.Scaled(6, 5).double()
+
+    def forward(self, x):
+        return self.a(x) * self.a.scale, self.b(x) * self.b.scale
+
+
+class Patched(TwoHeads):
+    """`layer.forward` that was replaced"""
+
+    def __init__(self):
+        super().__init__()
+        self.a.forward = functools.partial(self.double, self.a)
+
+    @staticmethod
+    def double(layer, x):
+        return F.linear(x, layer.weight, layer.bias) * 2
+
+
+class OwnParameter(TwoHeads):
+    """A Parameter class of the model's own"""
+
+    class Kept(nn.Parameter):
+        pass
+
+    def __init__(self):
+        super().__init__()
+        self.a.weight = self.Kept(self.a.weight.detach())
+
+
+class Grouped(nn.Module):
+    """Grouped convolutions"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Conv2d(4, 4, 3, groups=2).double() for _ in range(2))
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class TwoKernelSizes(nn.Module):
+    """Convolutions with kernels of two sizes"""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(4, 3, 1).double()
+        self.b = nn.Conv2d(4, 3, 3, padding=1).double()
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class Padded(nn.Module):
+    """Convolutions with another padding mode"""
+
+    def __init__(self):
+        super().__init__()
+        settings = {"padding": "same", "padding_mode": "reflect"}
+        self.a = nn.Conv2d(4, 3, 3, **settings).double()
+        self.b = nn.Conv2d(4, 5, 3, **settings).double()
+
+    def forward(self, x):
+        return self.a(x), self.b(x).view(x.shape[0], -1)
+
+
+class Transposed(nn.Module):
+    """Transposed convolutions called with an output size"""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.ConvTranspose2d(4, 3, 3, stride=2).double()
+        self.b = nn.ConvTranspose2d(4, 5, 3, stride=2).double()
+
+    def forward(self, x):
+        return self.a(x, output_size=(12, 12)), self.b(x, output_size=(12, 12))
+
+
+class RenormedRows(nn.Module):
+    """Embeddings that renormalize their weight when called"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Embedding(7, 3, max_norm=0.5).double() for _ in range(2))
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class PaddedRows(nn.Module):
+    """Embeddings with a row that gets no gradient"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.Embedding(7, 3, padding_idx=1).double() for _ in range(2))
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class WeightPenalty(TwoHeads):
+    """A penalty on a weight"""
+
+    def forward(self, x):
+        return self.a(x), self.b(x), self.a.weight.norm() + self.b.bias.sum()
+
+
+class WeightUsedElsewhere(TwoHeads):
+    """`F.linear` with a layer's weight"""
+
+    def forward(self, x):
+        return F.linear(x + 1, self.a.weight, self.a.bias), self.a(x), self.b(x)
+
+
+class WeightInList(TwoHeads):
+    """Weights in a plain list"""
+
+    def __init__(self):
+        super().__init__()
+        self.held = [self.a.weight, self.b.weight]
+
+    def forward(self, x):
+        return self.a(x), self.b(x), sum(weight.pow(2).sum() for weight in self.held)
+
+
+class ParameterLoop(TwoHeads):
+    """A penalty on all of `self.parameters()`"""
+
+    def forward(self, x):
+        return self.a(x), self.b(x), sum(p.pow(2).sum() for p in self.parameters())
+
+
+class WeightIsParameter(TwoHeads):
+    """`isinstance(layer.weight, nn.Parameter)`"""
+
+    def forward(self, x):
+        return [f(x) * (1 + isinstance(f.weight, nn.Parameter)) for f in (self.a, self.b)]
+
+
+class ForwardDirectly(TwoHeads):
+    """`layer.forward(x)` without the call"""
+
+    def forward(self, x):
+        return self.a.forward(x), self.b.forward(x)
+
+
+class ManyDimensions(TwoHeads):
+    """Inputs of more dimensions"""
+
+
+class OneDimension(TwoHeads):
+    """An input of one dimension"""
+
+
+class EmptyBatch(TwoHeads):
+    """An empty batch"""
+
+
+class ChannelsLast(nn.Module):
+    """channels_last"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 3, 3).double(), nn.Conv2d(4, 5, 3).double()
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class SparseInput(TwoHeads):
+    """A sparse tensor"""
+
+    def forward(self, x):
+        x = x.detach().to_sparse()
+        return self.a(x), self.b(x)
+
+
+class ComplexInput(nn.Module):
+    """Complex numbers"""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Linear(6, 3, dtype=torch.complex128)
+        self.b = nn.Linear(6, 5, dtype=torch.complex128)
+
+    def forward(self, x):
+        x = torch.complex(x, x * 2)
+        return self.a(x).abs(), self.b(x).abs()
+
+
+# Life after optimize: each is done to the model and to its original, and gives what is compared.
+
+
+def freeze_one(model, x):
+    """`requires_grad_(False)` on one sibling"""
+    model.a.requires_grad_(False)
+
+
+def freeze_weight(model, x):
+    """`requires_grad = False` on one weight"""
+    model.a.weight.requires_grad = False
+
+
+def freeze_and_thaw(model, x):
+    """`requires_grad_` on the model, there and back"""
+    model.requires_grad_(False)
+    frozen = model(x)
+    model.requires_grad_(True)
+    return frozen
+
+
+def initialize(model, x):
+    """`apply` with an initialization"""
+
+    def fill(module):
+        if isinstance(module, nn.Linear):
+            nn.init.xavier_normal_(module.weight)
+            nn.init.zeros_(module.bias)
+
+    model.apply(fill)
+
+
+def halve_own_parameters(model, x):
+    """`apply` with the parameters of each module"""
+
+    def halve(module):
+        for parameter in module.parameters(recurse=False):
+            parameter.data.mul_(0.5)
+
+    model.apply(halve)
+
+
+def assign_data(model, x):
+    """`weight.data = ...`"""
+    model.a.weight.data = torch.randn_like(model.a.weight)
+
+
+def assign_weight(model, x):
+    """A new Parameter"""
+    model.a.weight = nn.Parameter(normal(3, 6))
+
+
+def assign_gradient(model, x):
+    """`weight.grad = ...` and an optimizer step"""
+    model.a.weight.grad = torch.ones(3, 6, dtype=torch.float64)
+    torch.optim.SGD(model.parameters(), 0.1).step()
+
+
+def train_steps(model, x):
+    """Steps of an optimizer"""
+    optimizer = torch.optim.Adam(model.parameters(), 0.01)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(y.pow(2).sum() for y in model(x)).backward()
+        optimizer.step()
+
+
+def vectorize(model, x):
+    """The parameters to a vector and back"""
+    vector = nn.utils.parameters_to_vector(model.parameters())
+    nn.utils.vector_to_parameters(vector * 2, model.parameters())
+
+
+def hook_weight(model, x):
+    """A gradient hook on a weight, later"""
+    model.a.weight.register_hook(lambda grad: grad * 2)
+
+
+def hook_layers(model, x):
+    """Hooks on siblings and on the model, later"""
+    model.a.register_forward_hook(lambda module, args, output: output * 2)
+    model.b.register_forward_pre_hook(lambda module, args: (args[0] + 1,))
+    model.b.register_full_backward_hook(lambda module, inputs, outputs: (inputs[0] * 3,))
+    model.register_forward_pre_hook(lambda module, args: (args[0] * 2,))
+
+
+def hook_state(model, x):
+    """A hook on the state_dict of a sibling"""
+    model.a.register_state_dict_post_hook(
+        lambda module, state, prefix, local: state.__setitem__(f"{prefix}extra", torch.ones(1))
+    )
+
+
+def capture(model, x):
+    """`get_submodule`, `get_parameter` and hooks that keep what passes"""
+    seen = []
+    layer = model.get_submodule("a")
+    handle = layer.register_forward_hook(lambda module, args, output: seen.append(output))
+    model(x)
+    handle.remove()
+    return seen, model.get_parameter("a.weight").detach().clone()
+
+
+def replace(model, x):
+    """A sibling replaced by assignment"""
+    model.a = nn.Linear(6, 2).double()
+
+
+def delete(model, x):
+    """A sibling deleted, and its call with it"""
+    layer = copy.deepcopy(model.a)
+    del model.a
+    model.a = nn.Sequential(layer)
+
+
+def patch(model, x):
+    """`layer.forward = ...`, later"""
+    model.a.forward = lambda x: F.linear(x, model.a.weight) * 3
+
+
+def change_part(model, x):
+    """A setting of a layer changed, later"""
+    model.a.bias = None
+
+
+def to_single_and_back(model, x):
+    """`float()`, `half()`, `to(dtype)`"""
+    outputs = model.float()(x.float())
+    half = {name: value.clone() for name, value in model.half().state_dict().items()}
+    model.to(torch.float64)
+    return outputs, half
+
+
+def one_to_single(model, x):
+    """Another dtype for one sibling"""
+    return model.a.float()(x.float()), model.a.double()(x)
+
+
+def to_meta_and_back(model, x):
+    """`to_empty` from the meta device, and loading"""
+    state = {name: value.clone() for name, value in model.state_dict().items()}
+    model.to("meta").to_empty(device="cpu").load_state_dict(state)
+
+
+def load(model, x):
+    """`load_state_dict`"""
+    state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    return str(model.load_state_dict(state))
+
+
+def load_assigning(model, x):
+    """`load_state_dict(assign=True)`"""
+    state = {name: torch.randn_like(value) for name, value in model.state_dict().items()}
+    return str(model.load_state_dict(state, assign=True))
+
+
+def load_some(model, x):
+    """`load_state_dict(strict=False)` with missing and unexpected keys"""
+    state = {"a.weight": normal(3, 6), "c.weight": normal(1)}
+    return str(model.load_state_dict(state, strict=False))
+
+
+def load_wrongly(model, x):
+    """Missing, unexpected and wrong values, in PyTorch's own words"""
+    messages = []
+    for state in ({}, {"a.weight": normal(2, 2)}, {"a.weight": normal(3, 6), "c": normal(1)}):
+        try:
+            model.load_state_dict(state)
+        except RuntimeError as error:
+            messages.append(str(error))
+    return messages
+
+
+def copy_part(model, x):
+    """`deepcopy` of one sibling"""
+    return copy.deepcopy(model.a)(x), copy.copy(model)(x)
+
+
+def replicate(model, x):
+    """Replicas as `nn.DataParallel` makes them"""
+    modules = list(model.modules())
+    copies = [module._replicate_for_data_parallel() for module in modules]
+    for module, twin in zip(modules, copies, strict=True):
+        for name, child in module._modules.items():
+            setattr(twin, name, copies[modules.index(child)])
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                setattr(twin, name, parameter.clone())
+    return copies[0](x)
+
+
+def in_threads(function, count=4):
+    """What `function` gives in each of several threads that start at once."""
+    results: list = [None] * count
+    barrier = threading.Barrier(count)
+
+    def run(number):
+        barrier.wait()
+        try:
+            results[number] = function()
+        except Exception as error:  # noqa: BLE001 - Errors are compared too.
+            results[number] = error
+
+    threads = [threading.Thread(target=run, args=(number,)) for number in range(count)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    return results
+
+
+def share_among_threads(model, x):
+    """Threads that share the model"""
+    return in_threads(lambda: [model(x) for _ in range(20)])
+
+
+def copy_for_threads(model, x):
+    """A fresh copy whose first calls come from several threads at once"""
+    copies = [copy.deepcopy(model) for _ in range(10)]
+    return [in_threads(lambda twin=twin: twin(x)) for twin in copies]
+
+
+def checkpointed(model, x, reentrant):
+    drawn = x.clone().requires_grad_()
+    outputs = checkpoint(model, drawn, use_reentrant=reentrant)
+    sum(y.pow(2).sum() for y in outputs).backward()
+    gradients = [model.get_parameter(f"{name}.weight").grad.clone() for name in "ab"]
+    return outputs, drawn.grad, gradients
+
+
+def checkpoint_model(model, x):
+    """Activation checkpointing"""
+    return checkpointed(model, x, reentrant=False)
+
+
+def checkpoint_model_reentrant(model, x):
+    """Reentrant activation checkpointing"""
+    return checkpointed(model, x, reentrant=True)
+
+
+def call_functionally(model, x):
+    """`functional_call` with other parameters"""
+    values = {name: 2 * value.detach() for name, value in model.named_parameters()}
+    return torch.func.functional_call(model, values, (x,))
+
+
+def vectorized_map(model, x):
+    """`vmap`"""
+    return torch.vmap(model)(x)
+
+
+def jacobians(model, x):
+    """`jacrev`, `jacfwd`, `grad` and `jvp`"""
+    return (
+        torch.func.jacrev(model)(x),
+        torch.func.jacfwd(model)(x),
+        torch.func.grad(lambda x: model(x)[0].pow(3).sum())(x),
+        torch.func.jvp(model, (x,), (torch.ones_like(x),)),
+    )
+
+
+def forward_mode(model, x):
+    """Forward-mode differentiation"""
+    with torch.autograd.forward_ad.dual_level():
+        outputs = model(torch.autograd.forward_ad.make_dual(x, torch.ones_like(x)))
+        return [torch.autograd.forward_ad.unpack_dual(y).tangent for y in outputs]
+
+
+def differentiate_twice(model, x):
+    """Double backward"""
+    x = x.clone().requires_grad_()
+    total = sum(y.pow(3).sum() for y in model(x))
+    (slope,) = torch.autograd.grad(total, x, create_graph=True)
+    slope.pow(2).sum().backward()
+    return slope, x.grad, [model.get_parameter(f"{name}.weight").grad.clone() for name in "ab"]
+
+
+def gradient_of_input(model, x):
+    """`torch.autograd.grad` with respect to the input and the weights"""
+    x = x.clone().requires_grad_()
+    y, z = model(x)
+    return torch.autograd.grad(y.sum() + z.pow(2).sum(), x)
+
+
+def autocast_around(model, x):
+    """Autocast in bf16 around the model"""
+    with torch.autocast("cpu", torch.bfloat16), torch.no_grad():
+        return model.float()(x.float()), model.double().training
+
+
+def no_gradients_then_in_place(model, x):
+    """Outputs computed without gradients, changed in place with them"""
+    with torch.no_grad():
+        y, _ = model(x)
+    factor = torch.ones(3, dtype=x.dtype, requires_grad=True)
+    y.mul_(factor).sum().backward()
+    return factor.grad
+
+
+def inference(model, x):
+    """Inference mode around the model"""
+    with torch.inference_mode():
+        outputs = model(x)
+    return outputs, [y.is_inference() for y in outputs]
+
+
+def one_sibling_alone(model, x):
+    """A sibling called by itself, twice, and the other after that"""
+    return model.a(x), model.a(x), model.b(x), model.b(x)
+
+
+def siblings_after_error(model, x):
+    """A call that raises between those of the siblings"""
+    y = model.a(x)
+    try:
+        model.b(x[:, :2])
+    except RuntimeError as error:
+        return y, model.b(x), str(error)
+
+
+def siblings_after_change(model, x):
+    """The input and the weights changed between direct calls"""
+    with torch.no_grad():
+        x, y = x.clone(), model.a(x)
+        first = model.a(x)
+        x.mul_(2)
+        second = model.b(x), model.a(x)
+        for parameter in model.parameters():
+            parameter.mul_(0.5)
+        return y, first, second, model.b(x)
+
+
+def clear_gradients(model, x):
+    """`zero_grad`, with zeros and with None"""
+    for to_none in (False, True):
+        sum(y.sum() for y in model(x)).backward()
+        model.zero_grad(set_to_none=to_none)
+
+
+def reset(model, x):
+    """`reset_parameters` of a sibling"""
+    model.a.reset_parameters()
+
+
+def list_modules(model, x):
+    """Names of the parameters of a sibling, children, state and attributes"""
+    return (
+        [name for name, _ in model.a.named_parameters()],
+        [name for name, _ in model.named_children()],
+        list(model.state_dict()),
+        [model.a.in_features, model.a.out_features, model.a.weight.shape],
+        [isinstance(layer, nn.Linear) for layer in (model.a, model.b)],
+    )
+
+
+@dataclasses.dataclass(frozen=True)
+class Hazard:
+    """One row of the table.
+
+    Attributes:
+        subject: the awkward model's class, or what is done to a model after `optimize`; its
+            docstring is the hazard.
+        naive: what plain symbolic tracing or naive fusion does to it.
+        outcome: EXACT, or the reason why the siblings are left apart.
+        inputs: the arguments and keyword arguments of the call of this number.
+    """
+
+    subject: Callable
+    naive: str
+    outcome: Reason | None = EXACT
+    inputs: Callable[[int], tuple] = rows
+
+    @property
+    def name(self):
+        return self.subject.__name__
+
+
+FROZEN = "frozen at trace time"
+ONCE = "happens once, at trace time"
+GONE = "vanishes from the graph"
+RAISES = "tracing raises"
+GIVEN = "a Proxy is never None, so it is traced as given"
+STRIDES = "a slice along channels is not contiguous"
+STALE = "the second sibling gets what was computed before the change"
+UNSEEN = "the change is hidden from the graph"
+LOST = "the wide layer does not know of it"
+WRONG = "the wide layer computes something else"
+COPY = "a copy in a GraphModule does not follow"
+SPLIT = "the wide layer is not the sibling alone"
+
+HAZARDS = (
+    Hazard(TwoHeads, "nothing: the plain case"),
+    Hazard(Undecided, RAISES),
+    Hazard(TrainingBranch, FROZEN),
+    Hazard(TrainingFactor, FROZEN),
+    Hazard(FunctionalDropout, FROZEN),
+    Hazard(NestedFlag, FROZEN),
+    Hazard(NestedMethod, FROZEN),
+    Hazard(NoGradAround, GONE),
+    Hazard(NoGradAroundOne, GONE, Reason.CALLED_APART),
+    Hazard(InferenceModeAroundOne, GONE, Reason.CALLED_APART),
+    Hazard(AutocastAround, GONE, inputs=single_rows),
+    Hazard(AutocastAroundOne, GONE, Reason.CALLED_APART, single_rows),
+    Hazard(GradModeSet, GONE, Reason.CALLED_APART),
+    Hazard(GradModeRead, FROZEN),
+    Hazard(FreshNoise, "the same noise for ever"),
+    Hazard(NoiseOfShape, "the same noise for ever"),
+    Hazard(FreshBuffer, "a stored constant that grows"),
+    Hazard(PythonsRandom, ONCE),
+    Hazard(NumpysRandom, ONCE),
+    Hazard(SeedInside, ONCE),
+    Hazard(DropoutBetween, "dropout above the split draws another random stream"),
+    Hazard(Counter, ONCE),
+    Hazard(InheritedCounter, ONCE),
+    Hazard(KeptOutput, "a Proxy is left on the module"),
+    Hazard(BufferUpdated, "a Proxy is left in a buffer"),
+    Hazard(BatchNorms, "running statistics of the wide layer are lost", inputs=images),
+    Hazard(ShapeBranch, FROZEN),
+    Hazard(ShapeArithmetic, FROZEN, inputs=even_rows),
+    Hazard(ShapeUnpacked, RAISES),
+    Hazard(ValueBranch, RAISES),
+    Hazard(LoopOnValue, RAISES),
+    Hazard(TypeBranch, "a Proxy is no tensor: the other branch"),
+    Hazard(NoneTest, FROZEN),
+    Hazard(DtypeTest, FROZEN),
+    Hazard(ShapeInKey, "a Proxy's name in the key"),
+    Hazard(Looked, "a Proxy is in no dictionary: the default"),
+    Hazard(SetOfShape, "Proxies are all different"),
+    Hazard(Assertion, GONE, inputs=right_and_wrong_widths),
+    Hazard(WrongInput, "the error speaks of the wide layer", inputs=right_and_wrong_widths),
+    Hazard(Caught, "the handler never runs"),
+    Hazard(EarlyReturn, FROZEN, Reason.CALLED_APART),
+    Hazard(Generated, "the generator runs at trace time"),
+    Hazard(Recursive, "three runs of one wide layer are taken for one"),
+    Hazard(Children, "the wide layer is one child more"),
+    Hazard(OwnAttribute, ONCE),
+    Hazard(OwnCall, "is not run, or once"),
+    Hazard(OwnIteration, FROZEN),
+    Hazard(LiveProperty, ONCE),
+    Hazard(InsideCheckpoint, GONE),
+    Hazard(InsideReentrantCheckpoint, GONE),
+    Hazard(GradientInside, RAISES),
+    Hazard(BackwardBetween, "frees the graph of the wide layer"),
+    Hazard(StepBetween, "the second sibling runs with the old weights"),
+    Hazard(OptionalArgument, GIVEN, inputs=with_or_without_mask),
+    Hazard(KeywordOnly, GIVEN, inputs=with_or_without_keyword),
+    Hazard(StarredArguments, FROZEN, inputs=one_or_two_tensors),
+    Hazard(ListArgument, "the Proxy stands for the list", inputs=listed_rows),
+    Hazard(DictOutput, "numbers and strings become Proxies"),
+    Hazard(NamedTupleOutput, "the class is lost"),
+    Hazard(DataclassOutput, RAISES),
+    Hazard(BranchLeftOut, "no gradient becomes a gradient of zeros"),
+    Hazard(InPlaceOnOutputs, "raises under autograd on what `split` gives"),
+    Hazard(InPlaceModule, "raises under autograd on what `split` gives"),
+    Hazard(InPlaceAfterSaving, "`unsafe_split` hides the error"),
+    Hazard(ElementSet, "fails in backward on what `narrow` gives"),
+    Hazard(InPlaceThroughView, "changes the other sibling's part, or raises"),
+    Hazard(InPlaceThroughReshape, "`reshape` of a slice copies, and the change is lost"),
+    Hazard(InPlaceThroughContiguous, "`contiguous` of a slice copies, and the change is lost"),
+    Hazard(Viewed, STRIDES),
+    Hazard(ViewedByTorch, STRIDES),
+    Hazard(Strided, STRIDES),
+    Hazard(StrideRead, STRIDES),
+    Hazard(ContiguityRead, STRIDES),
+    Hazard(OwnFunction, STRIDES),
+    Hazard(InputChangedByMethod, STALE, Reason.INPUT_MUTATED),
+    Hazard(InputChangedAndTrained, STALE, Reason.INPUT_MUTATED),
+    Hazard(InputChangedByOperator, STALE, Reason.INPUT_MUTATED),
+    Hazard(InputChangedByElement, STALE, Reason.INPUT_MUTATED),
+    Hazard(InputChangedByFunction, STALE, Reason.INPUT_MUTATED),
+    Hazard(InputChangedThroughView, STALE, Reason.INPUT_MUTATED),
+    Hazard(InputChangedThroughSlice, STALE, Reason.INPUT_MUTATED),
+    Hazard(InputChangedThroughAlias, STALE, Reason.INPUT_MUTATED),
+    Hazard(InputChangedByOut, STALE, Reason.INPUT_MUTATED),
+    Hazard(InputChangedByForeach, STALE),
+    Hazard(InputChangedByOverload, STALE, Reason.INPUT_MUTATED),
+    Hazard(InputChangedByModule, STALE, Reason.INPUT_MUTATED),
+    Hazard(InputChangedByOpaque, UNSEEN, Reason.INPUT_MUTATED),
+    Hazard(InputChangedByFunctionClass, UNSEEN, Reason.INPUT_MUTATED),
+    Hazard(InputChangedThroughData, UNSEEN, Reason.INPUT_MUTATED),
+    Hazard(InputChangedThroughNumpy, UNSEEN, Reason.INPUT_MUTATED),
+    Hazard(TiedWeight, "the tie is cut", Reason.SHARED_PARAMETER),
+    Hazard(SharedMemory, "the tie is cut", Reason.SHARED_PARAMETER),
+    Hazard(KeptMemory, "the tensor goes stale", Reason.SHARED_PARAMETER),
+    Hazard(TwoNames, "merged with itself"),
+    Hazard(HiddenLayer, "the layer in the list goes stale"),
+    Hazard(CalledTwice, "the parts of two runs are mixed"),
+    Hazard(OneCalledTwice, "the wide layer runs for one part", Reason.CALLED_APART),
+    Hazard(FrozenOne, "the frozen sibling trains", Reason.DIFFERENT_REQUIRES_GRAD),
+    Hazard(FrozenBiases, "the frozen biases train"),
+    Hazard(BiasOnOne, "the missing bias trains", Reason.BIAS_ON_SOME),
+    Hazard(TwoDtypes, "promotes one of them", Reason.DIFFERENT_DTYPE, indices),
+    Hazard(GroupedQueries, "`chunk` cuts in equal parts"),
+    Hazard(NoWidth, "an empty block"),
+    Hazard(ForwardHook, "never runs", Reason.HOOKS),
+    Hazard(HookOnContainer, "never runs"),
+    Hazard(Parametrized, LOST, Reason.PARAMETRIZED),
+    Hazard(WeightNorm, LOST, Reason.PARAMETRIZED),
+    Hazard(SpectralNorm, "the buffer stays as it was", Reason.PARAMETRIZED),
+    Hazard(Pruned, LOST, Reason.PARAMETRIZED),
+    Hazard(Subclassed, LOST, Reason.OWN_FORWARD),
+    Hazard(SubclassedCall, LOST, Reason.OWN_FORWARD),
+    Hazard(SubclassedInside, LOST, Reason.OWN_FORWARD, images),
+    Hazard(SubclassedForMore, "the parameter is lost"),
+    Hazard(Patched, LOST, Reason.OWN_FORWARD),
+    Hazard(OwnParameter, "the class is lost", Reason.CUSTOM_PARAMETER),
+    Hazard(Grouped, WRONG, Reason.GROUPED, images),
+    Hazard(TwoKernelSizes, WRONG, Reason.DIFFERENT_SETTINGS, images),
+    Hazard(Padded, STRIDES, inputs=images),
+    Hazard(Transposed, "the output size is lost", inputs=images),
+    Hazard(RenormedRows, WRONG, Reason.UNSUPPORTED_OPTION, indices),
+    Hazard(PaddedRows, "the row gets a gradient", inputs=indices),
+    Hazard(WeightPenalty, "a stale copy of the weight gets the gradient"),
+    Hazard(WeightUsedElsewhere, "a stale copy of the weight is used"),
+    Hazard(WeightInList, "stale copies get the gradient", Reason.SHARED_PARAMETER),
+    Hazard(ParameterLoop, "counts the weights twice, or not at all"),
+    Hazard(WeightIsParameter, "a slice is no Parameter"),
+    Hazard(ForwardDirectly, "a graph has calls of layers only"),
+    Hazard(ManyDimensions, "splits along another dimension", inputs=many_rows),
+    Hazard(OneDimension, "splits along the batch", inputs=one_row),
+    Hazard(EmptyBatch, "nothing to run", inputs=no_rows),
+    Hazard(ChannelsLast, "the memory format is lost", inputs=channels_last_images),
+    Hazard(SparseInput, "a sparse tensor has no slices"),
+    Hazard(ComplexInput, "the gradients' conjugates"),
+)
+"""The models."""
+
+LIFE = (
+    *(
+        Hazard(subject, LOST)
+        for subject in (
+            freeze_one,
+            freeze_weight,
+            freeze_and_thaw,
+            initialize,
+            halve_own_parameters,
+            assign_data,
+            assign_weight,
+            assign_gradient,
+            train_steps,
+            vectorize,
+            clear_gradients,
+            reset,
+            hook_weight,
+            hook_layers,
+            hook_state,
+        )
+    ),
+    *(
+        Hazard(subject, COPY)
+        for subject in (
+            capture,
+            replace,
+            delete,
+            patch,
+            change_part,
+            to_single_and_back,
+            one_to_single,
+            to_meta_and_back,
+            load,
+            load_assigning,
+            load_some,
+            load_wrongly,
+            list_modules,
+            copy_part,
+            replicate,
+        )
+    ),
+    *(
+        Hazard(subject, SPLIT)
+        for subject in (
+            share_among_threads,
+            copy_for_threads,
+            checkpoint_model,
+            checkpoint_model_reentrant,
+            call_functionally,
+            vectorized_map,
+            jacobians,
+            forward_mode,
+            differentiate_twice,
+            gradient_of_input,
+            autocast_around,
+            no_gradients_then_in_place,
+            inference,
+            one_sibling_alone,
+            siblings_after_error,
+            siblings_after_change,
+        )
+    ),
+)
+"""What may be done to an optimized model."""
