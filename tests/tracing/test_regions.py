@@ -411,6 +411,8 @@ def test_none_becomes_a_parameter(registered):
     model = NoneLater(registered).double()
     x = vector(model)
     optimized = conjoin.optimize(model, (x,))
+    # A plain None is watched; a parameter that is None is not, so that forward is left.
+    assert isinstance(optimized, Region) != registered
     for each in (model, optimized):
         each.offset = nn.Parameter(torch.ones(2, dtype=torch.float64))
     same_outputs(optimized, model, x)

@@ -220,7 +220,8 @@ def _check(region: nn.Module, inlined: set[nn.Module]) -> set[str]:
         if special := SPECIAL_METHODS & _own(cls).keys():
             raise UnsoundError(f"{cls.__name__} defines {', '.join(special)}")
     foreign = {name for cls in outer for name in _own(cls)}
-    pending = [f for cls in inner for f in _own(cls).get("forward", ())]
+    owned = [_own(cls) for cls in inner]
+    pending = [f for own in owned for f in own.get("forward", ())]
     seen: set[FunctionType] = set()
     used: set[str] = set()
     while pending:
@@ -235,19 +236,20 @@ def _check(region: nn.Module, inlined: set[nn.Module]) -> set[str]:
                     pending += _global(name, function.__globals__)
                     continue
                 used.add(name)
-                methods = [f for cls in inner for f in _own(cls).get(name, ())]
+                methods = [f for own in owned for f in own.get(name, ())]
                 pending += methods
                 known = methods or name in members or name in attributes or name in _operations()
-                if not known or (name in foreign and name not in members):
+                constant = any(name in own and not own[name] for own in owned)
+                if not known or constant or name in foreign:
                     raise UnsoundError(f"it uses .{name}")
     return used
 
 
 def _own(cls: type) -> dict[str, list[FunctionType]]:
-    """The attributes that a class or its bases define, other than PyTorch's and conjoin's own.
+    """The functions behind each attribute that a class or its bases define.
 
-    Raises:
-        UnsoundError: one of them that is no function is needed; its list is empty otherwise.
+    PyTorch's and conjoin's own classes are left out. An attribute that is no function, method or
+    property has none.
     """
     found: dict[str, list[FunctionType]] = {}
     for base in cls.__mro__:
