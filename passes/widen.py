@@ -32,29 +32,30 @@ def widen(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[str] | None
         None where nothing was merged.
     """
     calls: dict[tuple[Wide, fx.Node, int], dict[int, fx.Node]] = {}
-    between: dict[tuple[Wide, fx.Node, int], list[str]] = {}
-    pure: list[str] = []
+    between: dict[tuple[Wide, fx.Node, int], list[fx.Node]] = {}
+    pure: list[fx.Node] = []
     barrier = 0
     for node in graph.nodes:
-        view = modules.get(str(node.target)) if node.op == "call_module" else None
-        if isinstance(view, View) and (input := _only_input(node)) is not None:
-            key = view.wide_layer, input, barrier
-            calls.setdefault(key, {}).setdefault(view.conjoin_index, node)
-            between.setdefault(key, pure)
-        elif not hazards.is_pure(node, modules):
+        if not hazards.is_pure(node, modules):
             barrier += 1
             pure = []
         elif node.op == "call_module":
-            pure.append(str(node.target))
-    relied: list[str] | None = None
-    for key, group in calls.items():
-        wide, input, _ = key
-        if len(group) == len(wide.widths):
-            siblings = [group[index] for index in range(len(group))]
-            first = min(siblings)
-            edit.replace(graph, siblings, first, f"{first.target}.{WIDE}", input, wide)
-            relied = [*(relied or []), *between[key]]
-    return relied
+            pure.append(node)
+            view = modules[str(node.target)]
+            if isinstance(view, View) and (input := _only_input(node)) is not None:
+                key = view.wide_layer, input, barrier
+                calls.setdefault(key, {}).setdefault(view.conjoin_index, node)
+                between.setdefault(key, pure)
+    whole = {key: group for key, group in calls.items() if len(group) == len(key[0].widths)}
+    merged = {node for group in whole.values() for node in group.values()}
+    for (wide, input, _), group in whole.items():
+        siblings = [group[index] for index in range(len(group))]
+        first = min(siblings)
+        edit.replace(graph, siblings, first, f"{first.target}.{WIDE}", input, wide)
+    if not whole:
+        return None
+    relied = {node: None for key in whole for node in between[key] if node not in merged}
+    return [str(node.target) for node in relied]
 
 
 def _only_input(node: fx.Node) -> fx.Node | None:

@@ -656,6 +656,13 @@ class OptionalArgument(TwoHeads):
         return y, self.b(x)
 
 
+class DefaultArgument(TwoHeads):
+    """A default that some calls replace"""
+
+    def forward(self, x, scale=1.0):
+        return self.a(x) * scale, self.b(x)
+
+
 class KeywordOnly(TwoHeads):
     """Keyword arguments, given and left out"""
 
@@ -1894,6 +1901,7 @@ HAZARDS = (
     Hazard(BackwardBetween, "frees the graph of the wide layer"),
     Hazard(StepBetween, "the second sibling runs with the old weights"),
     Hazard(OptionalArgument, GIVEN, inputs=with_or_without_mask),
+    Hazard(DefaultArgument, FROZEN, inputs=with_or_without_mask),
     Hazard(KeywordOnly, GIVEN, inputs=with_or_without_keyword),
     Hazard(StarredArguments, FROZEN, inputs=one_or_two_tensors),
     Hazard(ListArgument, "the Proxy stands for the list", inputs=listed_rows),
