@@ -26,7 +26,7 @@ from conjoin.legality import Reason
 EXACT = None
 """The outcome of siblings that are fused."""
 
-BATCHES = (4, 3)
+BATCHES = (4, 3, 1)
 """The batch size of each call."""
 
 

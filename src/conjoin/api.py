@@ -152,7 +152,9 @@ def _copy(model: Model) -> Model:
 
 def _find(model: nn.Module, calls: list[Call]) -> tuple[tuple[Candidate, ...], Sightings]:
     _check(model)
-    sightings = observe(model, calls, KINDS) if calls else trace(model, KINDS)
+    # A lazy layer does not run on fake tensors; a trace shows which siblings it would have.
+    lazy = any(nn.parameter.is_lazy(parameter) for parameter in model.parameters())
+    sightings = observe(model, calls, KINDS) if calls and not lazy else trace(model, KINDS)
     return candidates(model, sightings, KINDS), sightings
 
 

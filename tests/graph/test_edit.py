@@ -57,13 +57,13 @@ def test_one_call_is_left_where_the_first_was():
 
 def test_the_parts_take_the_notes_of_the_siblings():
     _, graph = edited()
-    parts = [n for n in graph.nodes if "getitem" in n.name or n.name == "contiguous"]
+    parts = [n for n in graph.nodes if "getitem" in n.name or n.name == "clone"]
     assert {"a", "b", "c"} <= {node.meta.get("kept") for node in parts}
 
 
 def test_a_part_is_made_contiguous_where_the_wide_layer_says_so():
     _, graph = edited()
-    copies = [node for node in graph.nodes if node.target == "contiguous"]
+    copies = [node for node in graph.nodes if node.target == "clone"]
     assert [node.args[0].args[1] for node in copies] == [1]
 
 

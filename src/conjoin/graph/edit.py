@@ -5,8 +5,9 @@ from __future__ import annotations
 import operator
 from collections.abc import Sequence
 
+import torch
 from torch import fx
-from torch.fx.node import map_arg
+from torch.fx.node import Argument, map_arg
 
 from conjoin.layers.wide import Wide
 
@@ -36,7 +37,9 @@ def replace(
         parts = graph.call_function(function, (whole, *arguments))
         nodes = [graph.call_function(operator.getitem, (parts, i)) for i in range(len(siblings))]
         for i in sorted(wide.contiguous):
-            nodes[i] = graph.call_method("contiguous", (nodes[i],))
+            # Not `contiguous`, which leaves a slice of a batch of one as it is, strides and all.
+            format: Argument = torch.contiguous_format
+            nodes[i] = graph.call_method("clone", (nodes[i],), {"memory_format": format})
     made = dict(zip(siblings, nodes, strict=True))
     for sibling, node in made.items():
         node.meta = dict(sibling.meta)

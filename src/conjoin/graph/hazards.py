@@ -22,6 +22,9 @@ VIEW_METHODS = frozenset(
 VIEW_FUNCTIONS: frozenset[Any] = frozenset({operator.getitem, getattr, F.dropout, F.unfold})
 """Functions, beyond those named as a method above, whose result may share memory."""
 
+WAYS_OUT = frozenset("numpy __array__ __dlpack__ data_ptr untyped_storage".split())
+"""Methods that lead to the memory of a tensor, through which anything may change it."""
+
 STRIDE_METHODS = frozenset(
     "view view_as stride is_contiguous data_ptr storage_offset as_strided untyped_storage numpy "
     "__array__ __dlpack__ view_as_complex reshape reshape_as flatten ravel contiguous".split()
@@ -119,6 +122,7 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node
         node.target in INPLACE_OPERATORS
         or _is_inplace_name(name)
         or bool(node.kwargs.get("inplace", False))
+        or name in WAYS_OUT
     )
     if inplace and first is not None:
         yield first

@@ -98,7 +98,10 @@ class Wide(nn.Module):
         """The parts of the output, each as the sibling's own output would be."""
         function, arguments = self.kind.split(self)
         parts = function(output, *arguments)
-        return tuple(p.contiguous() if i in self.contiguous else p for i, p in enumerate(parts))
+        return tuple(
+            part.clone(memory_format=torch.contiguous_format) if i in self.contiguous else part
+            for i, part in enumerate(parts)
+        )
 
     def collect(self, index: int, values: dict[str, nn.Parameter]) -> None:
         """Keeps tensors for the `index`-th part of a wide layer on the meta device.
