@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import contextlib
 import copy
-from collections.abc import Mapping, Sequence
+import gc
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -61,10 +63,11 @@ def optimize(
         >>> [tuple(p.shape) for p in fused.parameters()]
         [(4, 8), (4,)]
     """
-    found, _ = _find(model, _calls(example_inputs, example_kwargs))
-    optimized = model if inplace else _copy(model)
-    _fuse_all(optimized, found)
-    regions.install(optimized)
+    with _no_collection():
+        found, _ = _find(model, _calls(example_inputs, example_kwargs))
+        optimized = model if inplace else _copy(model)
+        _fuse_all(optimized, found)
+        regions.install(optimized)
     return optimized
 
 
@@ -118,6 +121,18 @@ def report(
     before, after = _count(model, calls[0], found) if calls else (UNCOUNTED, UNCOUNTED)
     groups = tuple(_group(candidate, before.by_layer, after.by_layer) for candidate in found)
     return Report(groups, Launches(before.count, after.count), sightings.untraced, bool(calls))
+
+
+@contextlib.contextmanager
+def _no_collection() -> Iterator[None]:
+    """Without Python's cycle collector, which would go through all the new nodes many times."""
+    enabled = gc.isenabled()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
 
 
 def _check(model: object) -> None:
