@@ -2,7 +2,8 @@
 
 Python blocks run one after another in one namespace; the text block that follows one holds what
 it prints. Console blocks hold commands and what they print. The list of reasons is made from the
-enum. `CONJOIN_REGENERATE=1 pytest tests/test_readme.py` writes what happens into the README.
+enum, and the table of hazards from the one that `test_hazards.py` runs.
+`CONJOIN_REGENERATE=1 pytest tests/test_readme.py` writes what happens into the README.
 """
 
 import contextlib
@@ -13,12 +14,14 @@ import shlex
 from pathlib import Path
 
 import torch
+from awkward import EXACT, HAZARDS, LIFE
 
 from conjoin import cli
 from conjoin.legality import Reason
 
 README = Path(__file__).parent.parent / "README.md"
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
+SECTION = re.compile(r"(<!-- (\w+) -->).*?(<!-- /\2 -->)", re.DOTALL)
 
 
 def printed(run) -> str:
@@ -37,9 +40,22 @@ def console(block: str) -> str:
     )
 
 
-def reasons(_: re.Match[str]) -> str:
-    lines = "\n".join(f"- `{r.name}`: {r.value}" for r in Reason)
-    return f"<!-- reasons -->\n\n{lines}\n\n<!-- /reasons -->"
+def reasons() -> str:
+    return "\n".join(f"- `{r.name}`: {r.value}" for r in Reason)
+
+
+def hazards() -> str:
+    head = "| hazard | plain tracing or naive fusion | conjoin |\n|---|---|---|"
+    rows = (
+        f"| {' '.join(hazard.subject.__doc__.split())} | {hazard.naive} | "
+        f"{'exact' if hazard.outcome is EXACT else f'`{hazard.outcome.name}`'} |"
+        for hazard in (*HAZARDS, *LIFE)
+    )
+    return "\n".join((head, *rows))
+
+
+MADE = {"reasons": reasons, "hazards": hazards}
+"""The sections between comments, and what makes them."""
 
 
 def as_it_happens(text: str) -> str:
@@ -59,8 +75,11 @@ def as_it_happens(text: str) -> str:
             code = console(code)
         return f"```{language}\n{code}```\n"
 
-    text = BLOCK.sub(block, text)
-    return re.sub(r"<!-- reasons -->.*<!-- /reasons -->", reasons, text, flags=re.DOTALL)
+    def section(match: re.Match[str]) -> str:
+        opening, name, closing = match.groups()
+        return f"{opening}\n\n{MADE[name]()}\n\n{closing}"
+
+    return SECTION.sub(section, BLOCK.sub(block, text))
 
 
 def test_readme():
@@ -70,3 +89,4 @@ def test_readme():
         README.write_text(expected)
     assert README.read_text() == expected
     assert text.count("```text\n```") == 0
+    assert {name for _, name, _ in SECTION.findall(text)} == MADE.keys()
