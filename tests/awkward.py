@@ -1134,6 +1134,40 @@ class TwoDtypes(nn.Module):
         return self.a(x), self.b(x)
 
 
+class TwoDevices(nn.Module):
+    """Siblings on two devices"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 3).double(), nn.Linear(6, 5, device="meta").double()
+
+    def forward(self, x):
+        y = self.a(x)
+        try:
+            return y, self.b(x)
+        except RuntimeError:
+            return y, None
+
+
+class Lazy(nn.Module):
+    """Lazy layers, before their first call"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.LazyLinear(width, dtype=torch.float64) for width in (3, 5))
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class MadeFromLazy(Lazy):
+    """Lazy layers, after their first call"""
+
+    def __init__(self):
+        super().__init__()
+        self(normal(2, 6))
+
+
 class GroupedQueries(nn.Module):
     """Widths that differ, as in grouped-query attention"""
 
@@ -1294,6 +1328,53 @@ class OwnParameter(TwoHeads):
     def __init__(self):
         super().__init__()
         self.a.weight = self.Kept(self.a.weight.detach())
+
+
+class Quantized(nn.Module):
+    """Layers that are quantized dynamically, beside some that are not"""
+
+    def __init__(self):
+        super().__init__()
+        quantized = nn.Sequential(nn.Linear(6, 3), nn.Linear(6, 5))
+        quantized = torch.ao.quantization.quantize_dynamic(quantized)
+        self.layers = nn.ModuleList([*quantized, nn.Linear(6, 3), nn.Linear(6, 5)])
+
+    def forward(self, x):
+        return [layer(x) for layer in self.layers]
+
+
+class QuantizationAware(nn.Module):
+    """Layers that observe and round their weights, for quantization later"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 3), nn.Linear(6, 5)
+        self.qconfig = torch.ao.quantization.get_default_qat_qconfig()
+        torch.ao.quantization.prepare_qat(self, inplace=True)
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class Adapted(nn.Module):
+    """Layers with an adapter of low rank around them, as LoRA makes them"""
+
+    class LowRank(nn.Module):
+        def __init__(self, base):
+            super().__init__()
+            self.base_layer = base.requires_grad_(False)
+            self.down = nn.Linear(base.in_features, 2, bias=False).double()
+            self.up = nn.Linear(2, base.out_features, bias=False).double()
+
+        def forward(self, x):
+            return self.base_layer(x) + self.up(self.down(x))
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (self.LowRank(nn.Linear(6, width).double()) for width in (3, 5))
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
 
 
 class Grouped(nn.Module):
@@ -1949,6 +2030,9 @@ HAZARDS = (
     Hazard(FrozenBiases, "the frozen biases train"),
     Hazard(BiasOnOne, "the missing bias trains", Reason.BIAS_ON_SOME),
     Hazard(TwoDtypes, "promotes one of them", Reason.DIFFERENT_DTYPE, indices),
+    Hazard(TwoDevices, "`cat` raises", Reason.DIFFERENT_DEVICE),
+    Hazard(Lazy, "there is no weight to merge yet", Reason.UNINITIALIZED),
+    Hazard(MadeFromLazy, "nothing: they are plain layers by now"),
     Hazard(GroupedQueries, "`chunk` cuts in equal parts"),
     Hazard(NoWidth, "an empty block"),
     Hazard(ForwardHook, "never runs", Reason.HOOKS),
@@ -1963,6 +2047,9 @@ HAZARDS = (
     Hazard(SubclassedForMore, "the parameter is lost"),
     Hazard(Patched, LOST, Reason.OWN_FORWARD),
     Hazard(OwnParameter, "the class is lost", Reason.CUSTOM_PARAMETER),
+    Hazard(Quantized, "has no kind for them", inputs=single_rows),
+    Hazard(QuantizationAware, LOST, Reason.OWN_FORWARD, single_rows),
+    Hazard(Adapted, "frozen and trained weights in one"),
     Hazard(Grouped, WRONG, Reason.GROUPED, images),
     Hazard(TwoKernelSizes, WRONG, Reason.DIFFERENT_SETTINGS, images),
     Hazard(Padded, STRIDES, inputs=images),

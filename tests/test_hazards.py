@@ -72,6 +72,7 @@ def described(value):
 def values(name, value) -> dict[str, Tensor]:
     """The tensors in an output, without their graphs."""
     found = {f"{name} {path}": tensor.detach() for path, tensor in tensors(value)}
+    found = {key: t.dequantize() if t.is_quantized else t for key, t in found.items()}
     return {key: t.to_dense() if t.layout is not torch.strided else t for key, t in found.items()}
 
 
@@ -95,7 +96,7 @@ def play(model, inputs, names, call) -> Played:
             f"gradient of input {number}": gradient(leaf) for number, leaf in enumerate(leaves)
         }
         found |= {f"gradient of {name}": gradient(model.get_parameter(name)) for name in names}
-    found |= {f"state {name}": value.clone() for name, value in model.state_dict().items()}
+    found |= {name: value.clone() for name, value in values("state", model.state_dict()).items()}
     facts = [error, described(output), described(own_attributes(model)), modes()]
     return Played([*facts, *random_states()], found | values("attribute", own_attributes(model)))
 
@@ -183,8 +184,8 @@ def test_life_goes_on_as_the_originals(hazard, model_class):
     for lived in (optimized, original):
         set_seed()
         result = hazard.subject(lived, *(arg.clone() for arg in args))
-        state = {f"state {name}": value for name, value in lived.state_dict().items()}
-        plays.append(Played([described(result)], values("result", result) | state))
+        found = values("result", result) | values("state", lived.state_dict())
+        plays.append(Played([described(result)], found))
     assert_same_play(*plays)
     names, submodules = parameter_names(original), module_names(original)
     assert_same_plays(optimized, original, hazard, names, submodules)

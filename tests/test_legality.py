@@ -5,6 +5,7 @@ import pickle
 import re
 
 import pytest
+from awkward import EXACT, HAZARDS
 
 from conjoin.legality import Reason, Refusal
 
@@ -17,6 +18,10 @@ def test_a_reason_says_what_is_in_the_way_and_what_to_do(reason):
     assert "".join(sentences) == reason.value
     assert len(sentences) == 2
     assert not reason.value.startswith(reason.name)
+
+
+def test_every_reason_is_the_outcome_of_a_hazard():
+    assert {hazard.outcome for hazard in HAZARDS} == {EXACT, *Reason}
 
 
 def test_no_reason_is_given_twice():
