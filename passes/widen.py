@@ -42,22 +42,16 @@ def widen(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> list[str] | None
         elif node.op == "call_module":
             pure.append(node)
             view = modules[str(node.target)]
-            if isinstance(view, View) and (input := _only_input(node)) is not None:
+            if isinstance(view, View) and (input := edit.only_input(node)) is not None:
                 key = view.wide_layer, input, barrier
                 calls.setdefault(key, {}).setdefault(view.conjoin_index, node)
                 between.setdefault(key, pure)
     whole = {key: group for key, group in calls.items() if len(group) == len(key[0].widths)}
     merged = {node for group in whole.values() for node in group.values()}
-    for (wide, input, _), group in whole.items():
+    for (wide, _, _), group in whole.items():
         siblings = [group[index] for index in range(len(group))]
-        first = min(siblings)
-        edit.replace(graph, siblings, first, f"{first.target}.{WIDE}", input, wide)
+        edit.replace(graph, siblings, f"{min(siblings).target}.{WIDE}", wide)
     if not whole:
         return None
     relied = {node: None for key in whole for node in between[key] if node not in merged}
     return [str(node.target) for node in relied]
-
-
-def _only_input(node: fx.Node) -> fx.Node | None:
-    inputs = [*node.args, *node.kwargs.values()]
-    return inputs[0] if len(inputs) == 1 and isinstance(inputs[0], fx.Node) else None

@@ -235,6 +235,18 @@ def test_a_second_time_changes_nothing(script, count):
     assert graph.python_code("self").src == code
 
 
+def test_siblings_that_read_a_sibling():
+    model = Called(lambda m, x: (m.p(y := m.b(x)), m.a(x), m.c(x), m.q(y))).double()
+    model.p, model.q = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
+    merge([model.p, model.q])
+    graph = _Tracer().trace(model)
+    assert widen(graph, dict(model.named_modules())) == []
+    graph.lint()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    assert str(graph).count("call_module") == 2
+    torch.testing.assert_close(fx.GraphModule(model, graph)(x), model(x), rtol=0, atol=1e-9)
+
+
 def test_a_hook_on_a_view_between():
     """A view is PyTorch's own layer only as long as nobody hooks anything to it."""
     model = Called(lambda m, x: (m.a(x), m.p(x), m.b(x), m.c(x)))

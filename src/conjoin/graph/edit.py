@@ -15,23 +15,21 @@ from conjoin.layers.wide import Wide
 def replace(
     graph: fx.Graph,
     siblings: Sequence[fx.Node],
-    first: fx.Node,
     target: str,
-    input: fx.Node,
     wide: Wide,
 ) -> None:
     """Puts one call of a module and its split in the place of the calls of siblings.
 
     Args:
         graph: the graph, changed in place.
-        siblings: the calls, in the order of the parts.
-        first: the call that comes first in the graph; the new one stands in its place.
+        siblings: the calls, in the order of the parts, on the same input. The new call stands in
+            the place of the one that comes first in the graph.
         target: the module that is called instead.
-        input: what it is called with.
         wide: that module.
     """
+    first = min(siblings)
     with graph.inserting_before(first):
-        whole = graph.call_module(target, (input,))
+        whole = graph.call_module(target, (only_input(first),))
         whole.meta = dict(first.meta)
         function, arguments = wide.kind.split(wide)
         parts = graph.call_function(function, (whole, *arguments))
@@ -49,3 +47,9 @@ def replace(
         user.kwargs = map_arg(user.kwargs, lambda node: made.get(node, node))
     for sibling in siblings:
         graph.erase_node(sibling)
+
+
+def only_input(call: fx.Node) -> fx.Node | None:
+    """The node that a call of a module reads, if it reads no more and takes no options."""
+    inputs = [*call.args, *call.kwargs.values()]
+    return inputs[0] if len(inputs) == 1 and isinstance(inputs[0], fx.Node) else None
