@@ -111,6 +111,18 @@ class Undecided(TwoHeads):
         return self.a(x), self.b(x)
 
 
+class Branches(nn.Module):
+    """The siblings lie in modules of their own"""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 3)).double()
+        self.b = nn.ModuleDict({"c": nn.Linear(6, 4).double()})
+
+    def forward(self, x):
+        return self.a(x), self.b["c"](x)
+
+
 class FrozenHeads(TwoHeads):
     """Frozen, so that what the layers read may change before the backward pass"""
 
@@ -1892,6 +1904,117 @@ def list_modules(model, x):
     )
 
 
+# The same, of a module that holds some of the siblings.
+
+
+def freeze_branch(model, x):
+    """`requires_grad_(False)` on a module that holds one of the siblings"""
+    model.a.requires_grad_(False)
+    sum(y.pow(2).sum() for y in model(x)).backward()
+    return [p.grad for p in model.a.parameters()], [p.requires_grad for p in model.b.parameters()]
+
+
+def freeze_parameters(model, x):
+    """`requires_grad = False` on the parameters of a module that holds one of the siblings"""
+    for parameter in model.b.parameters():
+        parameter.requires_grad = False
+
+
+def freeze_and_thaw_branch(model, x):
+    """A branch frozen and thawed while its optimizer goes on"""
+    optimizer = torch.optim.SGD(model.b.parameters(), 0.01, momentum=0.9)
+    for flag in (True, False, True):
+        model.b.requires_grad_(flag)
+        optimizer.zero_grad()
+        sum(y.pow(2).sum() for y in model(x)).backward()
+        optimizer.step()
+
+
+def train_branches(model, x):
+    """An optimizer for each branch, as for actor and critic"""
+    optimizers = [
+        torch.optim.Adam(model.a.parameters(), 0.01),
+        torch.optim.SGD(model.b.parameters(), 0.1, momentum=0.9, weight_decay=0.1),
+    ]
+    for step in range(4):
+        optimizer = optimizers[step % 2]
+        optimizer.zero_grad()
+        model(x)[step % 2].pow(2).sum().backward()
+        nn.utils.clip_grad_norm_(optimizer.param_groups[0]["params"], 0.1)
+        optimizer.step()
+    return [list(optimizer.state_dict()["state"]) for optimizer in optimizers]
+
+
+def train_one_branch(model, x):
+    """An optimizer for one branch, which leaves the others as they are"""
+    optimizer = torch.optim.AdamW(model.a.parameters(), 0.01, foreach=True)
+    for _ in range(3):
+        optimizer.zero_grad()
+        sum(y.pow(2).sum() for y in model(x)).backward()
+        optimizer.step()
+
+
+def convert_then_train(model, x):
+    """An optimizer for one branch that was built before the model was converted"""
+    optimizer = torch.optim.SGD(model.a.parameters(), 0.1)
+    model.float().double()
+    sum(y.pow(2).sum() for y in model(x)).backward()
+    optimizer.step()
+
+
+def penalize_branch(model, x):
+    """A penalty on the parameters of a branch"""
+    model.zero_grad()
+    penalty = sum(parameter.pow(2).sum() for parameter in model.b.parameters())
+    (penalty + model(x)[0].sum()).backward()
+    return [parameter.grad for parameter in model.b.parameters()]
+
+
+def clear_branch(model, x):
+    """`zero_grad` of a branch"""
+    sum(y.sum() for y in model(x)).backward()
+    model.b.zero_grad()
+    return [parameter.grad for parameter in model.a.parameters()]
+
+
+def initialize_branch(model, x):
+    """A branch initialized, by its parameters and by its modules"""
+    for parameter in model.a.parameters():
+        nn.init.normal_(parameter)
+    for module in model.b.modules():
+        if isinstance(module, nn.Linear):
+            nn.init.orthogonal_(module.weight)
+
+
+def look_at_branch(model, x):
+    """A branch's parameters: their number, shapes, leaves, names and identity"""
+    listed = list(model.a.parameters())
+    return (
+        [(p.shape, p.is_leaf, p.grad_fn, p.requires_grad) for p in listed],
+        [p is q for p, q in zip(listed, model.a.parameters(), strict=True)],
+        [len({id(p) for p in model.a.parameters()} - {id(p) for p in listed})],
+        [isinstance(p, nn.Parameter) for p in listed],
+        list(model.a.state_dict()),
+    )
+
+
+def copy_branch(model, x):
+    """`deepcopy` of a branch"""
+    branch = copy.deepcopy(model.a)
+    optimizer = torch.optim.SGD(branch.parameters(), 0.1)
+    branch(x).pow(2).sum().backward()
+    optimizer.step()
+    return branch(x), [parameter.shape for parameter in branch.parameters()]
+
+
+def average_branch(model, x):
+    """A branch that follows another one by a moving average"""
+    average = copy.deepcopy(model.a)
+    for ours, theirs in zip(average.parameters(), model.a.parameters(), strict=True):
+        ours.data.mul_(0.9).add_(theirs.data, alpha=0.1)
+    return average(x)
+
+
 @dataclasses.dataclass(frozen=True)
 class Hazard:
     """One row of the table.
@@ -1902,12 +2025,14 @@ class Hazard:
         naive: what plain symbolic tracing or naive fusion does to it.
         outcome: EXACT, or the reason why the siblings are left apart.
         inputs: the arguments and keyword arguments of the call of this number.
+        models: the classes of the models that something is done to after `optimize`.
     """
 
     subject: Callable
     naive: str
     outcome: Reason | None = EXACT
     inputs: Callable[[int], tuple] = rows
+    models: tuple[type[nn.Module], ...] = (TwoHeads, Undecided)
 
     @property
     def name(self):
@@ -1924,12 +2049,14 @@ STALE = "the second sibling gets what was computed before the change"
 UNSEEN = "the change is hidden from the graph"
 LOST = "the wide layer does not know of it"
 WRONG = "the wide layer computes something else"
+SHARED = "what is done to one branch is done to the other"
 COPY = "a copy in a GraphModule does not follow"
 SPLIT = "the wide layer is not the sibling alone"
 
 HAZARDS = (
     Hazard(TwoHeads, "nothing: the plain case"),
     Hazard(Undecided, RAISES),
+    Hazard(Branches, "no module holds the wide layer and each branch"),
     Hazard(TrainingBranch, FROZEN),
     Hazard(TrainingFactor, FROZEN),
     Hazard(FunctionalDropout, FROZEN),
@@ -2131,6 +2258,23 @@ LIFE = (
             one_sibling_alone,
             siblings_after_error,
             siblings_after_change,
+        )
+    ),
+    *(
+        Hazard(subject, SHARED, models=(Branches,))
+        for subject in (
+            freeze_branch,
+            freeze_parameters,
+            freeze_and_thaw_branch,
+            train_branches,
+            train_one_branch,
+            convert_then_train,
+            penalize_branch,
+            clear_branch,
+            initialize_branch,
+            look_at_branch,
+            copy_branch,
+            average_branch,
         )
     ),
 )

@@ -78,15 +78,20 @@ EVERY_KIND = {
 def fused(family: Family, contiguous: frozenset[int] = frozenset()) -> Family:
     """A copy of the family whose layers are views of one wide layer."""
     copied = copy.deepcopy(family)
-    merge(copied.layers, contiguous)
+    merge(copied.layers, contiguous, enclosing=copied)
     return copied
 
 
-def merge(layers: Sequence[nn.Module], contiguous: frozenset[int] = frozenset()) -> Wide:
+def merge(
+    layers: Sequence[nn.Module],
+    contiguous: frozenset[int] = frozenset(),
+    leader: int = 0,
+    enclosing: nn.Module | None = None,
+) -> Wide:
     """Merges layers that go together, without asking whether they do."""
     kind = kind_of(layers[0])
     assert kind is not None
-    return fuse(kind, list(layers), contiguous)
+    return fuse(kind, list(layers), enclosing or nn.ModuleList(layers), contiguous, leader)
 
 
 @contextlib.contextmanager

@@ -118,3 +118,47 @@ def test_groups_that_do_not_correspond_are_refused():
         checkpoints.merge(state, OPTIMIZERS["sgd"](grouped(fused)), fused)
     with pytest.raises(ValueError, match="param group of the state has 10 parameters"):
         checkpoints.merge(state, OPTIMIZERS["sgd"]([fused.stem.weight]), fused)
+
+
+class Branches(nn.Module):
+    """Siblings in modules of their own, for which there may be an optimizer each."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.actor = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 2))
+        self.critic = nn.Sequential(nn.Linear(6, 4), nn.Tanh(), nn.Linear(4, 1))
+
+    def forward(self, x):
+        return self.actor(x), self.critic(x)
+
+
+@pytest.mark.parametrize("start_fused", [True, False])
+def test_an_optimizer_of_one_branch(start_fused):
+    torch.manual_seed(0)
+    plain = Branches().double()
+    fused = conjoin.optimize(plain)
+    data = torch.randn(6, 5, 6, dtype=torch.float64)
+    reference = copy.deepcopy(plain)
+    expected = torch.optim.Adam(reference.actor.parameters(), 0.01)
+    model = fused if start_fused else plain
+    optimizer = torch.optim.Adam(model.actor.parameters(), 0.01)
+    for x in data[:3]:
+        step(model, optimizer, x)
+        step(reference, expected, x)
+    if start_fused:
+        other = conjoin.unfuse(model)
+        state = checkpoints.separate(optimizer, model)
+    else:
+        other = conjoin.optimize(model)
+        fresh = torch.optim.Adam(other.actor.parameters(), 0.01)
+        state = checkpoints.merge(optimizer.state_dict(), fresh, other)
+    carried = torch.optim.Adam(other.actor.parameters(), 0.01)
+    carried.load_state_dict(state)
+    for x in data[3:]:
+        step(other, carried, x)
+        step(reference, expected, x)
+    assert list(other.state_dict()) == list(reference.state_dict())
+    for ours, theirs in zip(
+        other.state_dict().values(), reference.state_dict().values(), strict=True
+    ):
+        torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)

@@ -5,7 +5,7 @@ import dataclasses
 
 import pytest
 import torch
-from awkward import BATCHES, EXACT, HAZARDS, LIFE, TwoHeads, Undecided
+from awkward import BATCHES, EXACT, HAZARDS, LIFE
 from equivalence import (
     assert_close,
     assert_same_state,
@@ -174,8 +174,14 @@ def test_siblings_are_fused_or_refused_for_the_reason(hazard):
     assert any(group.fused for group in groups) == (hazard.outcome is EXACT)
 
 
-@pytest.mark.parametrize("model_class", [TwoHeads, Undecided])
-@pytest.mark.parametrize("hazard", LIFE, ids=[hazard.name for hazard in LIFE])
+LIVES = {
+    f"{hazard.name}-{model_class.__name__}": (hazard, model_class)
+    for hazard in LIFE
+    for model_class in hazard.models
+}
+
+
+@pytest.mark.parametrize(("hazard", "model_class"), LIVES.values(), ids=LIVES)
 def test_life_goes_on_as_the_originals(hazard, model_class):
     original, model = made(model_class), made(model_class)
     args, _ = arguments(hazard, 0)

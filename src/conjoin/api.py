@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import gc
+import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
@@ -14,7 +15,7 @@ from conjoin.graph.siblings import Candidate, candidates
 from conjoin.graph.site import Sightings
 from conjoin.launches import UNCOUNTED, Counted, Launches
 from conjoin.layers import KINDS
-from conjoin.layers.wide import View, fuse, release, views
+from conjoin.layers.wide import ENCLOSES, View, fuse, release, views
 from conjoin.report import Group, Report
 from conjoin.tracing import regions
 from conjoin.tracing.observe import Call, Copy, observe
@@ -64,7 +65,7 @@ def optimize(
         [(4, 8), (4,)]
     """
     with _no_collection():
-        found, _ = _find(model, _calls(example_inputs, example_kwargs))
+        found, _ = _find(model, example_calls(example_inputs, example_kwargs))
         optimized = model if inplace else _copy(model)
         _fuse_all(optimized, found)
         regions.install(optimized)
@@ -85,11 +86,13 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
         TypeError: `model` is no module.
         ValueError: the model cannot be copied.
     """
-    _check(model)
+    check_model(model)
     plain = model if inplace else _copy(model)
     regions.uninstall(plain)
     for _, view in list(views(plain)):
         release(view)
+    for module in plain.modules():
+        vars(module).pop(ENCLOSES, None)
     return plain
 
 
@@ -116,7 +119,7 @@ def report(
         TypeError: `model` is no module, or `example_inputs` is no tuple or list of tuples.
         ValueError: the model cannot be copied, or does not run on the example inputs.
     """
-    calls = _calls(example_inputs, example_kwargs)
+    calls = example_calls(example_inputs, example_kwargs)
     found, sightings = _find(model, calls)
     before, after = _count(model, calls[0], found) if calls else (UNCOUNTED, UNCOUNTED)
     groups = tuple(_group(candidate, before.by_layer, after.by_layer) for candidate in found)
@@ -135,13 +138,18 @@ def _no_collection() -> Iterator[None]:
             gc.enable()
 
 
-def _check(model: object) -> None:
+def check_model(model: object) -> None:
+    """Raises TypeError where `model` is no module."""
     if not isinstance(model, nn.Module):
         raise TypeError(f"expected a torch.nn.Module as model, not {type(model).__name__}.")
 
 
-def _calls(inputs: object, kwargs: dict[str, Any] | None) -> list[Call]:
-    """The example calls; none where neither arguments nor keyword arguments were given."""
+def example_calls(inputs: object, kwargs: dict[str, Any] | None) -> list[Call]:
+    """The example calls; none where neither arguments nor keyword arguments were given.
+
+    Raises:
+        TypeError: `inputs` is no tuple or list of tuples.
+    """
     if inputs is None:
         return [] if kwargs is None else [((), kwargs)]
     calls: list[Call] = []
@@ -166,7 +174,7 @@ def _copy(model: Model) -> Model:
 
 
 def _find(model: nn.Module, calls: list[Call]) -> tuple[tuple[Candidate, ...], Sightings]:
-    _check(model)
+    check_model(model)
     # A lazy layer does not run on fake tensors; a trace shows which siblings it would have.
     lazy = any(nn.parameter.is_lazy(parameter) for parameter in model.parameters())
     sightings = observe(model, calls, KINDS) if calls and not lazy else trace(model, KINDS)
@@ -189,7 +197,15 @@ def _fuse_all(model: nn.Module, found: Sequence[Candidate]) -> None:
             continue
         for view in fused:
             release(view)
-        fuse(candidate.kind, layers, candidate.contiguous, leader)
+        enclosing = model.get_submodule(_common(candidate.layers))
+        fuse(candidate.kind, layers, enclosing, candidate.contiguous, leader)
+
+
+def _common(names: Sequence[str]) -> str:
+    """The name of the smallest module that holds the modules of these names."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    return ".".join(level[0] for level in shared)
 
 
 def _count(model: nn.Module, call: Call, found: Sequence[Candidate]) -> tuple[Counted, Counted]:

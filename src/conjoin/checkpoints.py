@@ -12,7 +12,7 @@ Both functions take the parameters of each param group to be in the order of the
 from __future__ import annotations
 
 import copy
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 import torch
@@ -20,10 +20,13 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from conjoin.layers.kind import TENSORS
-from conjoin.layers.wide import View, Wide
+from conjoin.layers.wide import Part, View, Wide
 
 _Slot = tuple[nn.Parameter, "tuple[Wide, str, int] | None"]
 """A plain model's parameter: the Parameter that holds it, and which part of a wide one it is."""
+
+_Held = tuple[int, nn.Parameter, "tuple[Wide, str, int] | None"]
+"""The same among an optimizer's parameters: the number there first."""
 
 
 def separate(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
@@ -45,10 +48,9 @@ def separate(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     slots = list(_slots(model))
     count = 0
     for group, held in zip(packed["param_groups"], optimizer.param_groups, strict=True):
-        index = {id(p): i for p, i in zip(held["params"], group["params"], strict=True)}
-        mine = [slot for slot in slots if id(slot[0]) in index]
-        for number, (parameter, part) in enumerate(mine, count):
-            state = packed["state"].get(index[id(parameter)])
+        mine = list(_held(slots, held["params"], group["params"]))
+        for number, (position, parameter, part) in enumerate(mine, count):
+            state = packed["state"].get(position)
             if state is not None:
                 plain["state"][number] = _cut(state, parameter, part)
         plain["param_groups"].append({**group, "params": [*range(count, count + len(mine))]})
@@ -84,23 +86,20 @@ def merge(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict
     for plain, group, held in zip(
         state["param_groups"], packed["param_groups"], optimizer.param_groups, strict=True
     ):
-        index = {id(p): i for p, i in zip(held["params"], group["params"], strict=True)}
-        mine = [slot for slot in slots if id(slot[0]) in index]
+        mine = list(_held(slots, held["params"], group["params"]))
         if len(mine) != len(plain["params"]):
             raise ValueError(
                 f"a param group of the state has {len(plain['params'])} parameters where the "
                 f"plain model has {len(mine)}. Build both optimizers with the same groups."
             )
         parts: dict[int, dict[int, Any]] = {}
-        for (parameter, part), number in zip(mine, plain["params"], strict=True):
-            position = 0 if part is None else part[2]
-            found = parts.setdefault(index[id(parameter)], {})
-            found[position] = state["state"].get(number)
-        for parameter, part in mine:
-            number = index[id(parameter)]
-            whole = _join([state for _, state in sorted(parts[number].items())], parameter, part)
+        for (position, _, part), number in zip(mine, plain["params"], strict=True):
+            found = parts.setdefault(position, {})
+            found[0 if part is None else part[2]] = state["state"].get(number)
+        for position, parameter, part in mine:
+            whole = _join([state for _, state in sorted(parts[position].items())], parameter, part)
             if whole is not None:
-                states[number] = whole
+                states[position] = whole
         groups.append({**plain, "params": group["params"]})
     return {"state": states, "param_groups": groups}
 
@@ -120,6 +119,26 @@ def _slots(model: nn.Module) -> Iterator[_Slot]:
                 if parameter is not None and id(parameter) not in seen:
                     seen.add(id(parameter))
                     yield parameter, None
+
+
+def _held(
+    slots: Sequence[_Slot], parameters: Sequence[Tensor], numbers: Sequence[int]
+) -> Iterator[_Held]:
+    """The slots that an optimizer has among `parameters`, whole or, by one part, alone."""
+    index: dict[object, int] = {
+        _key(parameter): number for parameter, number in zip(parameters, numbers, strict=True)
+    }
+    for parameter, part in slots:
+        if id(parameter) in index:
+            yield index[id(parameter)], parameter, part
+        elif part in index:
+            yield index[part], parameter, None
+
+
+def _key(parameter: Tensor) -> object:
+    if isinstance(parameter, Part) and isinstance(view := parameter.conjoin_view, View):
+        return view.wide_layer, parameter.conjoin_name, view.conjoin_index
+    return id(parameter.whole() if isinstance(parameter, Part) else parameter)
 
 
 def _cut(

@@ -18,8 +18,7 @@ from equivalence import (
 from families import EVERY_KIND, Family, assert_runs_once, fused, merge
 from torch import nn
 
-from conjoin.layers import kind_of
-from conjoin.layers.wide import View, fuse, release, views, wides
+from conjoin.layers.wide import View, release, views, wides
 
 CASES = {
     f"{name} {'+'.join(map(str, widths))}": (case, widths)
@@ -369,7 +368,7 @@ def test_names_and_parameters(case, plain):
 def test_names_of_modules(case, plain, leader):
     """With duplicates, the wide layer is listed below its leading view only."""
     layers = list(plain.layers)
-    wide = fuse(kind_of(layers[0]), layers, leader=leader)
+    wide = merge(layers, leader=leader, enclosing=plain)
     every = [name for name, m in plain.named_modules(remove_duplicate=False) if m is wide]
     assert every == [f"layers.{leader}.wide"]
     assert [m for m in plain.modules() if m is wide] == [wide]

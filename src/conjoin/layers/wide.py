@@ -5,13 +5,18 @@ with the same hooks and attributes, and only its class becomes a subclass that r
 the wide layer. The wide layer is a child of every one of its views, so that
 
 - no container of the user's has a child more than before,
-- `parameters()` of any module that holds a sibling yields the weights that the sibling trains,
 - replacing, deleting or copying one sibling leaves the others whole.
+
+`parameters()` of a module that holds all the siblings yields the wide layer's, and of one that
+holds only some of them, each one's own part, which acts as the Parameter that it was.
 """
 
 from __future__ import annotations
 
 import copy
+import uuid
+import warnings
+import weakref
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, cast
 
@@ -24,6 +29,9 @@ from conjoin.layers.lockstep import in_transform
 
 WIDE = "wide"
 """The name of the wide layer among its view's children."""
+
+ENCLOSES = "_conjoin_encloses"
+"""The attribute of a module in which it is noted which wide layers' siblings it encloses."""
 
 
 class Wide(nn.Module):
@@ -53,9 +61,35 @@ class Wide(nn.Module):
         self.contiguous = contiguous
         self.channels_last = memory_format(tensors(layers[0])["weight"]) == "channels_last"
         self.wasted = 0
+        self.identity = uuid.uuid4().hex
         self._collected: dict[str, dict[int, Tensor]] = {}
+        self._forget()
         self.register_parameter("weight", self._merge("weight", layers))
         self.register_parameter("bias", self._merge("bias", layers))
+
+    def _forget(self) -> None:
+        self._enclosing: weakref.ref[nn.Module] | None = None
+        self._parts: weakref.WeakValueDictionary[tuple[int, str], Part]
+        self._parts = weakref.WeakValueDictionary()
+
+    def __getstate__(self) -> dict[str, Any]:
+        """All but the weak references, which are to this one's own surroundings."""
+        return {k: v for k, v in vars(self).items() if k not in ("_enclosing", "_parts")}
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self._forget()
+
+    def is_enclosed(self, modules: set[nn.Module]) -> bool:
+        """Whether one of `modules` encloses all siblings."""
+        known = self._enclosing and self._enclosing()
+        if known in modules:
+            return True
+        for module in modules:
+            if self.identity in vars(module).get(ENCLOSES, ()):
+                self._enclosing = weakref.ref(module)
+                return True
+        return False
 
     def _merge(self, name: str, layers: Sequence[nn.Module]) -> nn.Parameter | None:
         parameters = [layer._parameters.get(name) for layer in layers]
@@ -116,6 +150,20 @@ class Wide(nn.Module):
                 setattr(self, name, _like(merged, getattr(self, name)))
                 del self._collected[name]
 
+    def lend(self, view: View, name: str) -> Part:
+        """A view's own part of the `weight` or `bias`: one object as long as somebody has it."""
+        key = view.conjoin_index, name
+        part = self._parts.get(key)
+        if part is None or part.conjoin_view is not view or part.conjoin_whole is not part.whole():
+            part = self._parts[key] = Part.of(view, name)
+        return part.bound()
+
+    def _apply(self, fn: Any, recurse: bool = True) -> Any:
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        for part in list(self._parts.values()):
+            part.bound()
+        return self
+
     def extra_repr(self) -> str:
         """The kind and the widths."""
         return f"{self.kind.name}, {'+'.join(map(str, self.widths))}"
@@ -154,12 +202,10 @@ class View(nn.Module):
         return self._part("bias")
 
     def _part(self, name: str) -> Tensor | None:
-        plain = self._slice(name)
-        if type(plain) is not Tensor or torch.compiler.is_compiling() or in_transform():
-            return plain
-        part = plain.as_subclass(Part)
-        part.conjoin_view, part.conjoin_name = self, name
-        return part
+        whole = getattr(self.wide_layer, name)
+        if type(whole) is not nn.Parameter or torch.compiler.is_compiling() or in_transform():
+            return self._slice(name)
+        return self.wide_layer.lend(self, name)
 
     def _slice(self, name: str) -> Tensor | None:
         wide = self.wide_layer
@@ -186,7 +232,7 @@ class View(nn.Module):
                     f"cannot assign '{torch.typename(value)}' as parameter '{name}' "
                     "(torch.nn.Parameter or None expected)"
                 )
-            setattr(release(self), name, value)
+            setattr(_take_out(self), name, value)
         else:
             super().__setattr__(name, value)
 
@@ -210,12 +256,20 @@ class View(nn.Module):
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Module]]:
-        """The wide layer among them, but with duplicates only below its first view.
+        """The wide layer among them; where not all siblings are listed, the view's own part.
 
-        `functional_call` restores a parameter that it meets at two names to what it put there.
+        With duplicates, the wide layer is listed below its first view only: `functional_call`
+        restores a parameter that it meets at two names to what it put there.
         """
+        memo = set() if memo is None else memo
+        apart = remove_duplicate and not self.wide_layer.is_enclosed(memo)
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            if remove_duplicate or self.conjoin_leads or not isinstance(module, Wide):
+            if not isinstance(module, Wide):
+                yield name, module
+            elif apart:
+                memo.discard(module)  # The next of its views has its own part.
+                yield name, Own(self)
+            elif remove_duplicate or self.conjoin_leads:
                 yield name, module
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
@@ -223,7 +277,7 @@ class View(nn.Module):
         return ((name, child) for name, child in super().named_children() if name != WIDE)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.wide_layer._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.wide_layer._apply(fn, recurse)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
@@ -259,6 +313,15 @@ class View(nn.Module):
             _adopt(self, replaced)
 
 
+class Own(nn.Module):
+    """A view's own parameters, where a module is listed that holds not all of its siblings."""
+
+    def __init__(self, view: View) -> None:
+        """Holds the parts of `view`."""
+        super().__init__()
+        self._parameters.update(cast(Any, {name: view._part(name) for name in TENSORS}))
+
+
 _view_classes: dict[type, type[View]] = {}
 
 
@@ -283,6 +346,7 @@ def _new_view(base: type[nn.Module]) -> View:
 def fuse(
     kind: Kind,
     layers: Sequence[nn.Module],
+    enclosing: nn.Module,
     contiguous: frozenset[int] = frozenset(),
     leader: int = 0,
 ) -> Wide:
@@ -291,6 +355,7 @@ def fuse(
     Args:
         kind: the kind that the layers are of.
         layers: two or more; each becomes a view in place.
+        enclosing: the smallest module that holds them all.
         contiguous: the positions of the layers whose output is handed out contiguous.
         leader: the position of the layer that comes first among the model's modules.
 
@@ -305,6 +370,7 @@ def fuse(
         layer._modules[WIDE] = wide
         layer.__dict__["conjoin_index"] = index
         layer.__dict__["conjoin_leads"] = index == leader
+    vars(enclosing).setdefault(ENCLOSES, set()).add(wide.identity)
     return wide
 
 
@@ -312,7 +378,7 @@ def _alone(name: str) -> Callable[..., Any]:
     """A method of a module, for one sibling alone: it becomes a plain layer first."""
 
     def method(self: View, *args: Any, **kwargs: Any) -> Any:
-        return getattr(release(self), name)(*args, **kwargs)
+        return getattr(_take_out(self), name)(*args, **kwargs)
 
     method.__name__ = name
     return method
@@ -328,31 +394,69 @@ for _name in (
 class Part(Tensor):
     """A view's `weight` or `bias`: acts as the Parameter that it was, and stays a slice.
 
-    It is made anew at each access. What goes for the values and the gradient goes through to the
-    wide layer. What one wide parameter cannot have for one part only, such as a hook or
-    `requires_grad`, makes the sibling a plain layer.
+    What goes for the values and the gradient goes through to the wide layer. What one wide
+    parameter cannot have for one part only, such as a hook or `requires_grad`, makes the sibling
+    a plain layer; from then on this is another name for the plain layer's parameter.
     """
 
-    conjoin_view: View
+    conjoin_view: nn.Module
     conjoin_name: str
+    conjoin_whole: nn.Parameter
+    conjoin_address: int
     _is_param = True  # What isinstance(..., nn.Parameter) looks at.
 
     __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
 
-    def _whole(self) -> nn.Parameter:
-        return cast(nn.Parameter, getattr(self.conjoin_view.wide_layer, self.conjoin_name))
+    @classmethod
+    def of(cls, view: View, name: str) -> Part:
+        """The part of a view, on the graph of the wide layer's parameter in any mode."""
+        with torch.inference_mode(False), torch.enable_grad():
+            part = cast(Tensor, view._slice(name)).as_subclass(cls)
+        part.conjoin_view, part.conjoin_name = view, name
+        part.conjoin_whole = part.whole()
+        vars(part).update(vars(part.conjoin_whole))
+        part.conjoin_address = part.conjoin_whole.data_ptr()
+        return part
+
+    def whole(self) -> nn.Parameter:
+        """The Parameter that holds it."""
+        layer = self.conjoin_view
+        holder = layer.wide_layer if isinstance(layer, View) else layer
+        return cast(nn.Parameter, holder._parameters[self.conjoin_name])
+
+    def bound(self) -> Part:
+        """Itself, on the memory where the values are now."""
+        whole = self.whole()
+        if whole.data_ptr() != self.conjoin_address:
+            Tensor.data.__set__(self, self.data)  # type: ignore[attr-defined]
+            self.conjoin_address = whole.data_ptr()
+        return self
 
     def _of(self, tensor: Tensor) -> Tensor:
         view = self.conjoin_view
+        if not isinstance(view, View):
+            return tensor
         return view.wide_layer.part(self.conjoin_name, tensor, view.conjoin_index)
 
-    def _released(self) -> nn.Parameter:
-        return cast(nn.Parameter, getattr(release(self.conjoin_view), self.conjoin_name))
+    def _alone(self) -> nn.Parameter:
+        if isinstance(self.conjoin_view, View):
+            _take_out(self.conjoin_view)
+        return self.whole()
+
+    @property
+    def is_leaf(self) -> bool:  # type: ignore[override]
+        """True, as of the Parameter that it was."""
+        return True
+
+    @property
+    def grad_fn(self) -> None:  # type: ignore[override]
+        """None, as of the Parameter that it was."""
+        return None
 
     @property
     def data(self) -> Tensor:
         """The values; writing to them, or assigning others, changes the wide layer."""
-        return self._of(self._whole().data)
+        return self._of(self.whole().data)
 
     @data.setter
     def data(self, values: Tensor) -> None:
@@ -360,17 +464,21 @@ class Part(Tensor):
         if (values.shape, values.dtype, values.device) == (own.shape, own.dtype, own.device):
             own.copy_(values)
         else:
-            self._released().data = values
+            self._alone().data = values
+            self.bound()
 
     @property
     def grad(self) -> Tensor | None:
         """The slice of the wide gradient."""
-        gradient = self._whole().grad
+        gradient = self.whole().grad
         return None if gradient is None else self._of(gradient)
 
     @grad.setter
     def grad(self, gradient: Tensor | None) -> None:
-        whole = self._whole()
+        whole = self.whole()
+        if not isinstance(self.conjoin_view, View):
+            whole.grad = gradient
+            return
         if whole.grad is None:
             whole.grad = torch.zeros_like(whole)
         with torch.no_grad():
@@ -380,12 +488,12 @@ class Part(Tensor):
     @property
     def requires_grad(self) -> bool:
         """Whether it trains; assigning makes the sibling a plain layer."""
-        return self._whole().requires_grad
+        return self.whole().requires_grad
 
     @requires_grad.setter
     def requires_grad(self, value: bool) -> None:
         if value != self.requires_grad:
-            self._released().requires_grad = value
+            self._alone().requires_grad = value
 
     def requires_grad_(self, requires_grad: bool = True) -> Any:
         """Freezes or thaws this parameter alone."""
@@ -394,11 +502,11 @@ class Part(Tensor):
 
     def register_hook(self, hook: Any) -> Any:
         """Makes the sibling a plain layer, and registers the hook on its parameter."""
-        return self._released().register_hook(hook)  # type: ignore[no-untyped-call]
+        return self._alone().register_hook(hook)  # type: ignore[no-untyped-call]
 
     def register_post_accumulate_grad_hook(self, hook: Any) -> Any:
         """Makes the sibling a plain layer, and registers the hook on its parameter."""
-        return self._released().register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
+        return self._alone().register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
 
     def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
         return nn.Parameter(self.data.clone(), requires_grad=self.requires_grad)
@@ -411,6 +519,17 @@ class Part(Tensor):
         return f"Parameter containing:\n{self.data!r}"
 
 
+def _take_out(view: View) -> nn.Module:
+    """Releases a view because of something that somebody does to it alone."""
+    warnings.warn(
+        f"{view!r} is taken out of its wide layer by a change that concerns it alone. Its "
+        "parameters are new objects: build the optimizer after this, or change it before "
+        "conjoin.optimize.",
+        stacklevel=3,
+    )
+    return release(view)
+
+
 def release(view: View) -> nn.Module:
     """Makes one view a plain layer again, with its own copy of its slice; the others stay.
 
@@ -418,6 +537,7 @@ def release(view: View) -> nn.Module:
         The same object, now of its own class.
     """
     wide = view.wide_layer
+    lent = [part for part in wide._parts.values() if part.conjoin_view is view]
     restored: dict[str, nn.Parameter | None] = {}
     for name, source in wide.named_parameters(recurse=False):
         restored[name] = own = _like(
@@ -425,10 +545,14 @@ def release(view: View) -> nn.Module:
         )
         if source.grad is not None:
             own.grad = wide.part(name, source.grad, view.conjoin_index).clone()
-    del view._modules[WIDE], view.__dict__["conjoin_index"], view.__dict__["conjoin_leads"]
+    del view.__dict__["conjoin_index"], view.__dict__["conjoin_leads"]
+    # A dictionary of its own: somebody may be going through the view's modules right now.
+    view.__dict__["_modules"] = {k: child for k, child in view._modules.items() if k != WIDE}
     layer: nn.Module = view
     layer.__class__ = view.conjoin_base
     layer.__dict__["_parameters"] = {**restored, **layer._parameters}
+    for part in lent:
+        part.bound()
     return layer
 
 
@@ -459,7 +583,7 @@ def _adopt(view: View, replaced: dict[str, nn.Parameter]) -> None:
     elif wide.weight.is_meta:
         wide.collect(view.conjoin_index, replaced)
     else:
-        layer = release(view)
+        layer = _take_out(view)
         for name, tensor in replaced.items():
             setattr(layer, name, tensor)
 
