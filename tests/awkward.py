@@ -1549,6 +1549,141 @@ class ComplexInput(nn.Module):
         return self.a(x).abs(), self.b(x).abs()
 
 
+# What the code of forward keeps outside of the model.
+
+
+@functools.lru_cache
+def cached_mask(width):
+    return torch.arange(width, dtype=torch.float64)
+
+
+class CachedByFunction(TwoHeads):
+    """A mask from a function with `functools.lru_cache`"""
+
+    def forward(self, x):
+        return self.a(x) + cached_mask(3), self.b(x) + cached_mask(5)
+
+
+masks = {}
+last_mask = None
+
+
+class CachedInGlobal(TwoHeads):
+    """A mask in a global dictionary, and one in a global variable"""
+
+    def forward(self, x):
+        global last_mask
+        if x.shape not in masks:
+            masks[x.shape] = torch.ones(5, dtype=x.dtype)
+        if last_mask is None:
+            last_mask = torch.ones(3, dtype=x.dtype)
+        return self.a(x) + last_mask, self.b(x) + masks[x.shape]
+
+
+class CachedInClass(TwoHeads):
+    """A mask on the class, and one in the default of an argument"""
+
+    masks: dict = {}  # noqa: RUF012
+    mask = None
+
+    def masked(self, y, kept={}):  # noqa: B006
+        if y.shape not in kept:
+            kept[y.shape] = torch.ones(y.shape[-1], dtype=y.dtype)
+        return y + kept[y.shape]
+
+    def forward(self, x):
+        if self.mask is None:
+            type(self).mask = torch.ones(3, dtype=x.dtype)
+        if 5 not in self.masks:
+            self.masks[5] = torch.ones(5, dtype=x.dtype)
+        return self.masked(self.a(x) + self.mask), self.b(x) + self.masks[5]
+
+
+def masking():
+    kept = None
+
+    def mask(y):
+        nonlocal kept
+        if kept is None:
+            kept = torch.ones(y.shape[-1], dtype=y.dtype)
+        return y + kept
+
+    return mask
+
+
+class CachedInClosure(TwoHeads):
+    """A mask in a variable of an enclosing function"""
+
+    masked = staticmethod(masking())
+
+    def forward(self, x):
+        return self.masked(self.a(x)), self.b(x)
+
+
+class Meter:
+    def __init__(self):
+        self.total, self.seen = 0, []
+
+    def update(self, y):
+        self.total = self.total + y.detach().sum()
+        self.seen.append(y.detach())
+
+
+class KeptInObject(TwoHeads):
+    """Outputs that an object, nested lists and a deque keep, and streams of random numbers"""
+
+    def __init__(self):
+        super().__init__()
+        self.meter = Meter()
+        self.history = {"a": [], "counts": collections.Counter()}
+        self.latest = collections.deque(maxlen=2)
+        self.generator = torch.Generator().manual_seed(0)
+        self.python, self.numpy = random.Random(0), numpy.random.default_rng(0)
+
+    def forward(self, x):
+        y, z = self.a(x), self.b(x)
+        y = y + torch.rand((), generator=self.generator, dtype=y.dtype)
+        z = z + self.python.random() + self.numpy.random()
+        self.meter.update(y)
+        self.history["a"].append(y.detach())
+        self.history["counts"]["calls"] += 1
+        self.latest.append(z.detach())
+        return y, z, self.meter.total, list(self.history["a"]), list(self.latest)
+
+
+class DefaultDtypeSet(TwoHeads):
+    """A default dtype that is set and set back"""
+
+    def forward(self, x):
+        torch.set_default_dtype(torch.float64)
+        factor = torch.ones(()) * float(x.sum() * 0 + 2)
+        torch.set_default_dtype(torch.float32)
+        return self.a(x) * factor, self.b(x)
+
+
+class ModeEnteredByHand(TwoHeads):
+    """Modes that are entered and left by hand, with a value read between"""
+
+    def forward(self, x):
+        modes = torch.autocast("cpu", torch.bfloat16), torch.inference_mode()
+        for mode in modes:
+            mode.__enter__()
+        factor = float(x.double().sum() * 0 + 2)
+        for mode in reversed(modes):
+            mode.__exit__(None, None, None)
+        return self.a(x) * factor, self.b(x)
+
+
+class MappedInside(TwoHeads):
+    """`torch.vmap` and `jacrev` of what holds the siblings, inside forward"""
+
+    def heads(self, x):
+        return torch.cat([self.a(x), self.b(x)], -1)
+
+    def forward(self, x):
+        return torch.vmap(self.heads)(x), torch.func.jacrev(self.heads)(x[0]), self.heads(x)
+
+
 # Life after optimize: each is done to the model and to its original, and gives what is compared.
 
 
@@ -2081,6 +2216,14 @@ HAZARDS = (
     Hazard(KeptOutput, "a Proxy is left on the module"),
     Hazard(BufferUpdated, "a Proxy is left in a buffer"),
     Hazard(BatchNorms, "running statistics of the wide layer are lost", inputs=images),
+    Hazard(CachedByFunction, "a Proxy or a fake tensor stays in the cache"),
+    Hazard(CachedInGlobal, "a Proxy or a fake tensor stays there"),
+    Hazard(CachedInClass, "a Proxy or a fake tensor stays there"),
+    Hazard(CachedInClosure, "a Proxy or a fake tensor stays there"),
+    Hazard(KeptInObject, "Proxies are left in them"),
+    Hazard(DefaultDtypeSet, "stays set, where tracing breaks off"),
+    Hazard(ModeEnteredByHand, "stay on, where tracing breaks off"),
+    Hazard(MappedInside, RAISES),
     Hazard(ShapeBranch, FROZEN),
     Hazard(ShapeArithmetic, FROZEN, inputs=even_rows),
     Hazard(ShapeUnpacked, RAISES),

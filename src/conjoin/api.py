@@ -222,7 +222,7 @@ def _count_on(
     unfuse(plain.model, inplace=True)
     _fuse_all(optimized.model, found)
     names = [name for candidate in found for name in candidate.layers]
-    with undisturbed():
+    with undisturbed(plain.model):
         return plain.count(call, names), optimized.count(call, names)
 
 

@@ -11,9 +11,10 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from types import CodeType, FunctionType
+from types import FunctionType
 from typing import Any
 
 import torch
@@ -26,7 +27,7 @@ from conjoin.graph.site import Sightings, Site, Untraced
 from conjoin.launches import Counted, count_layers
 from conjoin.layers import Kind, kind_of
 from conjoin.tracing import regions
-from conjoin.tracing.undisturbed import undisturbed
+from conjoin.tracing.undisturbed import functions_of, undisturbed, words
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of one call of the model."""
@@ -174,7 +175,7 @@ def observe(model: nn.Module, calls: Sequence[Call], kinds: tuple[Kind, ...]) ->
     Raises:
         ValueError: the model does not run on the arguments in any mode.
     """
-    with undisturbed():
+    with undisturbed(model):
         try:
             return _observe(Copy(model, fake=True), calls, kinds)
         except Exception:  # noqa: BLE001 - Whatever fake tensors do not carry, the real run decides.
@@ -199,7 +200,7 @@ def _observe(copied: Copy, calls: Sequence[Call], kinds: tuple[Kind, ...]) -> Si
                 watch.discard((mode, number))
     if not ran:
         failure = next(iter(failures.values()))
-        raise ValueError(_unfit(failure)) from failure
+        raise ValueError(unfit(failure)) from failure
     untraced = tuple(
         Untraced("", f"does not run in {mode} mode: {_line(error)}")
         for mode, error in failures.items()
@@ -209,30 +210,20 @@ def _observe(copied: Copy, calls: Sequence[Call], kinds: tuple[Kind, ...]) -> Si
 
 def _modes_of(model: nn.Module) -> tuple[bool, ...]:
     """Training and evaluation mode, or only the present one where no code asks for the mode."""
-    if any(_asks_for_mode(cls) for cls in {type(module) for module in model.modules()}):
-        return True, False
-    return (model.training,)
+    functions = itertools.chain(_layers_functions(model), functions_of(model))
+    asks = any("training" in words(function.__code__) for function in functions)
+    return (True, False) if asks else (model.training,)
 
 
-def _asks_for_mode(cls: type) -> bool:
-    functions = (
-        function
-        for base in cls.__mro__[: cls.__mro__.index(nn.Module)]
-        for function in vars(base).values()
-        if isinstance(function, FunctionType)
-    )
-    return any("training" in _words(function.__code__) for function in functions)
+def _layers_functions(model: nn.Module) -> Iterator[FunctionType]:
+    """The functions of the classes of the model's modules, PyTorch's own among them."""
+    for cls in {type(module) for module in model.modules()}:
+        for base in cls.__mro__[: cls.__mro__.index(nn.Module)]:
+            yield from (value for value in vars(base).values() if type(value) is FunctionType)
 
 
-def _words(code: CodeType) -> Iterator[object]:
-    """The names and constants in code and in the functions in it."""
-    yield from (*code.co_names, *code.co_consts)
-    for constant in code.co_consts:
-        if isinstance(constant, CodeType):
-            yield from _words(constant)
-
-
-def _unfit(error: Exception) -> str:
+def unfit(error: Exception) -> str:
+    """What to say of example inputs on which the model raises `error`."""
     return (
         f"the model does not run on the example inputs: {type(error).__name__}: {_line(error)}. "
         "Pass a tuple of the arguments that the model is called with, as model(*example_inputs)."

@@ -25,7 +25,7 @@ from conjoin.layers.wide import View, views
 from conjoin.passes import PIPELINE
 from conjoin.tracing import sound
 from conjoin.tracing.sound import Traced
-from conjoin.tracing.undisturbed import restored, undisturbed
+from conjoin.tracing.undisturbed import undisturbed
 
 PLAN = "conjoin_plan"
 """The attribute of a region that holds its plan."""
@@ -194,7 +194,7 @@ def _install(module: nn.Module) -> None:
     before = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
     if any(name in vars(cls) for cls in before for name in OWN_COPYING):
         return
-    with undisturbed(), restored(module):
+    with undisturbed(module):
         traced = sound.trace(module, PIPELINE)
     if traced is None:
         return

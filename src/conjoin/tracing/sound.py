@@ -18,7 +18,6 @@ from __future__ import annotations
 import dis
 import functools
 import math
-import sys
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
@@ -34,6 +33,7 @@ from torch.utils import _pytree as pytree
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.wide import View
 from conjoin.tracing.proxies import Proxy, UnsoundError, arguments
+from conjoin.tracing.undisturbed import TRUSTED
 
 Pass = Callable[[fx.Graph, dict[str, nn.Module]], "list[str] | None"]
 
@@ -70,9 +70,6 @@ SPECIAL_METHODS = frozenset(
 
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
 """Types of attribute that a trace may take as they are, as long as they are watched."""
-
-TRUSTED = frozenset({"torch", "conjoin", *sys.stdlib_module_names}) - {"__main__"}
-"""Packages whose code is not looked into; what a forward may call of them is checked by name."""
 
 MISSING = object()
 """The value of an attribute that an instance does not have."""

@@ -21,7 +21,7 @@ from conjoin.graph.site import Sightings, Site, Untraced
 from conjoin.layers import Kind, kind_of
 from conjoin.tracing import regions
 from conjoin.tracing.proxies import Proxy, arguments
-from conjoin.tracing.undisturbed import restored, undisturbed
+from conjoin.tracing.undisturbed import undisturbed
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 """Modules without a forward of their own."""
@@ -84,7 +84,7 @@ def trace(model: nn.Module, kinds: tuple[Kind, ...]) -> Sightings:
     sites: list[Site] = []
     strided: dict[str, str] = {}
     untraced: list[Untraced] = []
-    with undisturbed(), regions.suspended(model), restored(model), _NoSideEffects():
+    with undisturbed(model), regions.suspended(model), _NoSideEffects():
         pending = [("", model)]
         seen: set[nn.Module] = set()
         while pending:
