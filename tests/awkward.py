@@ -7,10 +7,12 @@ conjoin does: the siblings are fused exactly, or refused for a `Reason`.
 import collections
 import copy
 import dataclasses
+import enum
 import functools
 import math
 import random
 import threading
+import types
 import warnings
 from collections.abc import Callable
 
@@ -85,6 +87,10 @@ def one_or_two_tensors(call):
 
 def listed_rows(call):
     return ([normal(BATCHES[call], 6)],), {}
+
+
+def two_or_three_parts(call):
+    return (normal(BATCHES[call], 6 + 3 * (call % 2)),), {}
 
 
 def right_and_wrong_widths(call):
@@ -863,6 +869,97 @@ class OwnFunction(TwoHeads):
 # The shared input changes between the siblings.
 
 
+@torch.library.custom_op("conjoin_tests::doubled", mutates_args=())
+def doubled(y: torch.Tensor) -> torch.Tensor:
+    if not y.is_contiguous():
+        raise ValueError("it must be contiguous")
+    return y * 2
+
+
+doubled.register_fake(torch.empty_like)
+doubled.register_autograd(lambda ctx, grad: grad * 2)
+
+
+class OwnOperator(TwoHeads):
+    """An operator of `torch.library` that relies on the strides"""
+
+    def forward(self, x):
+        return doubled(self.a(x)), doubled(self.b(x))
+
+
+class AtenViewed(TwoHeads):
+    """`torch.ops.aten.view` and `as_strided`"""
+
+    def forward(self, x):
+        y = torch.ops.aten.view(self.a(x), [-1])
+        return y, torch.ops.aten.as_strided.default(self.b(x), [2], [3])
+
+
+class ViewedByKeyword(TwoHeads):
+    """`torch.flatten(input=...)`, whose result is changed in place"""
+
+    def forward(self, x):
+        y, z = self.a(x), self.b(x)
+        torch.flatten(input=y).mul_(2)
+        return y, z
+
+
+class ViewedAfterIdentity(TwoHeads):
+    """`.view(-1)` after modules that give back what they got"""
+
+    def __init__(self):
+        super().__init__()
+        self.same, self.drop, self.relu = nn.Identity(), nn.Dropout(0.0), nn.ReLU(inplace=True)
+
+    def forward(self, x):
+        return self.same(self.a(x)).view(-1), self.relu(self.drop(self.b(x))).view(-1)
+
+
+class FlattenedByModule(nn.Module):
+    """`nn.Flatten`, whose result is changed in place"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 3, 3).double(), nn.Conv2d(4, 5, 3).double()
+        self.flatten = nn.Flatten()
+
+    def forward(self, x):
+        y, z = self.a(x), self.b(x)
+        self.flatten(y).mul_(2)
+        return y, z
+
+
+class FilledWithNoise(TwoHeads):
+    """Random numbers drawn into an output"""
+
+    def forward(self, x):
+        y, z = self.a(x), self.b(x)
+        y.detach().normal_()
+        return y, z.detach().uniform_(), z
+
+
+class Resized(TwoHeads):
+    """`resize_` on an output, and the length of its storage"""
+
+    def forward(self, x):
+        with torch.no_grad():
+            y, z = self.a(x), self.b(x)
+            length = z.untyped_storage().nbytes()
+            y.resize_(len(x), 5).fill_(7)
+        return y, z, length
+
+
+def viewed_in_evaluation(module, y):
+    return y if module.training else y.view(-1)
+
+
+class ViewedInOneMode(TwoHeads):
+    """A function beside the model that asks for its mode, and views an output in one of them"""
+
+    def forward(self, x):
+        return viewed_in_evaluation(self, self.a(x)), self.b(x)
+
+
 class InputChangedByMethod(FrozenHeads):
     """`x.mul_(2)` between the siblings"""
 
@@ -1489,6 +1586,138 @@ class ParameterLoop(TwoHeads):
 
     def forward(self, x):
         return self.a(x), self.b(x), sum(p.pow(2).sum() for p in self.parameters())
+
+
+class OptimizerInside(TwoHeads):
+    """An optimizer that the model keeps, and that steps in forward"""
+
+    def __init__(self):
+        super().__init__()
+        self.optimizer = torch.optim.SGD(self.parameters(), 0.1)
+
+    def forward(self, x):
+        if torch.is_grad_enabled():
+            self.optimizer.zero_grad()
+            (self.a(x).sum() + self.b(x).pow(2).sum()).backward()
+            self.optimizer.step()
+        return self.a(x), self.b(x)
+
+
+class WeightInPartial(TwoHeads):
+    """A weight in a partial function, an object and a nested list"""
+
+    def __init__(self):
+        super().__init__()
+        self.again = functools.partial(F.linear, weight=self.a.weight)
+        self.held = types.SimpleNamespace(weights=[[self.b.weight]])
+
+    def forward(self, x):
+        return self.a(x), self.b(x), self.again(x), x @ self.held.weights[0][0].T
+
+
+class NormsOfParameters(TwoHeads):
+    """The norm of each of `self.parameters()`, by name too"""
+
+    def forward(self, x):
+        norms = [parameter.norm() for parameter in self.parameters()]
+        named = dict(self.named_parameters())
+        return self.a(x), self.b(x), norms, named["a.weight"].norm()
+
+
+class CountOfModules(TwoHeads):
+    """Modules that are counted, and asked for a weight"""
+
+    def forward(self, x):
+        weights = [module.weight.sum() for module in self.modules() if hasattr(module, "weight")]
+        return self.a(x), self.b(x), weights, len(list(self.modules()))
+
+
+class FirstParameter(TwoHeads):
+    """The dtype and device of the first of `self.parameters()`"""
+
+    def forward(self, x):
+        first = next(self.parameters())
+        return self.a(x.to(first.dtype)), self.b(x.to(first.device))
+
+
+class GradientOfWeight(TwoHeads):
+    """`torch.autograd.grad` with respect to a weight, inside forward"""
+
+    def forward(self, x):
+        y, z = self.a(x), self.b(x)
+        if not torch.is_grad_enabled():
+            return y, z
+        return y, z, torch.autograd.grad(y.pow(2).sum(), self.a.weight, create_graph=True)
+
+
+class TargetUpdated(TwoHeads):
+    """A sibling whose weight follows another's, without gradients, after the other's call"""
+
+    def __init__(self):
+        super().__init__()
+        self.b = nn.Linear(6, 3).double()
+
+    def forward(self, x):
+        x = x.tanh()
+        y, z = self.a(x), self.b(x)
+        with torch.no_grad():
+            self.b.weight.lerp_(self.a.weight, 0.1)
+        return y, z.detach()
+
+
+class FrozenInside(TwoHeads):
+    """A sibling that forward freezes"""
+
+    def forward(self, x):
+        for parameter in self.a.parameters():
+            parameter.requires_grad_(False)
+        return self.a(x), self.b(x)
+
+
+class NumbersOfNumpy(TwoHeads):
+    """Attributes of NumPy's own kinds of number, and of subclasses of str and int"""
+
+    class Name(str):
+        pass
+
+    def __init__(self):
+        super().__init__()
+        self.scale, self.name, self.level = numpy.sqrt(2.0), self.Name("a"), Level.HIGH
+
+    def forward(self, x):
+        return self.a(x) * self.scale, self.b(x), self.name, self.level
+
+
+class Level(enum.IntEnum):
+    HIGH = 3
+
+
+class Unpacked(nn.Module):
+    """Parts that must be as many as there are names for them"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(3, 3).double(), nn.Linear(3, 5).double()
+
+    def forward(self, x):
+        left, right = x.split(3, -1)
+        rows, columns = x.shape
+        return self.a(left) * rows, self.b(left) * columns, right
+
+
+class PartialForward(nn.Module):
+    """A forward that `functools.partialmethod` makes of another method"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(6, 3).double(), nn.Linear(6, 5).double()
+
+    def run(self, factor, x):
+        if self.training:
+            factor = -factor
+        return self.a(x) * factor, self.b(x)
+
+    forward = functools.partialmethod(run, 2)
 
 
 class WeightIsParameter(TwoHeads):
@@ -2250,7 +2479,7 @@ HAZARDS = (
     Hazard(InsideReentrantCheckpoint, GONE),
     Hazard(GradientInside, RAISES),
     Hazard(BackwardBetween, "frees the graph of the wide layer"),
-    Hazard(StepBetween, "the second sibling runs with the old weights"),
+    Hazard(StepBetween, "the second runs with the old weights", Reason.PARAMETERS_CHANGED),
     Hazard(OptionalArgument, GIVEN, inputs=with_or_without_mask),
     Hazard(DefaultArgument, FROZEN, inputs=with_or_without_mask),
     Hazard(KeywordOnly, GIVEN, inputs=with_or_without_keyword),
@@ -2273,6 +2502,16 @@ HAZARDS = (
     Hazard(StrideRead, STRIDES),
     Hazard(ContiguityRead, STRIDES),
     Hazard(OwnFunction, STRIDES),
+    Hazard(OwnOperator, STRIDES),
+    Hazard(AtenViewed, STRIDES),
+    Hazard(ViewedByKeyword, "the result is a copy of a slice, and the change is lost"),
+    Hazard(ViewedAfterIdentity, STRIDES),
+    Hazard(
+        FlattenedByModule, "the result is a copy of a slice, and the change is lost", inputs=images
+    ),
+    Hazard(FilledWithNoise, "in a slice, the numbers come in another order"),
+    Hazard(Resized, "the other sibling's part is overwritten"),
+    Hazard(ViewedInOneMode, STRIDES),
     Hazard(InputChangedByMethod, STALE, Reason.INPUT_MUTATED),
     Hazard(InputChangedAndTrained, STALE, Reason.INPUT_MUTATED),
     Hazard(InputChangedByOperator, STALE, Reason.INPUT_MUTATED),
@@ -2329,7 +2568,20 @@ HAZARDS = (
     Hazard(WeightPenalty, "a stale copy of the weight gets the gradient"),
     Hazard(WeightUsedElsewhere, "a stale copy of the weight is used"),
     Hazard(WeightInList, "stale copies get the gradient", Reason.SHARED_PARAMETER),
-    Hazard(ParameterLoop, "counts the weights twice, or not at all"),
+    Hazard(ParameterLoop, "counts the weights twice, or not at all", Reason.PARAMETERS_LISTED),
+    Hazard(OptimizerInside, "the optimizer trains what is used no more", Reason.SHARED_PARAMETER),
+    Hazard(WeightInPartial, "stale copies get the gradient", Reason.SHARED_PARAMETER),
+    Hazard(
+        NormsOfParameters, "the norm of both siblings' weights at once", Reason.PARAMETERS_LISTED
+    ),
+    Hazard(CountOfModules, "the wide layer is one module more", Reason.PARAMETERS_LISTED),
+    Hazard(FirstParameter, "nothing: all that is asked for is the same"),
+    Hazard(GradientOfWeight, "the slice is not what the output was computed from"),
+    Hazard(TargetUpdated, "backward takes it for a change of both", Reason.PARAMETERS_CHANGED),
+    Hazard(FrozenInside, "both are frozen"),
+    Hazard(NumbersOfNumpy, "generated code has no name for them"),
+    Hazard(Unpacked, "what is left over is dropped", inputs=two_or_three_parts),
+    Hazard(PartialForward, FROZEN),
     Hazard(WeightIsParameter, "a slice is no Parameter"),
     Hazard(ForwardDirectly, "a graph has calls of layers only"),
     Hazard(ManyDimensions, "splits along another dimension", inputs=many_rows),

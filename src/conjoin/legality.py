@@ -66,6 +66,16 @@ class Reason(enum.Enum):
         "The input is changed in place between the layers, so they do not read the same values. "
         "Use the out-of-place operation, such as ReLU(inplace=False), if they should."
     )
+    PARAMETERS_CHANGED = (
+        "A parameter of the layer is changed while the model runs, which the backward pass would "
+        "take for a change of its siblings' parameters too. "
+        "Change it outside of forward if it can be done there."
+    )
+    PARAMETERS_LISTED = (
+        "The model goes through its parameters or modules while it runs, and would find the wide "
+        "layer there. "
+        "Name those that it needs instead, such as self.layer.weight."
+    )
     GROUPED = (
         "The layers are grouped convolutions (groups > 1), which conjoin does not merge yet. "
         "Leave them as they are; the layers around them are not affected."

@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from conjoin.graph.hazards import is_pure, reads_strides, versions
+from conjoin.graph.hazards import follow, is_pure, reads_strides
 
 
 class Opaque(nn.Module):
@@ -44,7 +44,7 @@ def changes(script, child=None):
     """How often y had been changed before `b` read it."""
     model = Marked(script, child)
     graph = graph_of(model)
-    found = versions(graph, dict(model.named_modules()))
+    found = follow(graph, dict(model.named_modules()))[0]
     nodes = {str(node.target): node for node in graph.nodes}
     assert found[nodes["a"]] == 0
     return found[nodes["b"]]
@@ -147,7 +147,7 @@ def test_a_change_of_a_weight_counts_for_all():
 
     model = Changed()
     graph = graph_of(model)
-    found = versions(graph, dict(model.named_modules()))
+    found = follow(graph, dict(model.named_modules()))[0]
     assert [found[node] for node in graph.nodes if node.op == "call_module"] == [0, 1]
 
 
@@ -213,7 +213,7 @@ def test_a_change_by_an_operator_is_seen(function):
     nodes = {str(node.target): node for node in graph.nodes}
     with graph.inserting_before(nodes["b"]):
         graph.call_function(function, (nodes["b"].args[0], 1))
-    assert versions(graph, dict(model.named_modules()))[nodes["b"]] == 1
+    assert follow(graph, dict(model.named_modules()))[0][nodes["b"]] == 1
 
 
 def test_a_change_of_a_part_of_the_input():
@@ -232,51 +232,73 @@ def test_a_change_of_a_part_of_the_input():
 
     model = Parts()
     graph = graph_of(model)
-    found = versions(graph, dict(model.named_modules()))
+    found = follow(graph, dict(model.named_modules()))[0]
     assert [found[node] for node in graph.nodes if node.op == "call_module"] == [0, 1]
+
+
+@torch.library.custom_op("conjoin_tests::scaled", mutates_args=())
+def scaled(y: torch.Tensor) -> torch.Tensor:
+    return y * 2
 
 
 class Read(nn.Module):
     def __init__(self, script):
         super().__init__()
         self.conv = nn.Conv2d(2, 3, 1)
+        self.identity, self.dropout, self.norm = nn.Identity(), nn.Dropout(), nn.BatchNorm2d(3)
+        self.relu, self.flatten = nn.ReLU(inplace=True), nn.Flatten()
+        self.hooked = nn.Sigmoid()
+        self.hooked.register_forward_hook(lambda module, args, output: args[0].view(-1))
         self.script = script
 
     def forward(self, x):
-        return self.script(self.conv(x)) + 1
+        return self.script(self, self.conv(x)) + 1
 
 
 READS = {
-    "view": lambda y: y.view(2, -1),
-    "stride": lambda y: y.stride()[0],
-    "is_contiguous": lambda y: y.is_contiguous() + y,
-    "as_strided": lambda y: y.as_strided((2,), (1,)),
-    "torch.as_strided": lambda y: torch.as_strided(y, (2,), (1,)),
-    "data_ptr": lambda y: y.data_ptr(),
-    "view_as": lambda y: y.view_as(y),
-    "view of a view": lambda y: y.transpose(1, 2).view(-1),
-    "view of a part": lambda y: y[0].view(-1),
-    "change of a view": lambda y: y.reshape(-1).add_(1),
-    "a function of Python's own": lambda y: python_function(y),
+    "view": lambda m, y: y.view(2, -1),
+    "stride": lambda m, y: y.stride()[0],
+    "is_contiguous": lambda m, y: y.is_contiguous() + y,
+    "as_strided": lambda m, y: y.as_strided((2,), (1,)),
+    "torch.as_strided": lambda m, y: torch.as_strided(y, (2,), (1,)),
+    "data_ptr": lambda m, y: y.data_ptr(),
+    "view_as": lambda m, y: y.view_as(y),
+    "view of a view": lambda m, y: y.transpose(1, 2).view(-1),
+    "view of a part": lambda m, y: y[0].view(-1),
+    "change of a view": lambda m, y: y.reshape(-1).add_(1),
+    "a function of Python's own": lambda m, y: python_function(y),
     # Without shapes nobody knows whether they copy a slice, which they share with a tensor.
-    "reshape": lambda y: y.reshape(-1),
-    "flatten": lambda y: y.flatten(1),
-    "torch.flatten": lambda y: torch.flatten(y, 1),
-    "contiguous": lambda y: y.contiguous(),
+    "reshape": lambda m, y: y.reshape(-1),
+    "flatten": lambda m, y: y.flatten(1),
+    "torch.flatten": lambda m, y: torch.flatten(y, 1),
+    "contiguous": lambda m, y: y.contiguous(),
+    "view after Identity": lambda m, y: m.identity(y).view(-1),
+    "view after Dropout": lambda m, y: m.dropout(y).view(-1),
+    "view after a module in place": lambda m, y: m.relu(y).view(-1),
+    "view after a change": lambda m, y: y.mul_(2).view(-1),
+    "Flatten": lambda m, y: m.flatten(y),
+    "a module with a hook": lambda m, y: m.hooked(y),
+    "an aten operator": lambda m, y: torch.ops.aten.view(y, [-1]),
+    "an operator of somebody else": lambda m, y: torch.ops.conjoin_tests.scaled(y),
+    "random numbers in place": lambda m, y: y.normal_(),
+    "resize": lambda m, y: y.resize_(2, 2),
 }
 READS_NOT = {
-    "arithmetic": lambda y: y * 2,
-    "unflatten": lambda y: y.unflatten(1, (1, 3)),
-    "transpose": lambda y: y.transpose(1, 2),
-    "a change": lambda y: y.add_(1),
-    "a copy": lambda y: (y * 2).view(-1),
+    "arithmetic": lambda m, y: y * 2,
+    "unflatten": lambda m, y: y.unflatten(1, (1, 3)),
+    "transpose": lambda m, y: y.transpose(1, 2),
+    "a change": lambda m, y: y.add_(1),
+    "a copy": lambda m, y: (y * 2).view(-1),
+    "view after a module": lambda m, y: m.norm(y).view(-1),
+    "another aten operator": lambda m, y: torch.ops.aten.mul(y, 2),
 }
 
 
 def why(script, *, escapes=False):
-    graph = graph_of(Read(script))
+    model = Read(script)
+    graph = graph_of(model)
     node = next(node for node in graph.nodes if node.op == "call_module")
-    return reads_strides(node, escapes=escapes)
+    return reads_strides(node, dict(model.named_modules()), escapes=escapes)
 
 
 @pytest.mark.parametrize("script", READS.values(), ids=READS)
@@ -292,5 +314,5 @@ def test_strides_are_not_read(script):
 def test_an_output_may_escape():
     graph = graph_of(nn.Sequential(nn.Conv2d(2, 3, 1)))
     node = next(node for node in graph.nodes if node.op == "call_module")
-    assert reads_strides(node, escapes=True)
-    assert not reads_strides(node, escapes=False)
+    assert reads_strides(node, {}, escapes=True)
+    assert not reads_strides(node, {}, escapes=False)

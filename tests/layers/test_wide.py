@@ -329,7 +329,7 @@ def test_attributes_of_parameters_are_kept():
     plain = EVERY_KIND["Linear"].family((2, 3))
     for parameter in plain.parameters():
         parameter.tag = "kept"
-    merge(plain.layers)
+    merge(plain.layers, enclosing=plain)
     assert [p.tag for p in plain.parameters()] == ["kept"] * 2
     assert [p.tag for p in release(plain.layers[1]).parameters()] == ["kept"] * 2
 

@@ -7,6 +7,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
 VIEW_METHODS = frozenset(
@@ -15,7 +16,7 @@ VIEW_METHODS = frozenset(
     "vsplit dsplit detach alias as_strided real imag mT mH T H reshape reshape_as flatten ravel "
     "view_as_real view_as_complex broadcast_to broadcast_tensors atleast_1d atleast_2d atleast_3d "
     "positive cpu cuda contiguous to type float double half bfloat16 requires_grad_ "
-    "__getitem__".split()
+    "__getitem__ unpack".split()
 )
 """Methods, and functions of the same names, whose result may share memory with the input."""
 
@@ -25,11 +26,20 @@ VIEW_FUNCTIONS: frozenset[Any] = frozenset({operator.getitem, getattr, F.dropout
 WAYS_OUT = frozenset("numpy __array__ __dlpack__ data_ptr untyped_storage".split())
 """Methods that lead to the memory of a tensor, through which anything may change it."""
 
-STRIDE_METHODS = frozenset(
-    "view view_as stride is_contiguous data_ptr storage_offset as_strided untyped_storage numpy "
-    "__array__ __dlpack__ view_as_complex reshape reshape_as flatten ravel contiguous".split()
+RANDOM_FILLS = frozenset(
+    "normal_ uniform_ random_ bernoulli_ exponential_ cauchy_ geometric_ log_normal_".split()
+)
+"""Methods that draw a number for each element, in an order that depends on the strides."""
+
+STRIDE_METHODS = RANDOM_FILLS | frozenset(
+    "view view_as stride is_contiguous data_ptr storage_offset as_strided untyped_storage storage "
+    "numpy __array__ __dlpack__ view_as_complex reshape reshape_as flatten ravel contiguous "
+    "as_strided_ resize_ resize_as_ set_".split()
 )
 """Methods whose result depends on the strides, also in whether it shares memory."""
+
+OF_PYTORCH = frozenset({"torch", "_operator", "builtins", "math", "conjoin", ""})
+"""The packages of functions whose name tells what they do."""
 
 CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
 """The attributes of `nn.Module` that hold the hooks that run when the module is called."""
@@ -44,15 +54,21 @@ INPLACE_OPERATORS: frozenset[Any] = frozenset(
 """Python's operators that change their first argument."""
 
 
-def versions(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, int]:
-    """For each node, how often its first input, or any weight, had been changed in place before.
+def follow(
+    graph: fx.Graph, modules: Mapping[str, nn.Module]
+) -> tuple[dict[fx.Node, int], set[fx.Node]]:
+    """Follows what a graph changes in place.
 
-    A change through an alias of the input counts, since an alias is a chain of operations that
-    may share memory.
+    A change through an alias counts, since an alias is a chain of operations that may share
+    memory.
 
     Args:
         graph: the graph.
         modules: the modules that it calls, by target.
+
+    Returns:
+        For each node, how often its first input, or any weight, had been changed before; and the
+        nodes whose values are changed.
     """
     root: dict[fx.Node, fx.Node] = {}
     changed: dict[fx.Node, int] = {}
@@ -70,7 +86,7 @@ def versions(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node,
             changed[root[input]] = changed.get(root[input], 0) + 1
             constant = str(root[input].target).startswith("_tensor_constant")
             weights += root[input].op == "get_attr" and not constant
-    return found
+    return found, {*changed}
 
 
 def _first(node: fx.Node) -> fx.Node | None:
@@ -141,10 +157,8 @@ def is_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         )
     name = _called(node)
     known = node.op == "call_method" or _of_torch(node.target)
-    custom = getattr(node.target, "namespace", "aten") not in ("aten", "prims")
     return (
         known
-        and not custom
         and not any(True for _ in written(node, modules))
         and not name.startswith(("_foreach", "__i"))
         and name not in ("setattr", "apply", "backward")
@@ -161,29 +175,28 @@ def _is_inplace_name(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
 
 
-def reads_strides(node: fx.Node, *, escapes: bool) -> str:
+def reads_strides(node: fx.Node, modules: Mapping[str, nn.Module], *, escapes: bool) -> str:
     """What depends on the strides of the node's output; empty where nothing is known to.
 
     Args:
         node: a call of a layer.
+        modules: the modules that the graph calls, by target.
         escapes: whether something beyond the graph reads the graph's outputs.
     """
     for user in node.users:
         if user.op == "output" and escapes:
             return "what reads the output is not known"
+        if user.op == "call_module":
+            module = modules[str(user.target)]
+            if _opaque(module) or isinstance(module, (nn.Flatten, nn.Unflatten)):
+                return type(module).__name__
         if user.op in ("call_method", "call_function") and _called(user) in STRIDE_METHODS:
             return _called(user)
         if user.op == "call_function" and not _of_torch(user.target):
             return f"{getattr(user.target, '__name__', user.target)} is not PyTorch's"
-        if _may_view(user) and (why := reads_strides(user, escapes=escapes)):
+        if shares_memory(user, modules) and (why := reads_strides(user, modules, escapes=escapes)):
             return why
     return ""
-
-
-def _may_view(node: fx.Node) -> bool:
-    if node.op == "call_function" and node.target in VIEW_FUNCTIONS:
-        return True
-    return node.op in ("call_method", "call_function") and _called(node) in VIEW_METHODS
 
 
 def _called(node: fx.Node) -> str:
@@ -194,5 +207,8 @@ def _called(node: fx.Node) -> str:
 
 
 def _of_torch(target: Callable[..., Any] | str) -> bool:
+    if isinstance(target, (OpOverload, OpOverloadPacket)):
+        packet = target.overloadpacket if isinstance(target, OpOverload) else target
+        return packet._qualified_op_name.split("::")[0] in ("aten", "prims")
     module = getattr(target, "__module__", None) or ""
-    return module.split(".")[0] in ("torch", "_operator", "builtins", "math") or module == ""
+    return module.split(".")[0] in OF_PYTORCH

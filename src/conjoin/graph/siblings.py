@@ -18,6 +18,7 @@ from conjoin.layers import Kind, kind_of
 from conjoin.layers.kind import Verdict, common, tensors
 from conjoin.layers.wide import View, wides
 from conjoin.legality import Reason, Refusal
+from conjoin.reachable import OF_MODULES, held_by
 
 DIFFERENCE = {
     "dtype": Reason.DIFFERENT_DTYPE,
@@ -68,7 +69,7 @@ def candidates(
         kind = kind_of(modules[next(iter(calls))], kinds)
         assert kind is not None  # _connected looked it up
         layers = {name: modules[name] for name in calls}
-        for names, refusal in _resolve(kind, layers, calls, shared):
+        for names, refusal in _resolve(kind, layers, calls, shared, sightings):
             widths = tuple(_width(kind, modules[name]) for name in names)
             strided = frozenset(i for i, name in enumerate(names) if name in sightings.strided)
             found.append(Candidate(kind, names, widths, refusal, strided))
@@ -121,11 +122,17 @@ def _connected(
 
 
 def _resolve(
-    kind: Kind, layers: dict[str, nn.Module], calls: dict[str, Calls], shared: dict[str, str]
+    kind: Kind,
+    layers: dict[str, nn.Module],
+    calls: dict[str, Calls],
+    shared: dict[str, str],
+    sightings: Sightings,
 ) -> Iterator[tuple[tuple[str, ...], Refusal | None]]:
     """Splits connected layers into groups that are or may be merged and refusals."""
     verdicts: dict[str, Verdict | None] = {
-        name: None if isinstance(layer, View) else kind.check(layer) or _held(name, layer, shared)
+        name: None
+        if isinstance(layer, View)
+        else kind.check(layer) or _held(name, layer, shared) or _touched(name, layers, sightings)
         for name, layer in layers.items()
     }
     keys = {
@@ -231,6 +238,20 @@ def _held(name: str, layer: nn.Module, shared: dict[str, str]) -> Verdict | None
     return None
 
 
+def _touched(name: str, siblings: Iterable[str], sightings: Sightings) -> Verdict | None:
+    """What the model's own code does with a layer's parameters; None where that is nothing."""
+    if name in sightings.changed:
+        return Reason.PARAMETERS_CHANGED, "in the run on the example inputs"
+    for root in sightings.listed.get(name, ()):
+        if any(other != name and _is_within(other, root) for other in siblings):
+            return Reason.PARAMETERS_LISTED, f"those of {root or 'the model'}"
+    return None
+
+
+def _is_within(name: str, root: str) -> bool:
+    return not root or name.startswith(f"{root}.")
+
+
 def _shared(modules: dict[str, nn.Module]) -> dict[str, str]:
     """The tensors, by name, that overlap with another one of the model, and with which."""
     spans: list[tuple[tuple[object, ...], int, int, str]] = []
@@ -250,16 +271,13 @@ def _shared(modules: dict[str, nn.Module]) -> dict[str, str]:
 
 
 def _held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All tensors that a module holds, in plain attributes and lists too."""
+    """All tensors that a module holds, also in what is held by its plain attributes."""
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None:
             yield name, tensor
     for name, value in vars(module).items():
-        if name in ("_parameters", "_buffers", "_modules"):
-            continue
-        values = value.values() if isinstance(value, dict) else value
-        several = values if isinstance(value, (list, tuple, set, dict)) else (value,)
-        yield from ((name, item) for item in several if isinstance(item, Tensor))
+        if name not in OF_MODULES and not isinstance(value, (bool, int, float, str)):
+            yield from ((name, item) for item in held_by(value) if isinstance(item, Tensor))
 
 
 def _span(tensor: Tensor) -> tuple[tuple[object, ...], int, int] | None:

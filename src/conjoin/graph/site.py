@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Hashable
-from dataclasses import dataclass
+from collections.abc import Collection, Hashable, Mapping
+from dataclasses import dataclass, field
 
 
 @dataclass(frozen=True, slots=True)
@@ -45,8 +45,13 @@ class Sightings:
         strided: for each layer whose output is read by something that depends on its strides,
             what that is. Such an output is handed out contiguous.
         untraced: what could not be looked into.
+        listed: for each layer that is come across when the model's code goes through the
+            parameters or modules of some module, the names of those modules.
+        changed: the layers whose parameters are changed in place while the model runs.
     """
 
     sites: tuple[Site, ...]
     strided: dict[str, str]
     untraced: tuple[Untraced, ...] = ()
+    listed: Mapping[str, Collection[str]] = field(default_factory=dict)
+    changed: frozenset[str] = frozenset()

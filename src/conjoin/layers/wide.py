@@ -14,6 +14,7 @@ holds only some of them, each one's own part, which acts as the Parameter that i
 from __future__ import annotations
 
 import copy
+import functools
 import uuid
 import warnings
 import weakref
@@ -22,6 +23,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
 
 from conjoin.layers import lockstep
 from conjoin.layers.kind import TENSORS, Kind, memory_format, tensors
@@ -217,6 +219,8 @@ class View(nn.Module):
 
         Siblings that are called with the same tensor share one call of the wide layer.
         """
+        if not isinstance(self, View):  # A bound method that somebody kept.
+            return cast(Tensor, type(self).forward(self, input, *args, **kwargs))
         if args or kwargs:
             return cast(Tensor, self.conjoin_base.forward(self, input, *args, **kwargs))
         shared = lockstep.take(self.wide_layer, self.conjoin_index, input)
@@ -247,11 +251,10 @@ class View(nn.Module):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """This sibling's own; the wide layer's are yielded by a module that holds siblings."""
         dot = f"{prefix}." if prefix else ""
-        for name in TENSORS:
-            part = self._part(name)
-            if part is not None:
-                yield dot + name, cast(nn.Parameter, part)
-        yield from super().named_parameters(prefix, False, remove_duplicate)
+        # All at once: what is done to the first may make this a plain layer.
+        own = [(dot + name, part) for name in TENSORS if (part := self._part(name)) is not None]
+        own += super().named_parameters(prefix, False, remove_duplicate)
+        yield from cast("list[tuple[str, nn.Parameter]]", own)
 
     def named_modules(
         self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
@@ -405,7 +408,22 @@ class Part(Tensor):
     conjoin_address: int
     _is_param = True  # What isinstance(..., nn.Parameter) looks at.
 
-    __torch_function__ = torch._C._disabled_torch_function_impl  # type: ignore[assignment]
+    @classmethod
+    def __torch_function__(
+        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        """A plain tensor's function; gradients with respect to a part are parts of the whole's."""
+        kwargs = kwargs or {}
+        if func is torch.autograd.grad:
+            with torch._C.DisableTorchFunctionSubclass():
+                return _gradients(*args, **kwargs)
+        if any(each not in (cls, Tensor, nn.Parameter) for each in types):
+            # Another class of tensor has the say, and has never heard of this one.
+            plain = functools.partial(Tensor.as_subclass, cls=Tensor)
+            args, kwargs = pytree.tree_map_only(cls, plain, (args, kwargs))
+            return func(*args, **kwargs)
+        with torch._C.DisableTorchFunctionSubclass():
+            return func(*args, **kwargs)
 
     @classmethod
     def of(cls, view: View, name: str) -> Part:
@@ -517,6 +535,20 @@ class Part(Tensor):
 
     def __repr__(self) -> str:  # type: ignore[override]
         return f"Parameter containing:\n{self.data!r}"
+
+
+def _gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
+    """`torch.autograd.grad` with respect to `inputs`, some of which are parts."""
+    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
+    wholes = [each.whole() if isinstance(each, Part) else each for each in inputs]
+    distinct = list({id(whole): whole for whole in wholes}.values())
+    found = torch.autograd.grad(outputs, distinct, *args, **kwargs)
+    gradients = {id(whole): grad for whole, grad in zip(distinct, found, strict=True)}
+    pairs = [(each, gradients[id(whole)]) for each, whole in zip(inputs, wholes, strict=True)]
+    return tuple(
+        each._of(grad) if isinstance(each, Part) and grad is not None else grad
+        for each, grad in pairs
+    )
 
 
 def _take_out(view: View) -> nn.Module:

@@ -19,15 +19,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._ops import OpOverload, OpOverloadPacket
 from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from conjoin.graph import hazards
 from conjoin.graph.site import Sightings, Site, Untraced
 from conjoin.launches import Counted, count_layers
 from conjoin.layers import Kind, kind_of
+from conjoin.layers.lockstep import in_transform
+from conjoin.reachable import functions_of, words
 from conjoin.tracing import regions
-from conjoin.tracing.undisturbed import functions_of, undisturbed, words
+from conjoin.tracing.listings import Listings
+from conjoin.tracing.undisturbed import letting_go, undisturbed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of one call of the model."""
@@ -41,11 +46,17 @@ STRIDE_QUERIES = frozenset(
         Tensor.as_strided,
         torch.as_strided,
         Tensor.untyped_storage,
+        Tensor.storage,
         Tensor.numpy,
         Tensor.__array__,
         Tensor.__dlpack__,
         Tensor.view_as,
         torch.view_as_complex,
+        Tensor.as_strided_,
+        Tensor.resize_,
+        Tensor.resize_as_,
+        Tensor.set_,
+        *(getattr(Tensor, name) for name in hazards.RANDOM_FILLS),
     }
 )
 """Functions whose result depends on the strides of the tensor that they are given."""
@@ -116,13 +127,13 @@ class Copy:
     def run(self, call: Call) -> Any:
         """Runs the copy on arguments like these, and gives its output."""
         args, kwargs = pytree.tree_map_only(Tensor, self._argument, call)
-        with self._entered():
+        with self._entered(), letting_go():
             return self.model(*args, **kwargs)
 
     def count(self, call: Call, layers: Iterable[str]) -> Counted:
         """The launches of a step on arguments like these, in all and within each of `layers`."""
         args, kwargs = pytree.tree_map_only(Tensor, self._argument, call)
-        with self._entered():
+        with self._entered(), letting_go():
             return count_layers(self.model, args, kwargs, layers)
 
     @contextlib.contextmanager
@@ -205,7 +216,13 @@ def _observe(copied: Copy, calls: Sequence[Call], kinds: tuple[Kind, ...]) -> Si
         Untraced("", f"does not run in {mode} mode: {_line(error)}")
         for mode, error in failures.items()
     )
-    return Sightings(tuple(watch.sites), watch.strided, untraced)
+    return Sightings(
+        tuple(watch.sites),
+        watch.strided,
+        untraced,
+        watch.listings.found,
+        frozenset(watch.changed),
+    )
 
 
 def _modes_of(model: nn.Module) -> tuple[bool, ...]:
@@ -248,22 +265,37 @@ class _Watch(TorchFunctionMode):
         self._weights: set[int] = set()
         self._unseen = 0
         self._in_layer = False
+        self._layers: dict[nn.Module, str] = {}
+        self.changed: set[str] = set()
         for name, module in model.named_modules():
             kind = kind_of(module, kinds)
             if kind is not None:
+                self._layers[module] = name
                 self._weights |= {p.untyped_storage()._cdata for p in module.parameters()}
                 module.__dict__["forward"] = functools.partial(
                     self._called, name, kind, module.forward
                 )
+        self.listings = Listings(model, self._layers)
 
     @contextlib.contextmanager
     def running(self, run: object) -> Iterator[None]:
         """Notes what happens as part of `run`."""
         self._run, self._inputs, self._outputs = run, [], {}
+        before = self._versions()
+        self.listings.on = True
         try:
             yield
         finally:
+            self.listings.on = False
             self._inputs, self._outputs = [], {}
+            after = self._versions()
+            self.changed |= {name for name in before if before[name] != after[name]}
+
+    def _versions(self) -> dict[str, list[int]]:
+        return {
+            name: [_version(p) for p in layer._parameters.values() if p is not None]
+            for layer, name in self._layers.items()
+        }
 
     def discard(self, run: tuple[bool, int]) -> None:
         """Forgets what was noted as part of `run`."""
@@ -272,6 +304,8 @@ class _Watch(TorchFunctionMode):
     def _called(
         self, name: str, kind: Kind, forward: Callable[..., Any], *args: Any, **kwargs: Any
     ) -> Any:
+        if in_transform():
+            return forward(*args, **kwargs)
         with torch._C.DisableTorchFunction():
             input = args[0] if args else next(iter(kwargs.values()), None)
             if isinstance(input, Tensor):
@@ -297,12 +331,15 @@ class _Watch(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
-        looks = not self._in_layer and args and isinstance(args[0], Tensor)
-        if looks and args[0].layout is torch.strided:
-            if func in WAYS_AROUND and self._concerns_a_layer(args[0]):
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
+        if self._in_layer or in_transform():
+            return result
+        operator = isinstance(func, (OpOverload, OpOverloadPacket))
+        for tensor in _read(args, kwargs, every=operator):
+            if func in WAYS_AROUND and self._concerns_a_layer(tensor):
                 self._unseen += 1
-            self._look(func, args[0], result)
+            self._look(func, tensor, result)
         return result
 
     def _concerns_a_layer(self, tensor: Tensor) -> bool:
@@ -318,8 +355,26 @@ class _Watch(TorchFunctionMode):
         shared = isinstance(result, Tensor) and _same_memory(result, output)
         fits = tensor is output and shared and _fits(output, channel, result)
         fits &= func is not Tensor.contiguous
-        if func in STRIDE_QUERIES or (func in RESHAPES and shared and not fits and channel > 0):
+        reads = func in STRIDE_QUERIES or _is_strided_operator(func)
+        if reads or (func in RESHAPES and shared and not fits and channel > 0):
             self.strided[name] = getattr(func, "__name__", str(func))
+
+
+def _read(args: tuple[Any, ...], kwargs: dict[str, Any], *, every: bool) -> Iterator[Tensor]:
+    """The tensor that a function is called on, or every one that it is given."""
+    values = (*args, *kwargs.values())
+    for value in pytree.tree_leaves(values) if every else values[:1]:
+        if isinstance(value, Tensor) and value.layout is torch.strided:
+            yield value
+
+
+def _is_strided_operator(func: object) -> bool:
+    """Whether an operator that is called by itself may read the strides of what it is given."""
+    if not isinstance(func, (OpOverload, OpOverloadPacket)):
+        return False
+    packet = func.overloadpacket if isinstance(func, OpOverload) else func
+    namespace, name = packet._qualified_op_name.split("::")
+    return namespace != "aten" or name in hazards.STRIDE_METHODS
 
 
 def _same_memory(first: Tensor, second: Tensor) -> bool:

@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import dis
 import inspect
+from collections.abc import Iterator
 from typing import Any, NoReturn
 
 from torch import fx
@@ -10,6 +12,20 @@ from torch import fx
 
 class UnsoundError(Exception):
     """The trace would not be the original forward on every call."""
+
+
+def unpack(values: Any, count: int) -> tuple[Any, ...]:
+    """What `a, b = values` binds, for a `count` of names.
+
+    Raises:
+        ValueError: there are more or fewer values.
+    """
+    found = tuple(values)
+    if len(found) < count:
+        raise ValueError(f"not enough values to unpack (expected {count}, got {len(found)})")
+    if len(found) > count:
+        raise ValueError(f"too many values to unpack (expected {count})")
+    return found
 
 
 class Proxy(fx.Proxy):
@@ -20,6 +36,17 @@ class Proxy(fx.Proxy):
 
     __hash__ = __format__ = __str__ = __bool__ = __index__ = _refuse
     __len__ = __contains__ = __setitem__ = _refuse
+
+    def __iter__(self) -> Iterator[fx.Proxy]:
+        """As many items as there are names for them; the graph checks that there are no more."""
+        frame = inspect.currentframe()
+        caller = frame.f_back if frame is not None else None
+        if caller is not None:
+            for step in dis.get_instructions(caller.f_code):
+                if step.offset == caller.f_lasti and step.opname == "UNPACK_SEQUENCE":
+                    items = self.tracer.create_proxy("call_function", unpack, (self, step.arg), {})
+                    return iter([items[i] for i in range(step.argval)])  # type: ignore[index]
+        return iter(self.tracer.iter(self))
 
     def __setattr__(self, name: str, value: object) -> None:
         """Only what a proxy itself consists of; a forward that assigns `x.data` is refused."""

@@ -17,6 +17,7 @@ from __future__ import annotations
 
 import dis
 import functools
+import inspect
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
@@ -32,8 +33,9 @@ from torch.utils import _pytree as pytree
 
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.wide import View
+from conjoin.reachable import TRUSTED
 from conjoin.tracing.proxies import Proxy, UnsoundError, arguments
-from conjoin.tracing.undisturbed import TRUSTED
+from conjoin.tracing.undisturbed import letting_go
 
 Pass = Callable[[fx.Graph, dict[str, nn.Module]], "list[str] | None"]
 
@@ -148,7 +150,7 @@ def trace(region: nn.Module, pipeline: Sequence[Pass]) -> Traced | None:
     try:
         names = _check(region, inlined)
         constants = tuple(_constants(region, inlined, names))
-        with _NothingReal():
+        with _NothingReal(), letting_go():
             graph = _Tracer(inlined).trace(region)
         _only_registered(graph, region)
     except Exception:  # noqa: BLE001 - The region's own code, which may raise anything on a proxy.
@@ -219,6 +221,8 @@ def _check(region: nn.Module, inlined: set[nn.Module]) -> set[str]:
     foreign = {name for cls in outer for name in _own(cls)}
     owned = [_own(cls) for cls in inner]
     pending = [f for own in owned for f in own.get("forward", ())]
+    if any(not isinstance(inspect.getattr_static(cls, "forward"), FunctionType) for cls in inner):
+        raise UnsoundError("a forward is no plain function")
     seen: set[FunctionType] = set()
     used: set[str] = set()
     while pending:
@@ -364,9 +368,9 @@ def _constants(
 
 
 def _constant(value: object) -> bool:
-    if isinstance(value, tuple):
+    if type(value) is tuple:
         return all(_constant(item) for item in value)
-    return isinstance(value, CONSTANTS)
+    return type(value) in CONSTANTS
 
 
 def _only_registered(graph: fx.Graph, region: nn.Module) -> None:

@@ -10,6 +10,7 @@ whenever it runs, because it shares a call only where the inputs are the very sa
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
 from typing import Any
 
 from torch import fx, nn
@@ -19,9 +20,11 @@ from torch.utils import _pytree as pytree
 from conjoin.graph import hazards
 from conjoin.graph.site import Sightings, Site, Untraced
 from conjoin.layers import Kind, kind_of
+from conjoin.reachable import functions_of, words
 from conjoin.tracing import regions
+from conjoin.tracing.listings import listed_by_code
 from conjoin.tracing.proxies import Proxy, arguments
-from conjoin.tracing.undisturbed import undisturbed
+from conjoin.tracing.undisturbed import letting_go, undisturbed
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
 """Modules without a forward of their own."""
@@ -71,6 +74,16 @@ class _NoSideEffects(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
+@dataclass
+class _Seen:
+    """What the traces have shown so far."""
+
+    sites: list[Site] = field(default_factory=list)
+    strided: dict[str, str] = field(default_factory=dict)
+    untraced: dict[Untraced, None] = field(default_factory=dict)
+    changed: set[str] = field(default_factory=set)
+
+
 def trace(model: nn.Module, kinds: tuple[Kind, ...]) -> Sightings:
     """What symbolic traces of the model, or of its parts, show.
 
@@ -81,51 +94,66 @@ def trace(model: nn.Module, kinds: tuple[Kind, ...]) -> Sightings:
     Returns:
         The sites, the stride-sensitive layers, and the modules that could not be traced.
     """
-    sites: list[Site] = []
-    strided: dict[str, str] = {}
-    untraced: list[Untraced] = []
+    seen = _Seen()
+    listed = listed_by_code(model, kinds)
     with undisturbed(model), regions.suspended(model), _NoSideEffects():
-        pending = [("", model)]
-        seen: set[nn.Module] = set()
-        while pending:
-            name, module = pending.pop(0)
-            if module in seen or kind_of(module, kinds) is not None:
-                continue
-            seen.add(module)
-            if not isinstance(module, CONTAINERS) and any(True for _ in module.children()):
-                try:
+        if any("training" in words(function.__code__) for function in functions_of(model)):
+            for mode in (True, False):
+                for module in model.modules():
+                    module.training = mode
+                _trace(model, kinds, mode, seen)
+        else:
+            _trace(model, kinds, None, seen)
+    return Sightings(
+        tuple(seen.sites), seen.strided, tuple(seen.untraced), listed, frozenset(seen.changed)
+    )
+
+
+def _trace(model: nn.Module, kinds: tuple[Kind, ...], mode: bool | None, seen: _Seen) -> None:
+    """Traces the model, and the children of each module that does not trace."""
+    pending = [("", model)]
+    visited: set[nn.Module] = set()
+    while pending:
+        name, module = pending.pop(0)
+        if module in visited or kind_of(module, kinds) is not None:
+            continue
+        visited.add(module)
+        if not isinstance(module, CONTAINERS) and any(True for _ in module.children()):
+            try:
+                with letting_go():
                     graph = _Tracer(kinds).trace(module)
-                except Exception as error:  # noqa: BLE001 - The model's own code, which may raise anything.
-                    untraced.append(Untraced(name, _why(error)))
-                else:
-                    _note(graph, name, module, kinds, sites, strided)
-                    continue
-            prefix = f"{name}." if name else ""
-            pending += [(prefix + child, m) for child, m in module.named_children()]
-    return Sightings(tuple(sites), strided, tuple(untraced))
+            except Exception as error:  # noqa: BLE001 - The model's own code, which may raise anything.
+                seen.untraced[Untraced(name, _why(error))] = None
+            else:
+                _note(graph, (mode, name), module, kinds, seen)
+                continue
+        prefix = f"{name}." if name else ""
+        pending += [(prefix + child, m) for child, m in module.named_children()]
 
 
 def _note(
     graph: fx.Graph,
-    name: str,
+    run: tuple[bool | None, str],
     root: nn.Module,
     kinds: tuple[Kind, ...],
-    sites: list[Site],
-    strided: dict[str, str],
+    seen: _Seen,
 ) -> None:
     """Adds what one graph shows."""
-    prefix = f"{name}." if name else ""
+    prefix = f"{run[1]}." if run[1] else ""
     modules = dict(root.named_modules())
-    versions = hazards.versions(graph, modules)
+    versions, changed = hazards.follow(graph, modules)
+    seen.changed |= {
+        prefix + str(node.target).rpartition(".")[0] for node in changed if node.op == "get_attr"
+    }
     for node in graph.nodes:
         if node.op != "call_module" or kind_of(modules[node.target], kinds) is None:
             continue
         layer = prefix + node.target
         input = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
         if isinstance(input, fx.Node):
-            sites.append(Site(layer, (name, input.name), versions[node]))
-        if why := hazards.reads_strides(node, escapes=bool(name)):
-            strided.setdefault(layer, why)
+            seen.sites.append(Site(layer, (*run, input.name), versions[node]))
+        if why := hazards.reads_strides(node, modules, escapes=bool(prefix)):
+            seen.strided.setdefault(layer, why)
 
 
 def _why(error: Exception) -> str:

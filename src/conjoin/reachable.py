@@ -1,0 +1,172 @@
+"""What objects and code can reach: containers, attributes, closures, globals, caches.
+
+A model keeps things beside its parameters, buffers and children, and its code keeps things beside
+the model.
+"""
+
+from __future__ import annotations
+
+import functools
+import sys
+from collections import Counter, OrderedDict, defaultdict, deque
+from collections.abc import Callable, Iterable, Iterator
+from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+TRUSTED = frozenset({"torch", "conjoin", "numpy", *sys.stdlib_module_names}) - {"__main__"}
+"""Packages whose code is not looked into."""
+
+CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+"""Types of object whose contents are put back."""
+
+SIMPLE = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device)
+"""Types of object that hold nothing else."""
+
+OF_MODULES = frozenset(vars(nn.Module()))
+"""The attributes that every module has."""
+
+HOOKS = frozenset(name for name in OF_MODULES if name.endswith(("_hooks", "_hooks_with_kwargs")))
+"""Those among them that hold functions."""
+
+
+def functions_of(model: nn.Module) -> Iterator[FunctionType]:
+    """The functions, PyTorch's own aside, that the model's code consists of and refers to."""
+    for value in reachable_from(model):
+        if type(value) is FunctionType and not is_trusted(value):
+            yield value
+
+
+def words(code: CodeType) -> Iterator[object]:
+    """The names and constants in code and in the functions in it."""
+    yield from (*code.co_names, *code.co_consts)
+    for constant in code.co_consts:
+        if isinstance(constant, CodeType):
+            yield from words(constant)
+
+
+def reachable_from(model: nn.Module) -> Iterator[object]:
+    """What the model's modules hold, and what their code can reach, each object once."""
+    pending: list[object] = [*{type(module) for module in model.modules()}]
+    for module in model.modules():
+        for name, value in vars(module).items():
+            if type(value) not in SIMPLE and (name not in OF_MODULES or (value and name in HOOKS)):
+                pending.append(value)
+    return _walk(pending, _inside)
+
+
+def held_by(value: object) -> Iterator[object]:
+    """All that an object holds, itself included: what is in it and in its attributes, not code."""
+    return _walk([value], _data)
+
+
+def _walk(pending: list[object], inside: Callable[[object], Iterable[object]]) -> Iterator[object]:
+    """Each object once; modules are left out, since they are looked at by themselves."""
+    seen: dict[int, object] = {}  # Alive, so that no id is used twice.
+    while pending:
+        value = pending.pop()
+        if id(value) not in seen and not isinstance(value, nn.Module):
+            seen[id(value)] = value
+            yield value
+            pending += () if type(value) in SIMPLE else inside(value)
+
+
+def _data(value: Any) -> Iterable[object]:
+    if isinstance(value, (type, ModuleType, Tensor)):
+        return ()
+    if isinstance(value, (list, dict, set, deque)):
+        return contents(value)
+    if type(value) is FunctionType:
+        return [
+            *(value.__defaults__ or ()),
+            *(value.__kwdefaults__ or {}).values(),
+            *(cell.cell_contents for cell in value.__closure__ or () if is_full(cell)),
+        ]
+    return _wrapped(value) or (attributes(value) or {}).values()
+
+
+def _inside(value: Any) -> Iterable[object]:
+    """What an object holds or, of a class or function, what its code names."""
+    if type(value) in CONTAINERS:
+        return contents(value)
+    if isinstance(value, type):
+        return () if is_trusted(value) else _members(value)
+    if type(value) is FunctionType:
+        return () if is_trusted(value) else _referred(value)
+    if (held := _wrapped(value)) or is_trusted(type(value)) or isinstance(value, ModuleType):
+        return held
+    return type(value), *(attributes(value) or {}).values()
+
+
+def is_trusted(value: Any) -> bool:
+    """Whether a class or function is of a package whose code is not looked into."""
+    return str(value.__module__).split(".")[0] in TRUSTED
+
+
+def contents(value: Any) -> Iterable[object]:
+    """The values of a container."""
+    return value.values() if isinstance(value, dict) else value
+
+
+def attributes(value: object) -> dict[str, Any] | None:
+    """The attributes that an object itself has; None where it cannot have any."""
+    try:
+        found = object.__getattribute__(value, "__dict__")
+    except AttributeError:
+        return None
+    return found if type(found) is dict else None
+
+
+def _members(cls: type) -> Iterator[object]:
+    """What a class defines, and its bases."""
+    yield from cls.__mro__[1:]
+    yield from vars(cls).values()
+
+
+def _wrapped(value: object) -> tuple[object, ...]:
+    """What is behind a property, a method, a partial function, a cache or a cell, or in a tuple."""
+    if isinstance(value, tuple):
+        return value
+    if isinstance(value, property):
+        return value.fget, value.fset
+    if isinstance(value, (staticmethod, classmethod)):
+        return (value.__func__,)
+    if isinstance(value, MethodType):
+        return value.__func__, value.__self__
+    if isinstance(value, functools.partial):
+        return value.func, value.args, value.keywords
+    if isinstance(value, functools.partialmethod):
+        return value.func, value.args, value.keywords
+    if isinstance(value, functools.cached_property):
+        return (value.func,)
+    if isinstance(value, functools._lru_cache_wrapper):
+        return (value.__wrapped__,)
+    return ()
+
+
+def _referred(function: FunctionType) -> Iterator[object]:
+    """What a function names, also in modules, and what it has from its definition."""
+    named = [name for name in words(function.__code__) if isinstance(name, str)]
+    namespaces = [function.__globals__]
+    for name in named:
+        held = function.__globals__.get(name)
+        if isinstance(held, ModuleType) and held.__name__.split(".")[0] not in TRUSTED:
+            namespaces.append(vars(held))
+    for namespace in namespaces:
+        yield from (namespace[name] for name in named if name in namespace)
+    yield vars(function)
+    yield from function.__defaults__ or ()
+    yield from (function.__kwdefaults__ or {}).values()
+    yield from (cell.cell_contents for cell in function.__closure__ or () if is_full(cell))
+    yield getattr(function, "__wrapped__", None)
+
+
+def is_full(cell: CellType) -> bool:
+    """Whether a variable of an enclosing function has a value yet."""
+    try:
+        cell.cell_contents  # noqa: B018
+    except ValueError:  # The variable has no value yet.
+        return False
+    return True
