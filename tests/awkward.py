@@ -13,6 +13,7 @@ import math
 import random
 import threading
 import types
+import unittest.mock
 import warnings
 from collections.abc import Callable
 
@@ -23,6 +24,7 @@ from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
 from torch.utils.checkpoint import checkpoint
 
+import conjoin
 from conjoin.legality import Reason
 
 EXACT = None
@@ -97,6 +99,10 @@ def right_and_wrong_widths(call):
     return (normal(BATCHES[call], 6 + call % 2),), {}
 
 
+def identical(y):
+    return y
+
+
 class TwoHeads(nn.Module):
     """Nothing awkward, so that the whole forward is rewritten"""
 
@@ -105,7 +111,7 @@ class TwoHeads(nn.Module):
         self.a, self.b = nn.Linear(6, 3).double(), nn.Linear(6, 5).double()
 
     def forward(self, x):
-        return self.a(x), self.b(x)
+        return self.a(x), identical(self.b(x))
 
 
 class Undecided(TwoHeads):
@@ -114,7 +120,7 @@ class Undecided(TwoHeads):
     def forward(self, x):
         if x.sum() is None:
             return None
-        return self.a(x), self.b(x)
+        return self.a(x), identical(self.b(x))
 
 
 class Branches(nn.Module):
@@ -1197,6 +1203,15 @@ class CalledTwice(TwoHeads):
         return self.a(x) + self.a(y), self.b(x) + self.b(y)
 
 
+class TreeOfCalls(TwoHeads):
+    """Siblings that are called equally often, in another order"""
+
+    def forward(self, x):
+        z = x * 2
+        first = self.a(x), self.b(x)
+        return *first, self.b(z), self.a(z)
+
+
 class OneCalledTwice(TwoHeads):
     """A sibling that is called more often than the other"""
 
@@ -2268,6 +2283,135 @@ def list_modules(model, x):
     )
 
 
+# What looks like no change, and what goes deeper.
+
+
+def change_nothing(model, x):
+    """Conversions and assignments that change nothing"""
+    layer = model.a.requires_grad_(True).cpu().double().to(x.dtype)
+    layer.in_features = layer.in_features
+    layer.weight = layer.weight
+    return layer is model.a
+
+
+def freeze_listed(model, x):
+    """The parameters of a sibling frozen one by one"""
+    for parameter in model.a.parameters():
+        parameter.requires_grad = False
+
+
+def wrap_forward(model, x):
+    """`layer.forward` wrapped in a function that calls the old one"""
+    old = model.a.forward
+    model.a.forward = lambda x: old(x) * 2
+    return model(x)
+
+
+def patch_classes(model, x):
+    """The forwards of the classes replaced for a while"""
+    outputs = []
+    for cls in (nn.Linear, type(model).__mro__[-3]):
+        with unittest.mock.patch.object(cls, "forward", lambda self, x: x * 2):
+            outputs.append(model(x))
+    return outputs
+
+
+def replace_function(model, x):
+    """A global function replaced for a while"""
+    with unittest.mock.patch.dict(globals(), {"identical": torch.neg}):
+        return model(x)
+
+
+def hook_all_modules(model, x):
+    """Hooks on all modules of the process"""
+    seen = []
+
+    def double(module, args, output):
+        seen.append(type(module).__name__)
+        return output * 2 if isinstance(module, nn.Linear) else None
+
+    handle = nn.modules.module.register_module_forward_hook(double)
+    try:
+        return model(x), sorted(seen)
+    finally:
+        handle.remove()
+
+
+def delete_bias(model, x):
+    """A bias deleted, and registered anew"""
+    del model.a.bias
+    model.a.register_parameter("bias", None)
+    model.b.register_parameter("weight", nn.Parameter(torch.ones(5, 6, dtype=x.dtype)))
+
+
+def add_to_layer(model, x):
+    """A module and a parameter added to a sibling"""
+    model.a.add_module("low_rank", nn.Linear(6, 2).double())
+    model.b.register_parameter("scale", nn.Parameter(torch.ones(1)))
+    return [[name for name, _ in layer.named_parameters()] for layer in (model.a, model.b)]
+
+
+def make_another(model, x):
+    """Another layer made of a sibling's type"""
+    return type(model.a)(6, 2).double()(x).shape
+
+
+def assign_wrong_gradient(model, x):
+    """Gradients that do not fit, in PyTorch's own words"""
+    messages = []
+    for gradient in (torch.ones(1), torch.ones(3, 6), "text"):
+        try:
+            model.a.weight.grad = gradient
+        except (RuntimeError, TypeError) as error:
+            messages.append(str(error))
+    return messages
+
+
+def keep_variables(model, x):
+    """`state_dict(keep_vars=True)`"""
+    sum(y.sum() for y in model(x)).backward()
+    state = model.state_dict(keep_vars=True)
+    return [(isinstance(p, nn.Parameter), p.requires_grad, p.grad) for p in state.values()]
+
+
+def gradient_of_weights(model, x):
+    """`torch.autograd.grad` with respect to weights of siblings"""
+    y, z = model(x)
+    weights = model.a.weight, model.b.bias, model.b.weight
+    return torch.autograd.grad(y.sum() + z.pow(3).sum(), weights)
+
+
+def prune_later(model, x):
+    """Pruning, later"""
+    prune.l1_unstructured(model.a, "weight", 0.5)
+    outputs = model(x)
+    prune.remove(model.a, "weight")
+    return outputs
+
+
+def multiply_all(model, x):
+    """`_apply` of a function that must be applied once"""
+    model._apply(lambda tensor: tensor * 2)
+
+
+def checkpoint_each(model, x):
+    """A checkpoint around each sibling, many times"""
+    layers = model.a, model.b
+    for _ in range(12):
+        drawn = x.clone().requires_grad_()
+        sum(checkpoint(layer, drawn, use_reentrant=False).sum() for layer in layers).backward()
+    return drawn.grad
+
+
+def wait_in_vain(model, x):
+    """A checkpoint around one sibling, and the other called beside it, many times"""
+    for _ in range(12):
+        drawn = x.clone().requires_grad_()
+        y = checkpoint(model.a, drawn, use_reentrant=False)
+        (y.sum() + model.b(drawn).sum()).backward()
+    return drawn.grad
+
+
 # The same, of a module that holds some of the siblings.
 
 
@@ -2377,6 +2521,34 @@ def average_branch(model, x):
     for ours, theirs in zip(average.parameters(), model.a.parameters(), strict=True):
         ours.data.mul_(0.9).add_(theirs.data, alpha=0.1)
     return average(x)
+
+
+def convert_branch(model, x):
+    """One branch converted to another dtype"""
+    model.a.float()
+    y = model.a(x.float())
+    return y, [parameter.dtype for parameter in model.b.parameters()]
+
+
+def tie_weights(model, x):
+    """A weight tied to one of another branch, and to one of a layer elsewhere"""
+    other = nn.Linear(6, 4).double()
+    other.weight = model.b["c"].weight = model.a[0].weight
+    both = nn.ModuleList([model, other])
+    optimizer = torch.optim.SGD(both.parameters(), 0.01, momentum=0.9)
+    for _ in range(2):
+        optimizer.zero_grad()
+        (sum(y.pow(2).sum() for y in model(x)) + other(x).pow(2).sum()).backward()
+        optimizer.step()
+    return other.weight, other.bias.grad
+
+
+def optimize_again(model, x):
+    """A part optimized first, or once more, and the whole after that"""
+    plain = conjoin.unfuse(model)
+    conjoin.optimize(plain.b, inplace=True)
+    outputs = conjoin.optimize(plain, (x,), inplace=True)(x)
+    return outputs, conjoin.optimize(conjoin.optimize(model, (x,)))(x)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -2534,6 +2706,7 @@ HAZARDS = (
     Hazard(TwoNames, "merged with itself"),
     Hazard(HiddenLayer, "the layer in the list goes stale"),
     Hazard(CalledTwice, "the parts of two runs are mixed"),
+    Hazard(TreeOfCalls, "the parts of two runs are mixed"),
     Hazard(OneCalledTwice, "the wide layer runs for one part", Reason.CALLED_APART),
     Hazard(FrozenOne, "the frozen sibling trains", Reason.DIFFERENT_REQUIRES_GRAD),
     Hazard(FrozenBiases, "the frozen biases train"),
@@ -2609,6 +2782,20 @@ LIFE = (
             vectorize,
             clear_gradients,
             reset,
+            change_nothing,
+            freeze_listed,
+            delete_bias,
+            add_to_layer,
+            make_another,
+            assign_wrong_gradient,
+            keep_variables,
+            gradient_of_weights,
+            prune_later,
+            multiply_all,
+            wrap_forward,
+            patch_classes,
+            replace_function,
+            hook_all_modules,
             hook_weight,
             hook_layers,
             hook_state,
@@ -2641,6 +2828,8 @@ LIFE = (
             copy_for_threads,
             checkpoint_model,
             checkpoint_model_reentrant,
+            checkpoint_each,
+            wait_in_vain,
             call_functionally,
             vectorized_map,
             jacobians,
@@ -2670,6 +2859,9 @@ LIFE = (
             look_at_branch,
             copy_branch,
             average_branch,
+            convert_branch,
+            tie_weights,
+            optimize_again,
         )
     ),
 )

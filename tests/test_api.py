@@ -1,6 +1,7 @@
 """optimize, unfuse and report: what they promise of the model as a whole."""
 
 import copy
+import threading
 
 import pytest
 import torch
@@ -233,6 +234,22 @@ def test_a_model_that_cannot_be_copied(model, x):
     with pytest.raises(ValueError, match="cannot be copied"):
         conjoin.unfuse(optimized)
     assert conjoin.unfuse(optimized, inplace=True) is model
+
+
+def test_a_model_that_cannot_be_copied_is_traced_and_not_run(model, x):
+    model.lock = threading.Lock()
+    report = conjoin.report(model, (x,))
+    assert [group.layers for group in report.groups] == [("mean", "deviation")]
+    assert report.launches.before.forward is None
+    assert "cannot be copied" in report.untraced[0].why
+    with pytest.raises(ValueError, match=r"cannot be copied .* Pass inplace=True"):
+        conjoin.optimize(model, (x,))
+    assert conjoin.optimize(model, (x,), inplace=True).mean.wide_layer
+
+
+def test_an_optimizer_built_before_a_sibling_is_taken_out_is_warned_of(optimized):
+    with pytest.warns(UserWarning, match="build the optimizer after this"):
+        optimized.mean.requires_grad_(False)
 
 
 def test_plain_and_optimized_report_agree(model, optimized, x):

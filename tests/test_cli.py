@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
+from typing import NoReturn
 
 import pytest
 import torch
@@ -236,6 +237,67 @@ def test_optimize_and_unfuse(capsys: Capture, whole: str, heads: nn.Module) -> N
     assert list(plain.state_dict()) == list(heads.state_dict())
     assert all(torch.equal(plain.state_dict()[k], v) for k, v in heads.state_dict().items())
     assert sorted(os.listdir()) == ["fused.pt", "plain.pt", "whole.pt"]
+
+
+VERIFIED = "equal: 1 call in training and evaluation mode"
+UNVERIFIED = "not verified: there are no inputs to run the model on (give them with --input)"
+OPTIMIZE = ("optimize", "whole.pt", "-o", "fused.pt", "--trust-pickle")
+
+
+def forgetful(*_: object, **__: object) -> NoReturn:
+    raise RuntimeError("only leaves can be copied")
+
+
+def test_what_is_written_was_verified(capsys: Capture, whole: str) -> None:
+    out = succeed(capsys, *OPTIMIZE, "--input", "4x8")
+    assert f"fewer\n\n{VERIFIED}" in out
+    assert "2 outputs, 5 gradients" not in out  # The branches are united.
+    assert "1 output, 5 gradients" in out
+
+
+def test_without_inputs_the_output_says_that_nothing_was_verified(
+    capsys: Capture, whole: str
+) -> None:
+    assert f"\n\n{UNVERIFIED}\nwrote fused.pt\n" in succeed(capsys, *OPTIMIZE)
+
+
+def test_inputs_by_name_are_enough_to_verify(capsys: Capture, nets: str) -> None:
+    arguments = ("optimize", f"{nets}:Heads", "-o", "fused.pt", "--input", "x=4x8")
+    assert VERIFIED in succeed(capsys, *arguments)
+
+
+@pytest.mark.parametrize("dtype", ["float16", "bfloat16", "float64"])
+def test_verifying_a_model_of_another_dtype(
+    capsys: Capture, heads: nn.Module, whole: str, dtype: str
+) -> None:
+    torch.save(heads.to(getattr(torch, dtype)), whole)
+    assert "in float64\n" in succeed(capsys, *OPTIMIZE, "--input", f"4x8:{dtype}")
+
+
+def test_another_function_is_not_written(
+    capsys: Capture, whole: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def broken(model: nn.Sequential, *_: object, **__: object) -> nn.Module:
+        return model.append(nn.Softplus())
+
+    with monkeypatch.context() as patch:
+        patch.setattr(conjoin, "optimize", broken)
+        message = fail(capsys, *OPTIMIZE, "--input", "4x8")
+        assert "another function, so nothing is written" in message
+        assert "in training mode, call 1, output: differs by" in message
+        assert os.listdir() == [whole]
+        out = succeed(capsys, *OPTIMIZE, "--input", "4x8", "--no-verify")
+    assert "not verified, as --no-verify says\nwrote fused.pt\n" in out
+
+
+def test_no_verify_copies_no_model(
+    capsys: Capture, whole: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(cli.copy, "deepcopy", forgetful)
+    message = fail(capsys, *OPTIMIZE, "--input", "4x8")
+    assert "cannot be copied to verify it (only leaves can be copied)" in message
+    assert "--no-verify" in message
+    assert os.listdir() == [whole]
 
 
 def test_a_factory_can_be_written(capsys: Capture, nets: str) -> None:

@@ -5,17 +5,21 @@ from conjoin.api import optimize, report, unfuse
 from conjoin.layers import KINDS, Kind
 from conjoin.legality import Reason, Refusal
 from conjoin.report import Group, Report
+from conjoin.verify import Difference, Verification, verify
 
 __version__ = "0.1.0"
 __all__ = [
     "KINDS",
+    "Difference",
     "Group",
     "Kind",
     "Reason",
     "Refusal",
     "Report",
+    "Verification",
     "nn",
     "optimize",
     "report",
     "unfuse",
+    "verify",
 ]

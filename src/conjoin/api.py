@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import gc
 import itertools
 from collections.abc import Iterator, Mapping, Sequence
@@ -12,13 +13,13 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from conjoin.graph.siblings import Candidate, candidates
-from conjoin.graph.site import Sightings
+from conjoin.graph.site import Sightings, Untraced
 from conjoin.launches import UNCOUNTED, Counted, Launches
 from conjoin.layers import KINDS
 from conjoin.layers.wide import ENCLOSES, View, fuse, release, views
 from conjoin.report import Group, Report
 from conjoin.tracing import regions
-from conjoin.tracing.observe import Call, Copy, observe
+from conjoin.tracing.observe import Call, Copy, UncopyableError, observe
 from conjoin.tracing.symbolic import trace
 from conjoin.tracing.undisturbed import undisturbed
 
@@ -67,7 +68,8 @@ def optimize(
     with _no_collection():
         found, _ = _find(model, example_calls(example_inputs, example_kwargs))
         optimized = model if inplace else _copy(model)
-        _fuse_all(optimized, found)
+        if _fuse_all(optimized, found):
+            regions.uninstall(optimized)  # They may know wide layers that are no more.
         regions.install(optimized)
     return optimized
 
@@ -177,12 +179,18 @@ def _find(model: nn.Module, calls: list[Call]) -> tuple[tuple[Candidate, ...], S
     check_model(model)
     # A lazy layer does not run on fake tensors; a trace shows which siblings it would have.
     lazy = any(nn.parameter.is_lazy(parameter) for parameter in model.parameters())
-    sightings = observe(model, calls, KINDS) if calls and not lazy else trace(model, KINDS)
+    try:
+        sightings = observe(model, calls, KINDS) if calls and not lazy else trace(model, KINDS)
+    except UncopyableError as error:
+        untraced = Untraced("", f"it was traced and not run, since it cannot be copied: {error}")
+        sightings = trace(model, KINDS)
+        sightings = dataclasses.replace(sightings, untraced=(untraced, *sightings.untraced))
     return candidates(model, sightings, KINDS), sightings
 
 
-def _fuse_all(model: nn.Module, found: Sequence[Candidate]) -> None:
-    """Merges the candidates that may be merged and are not yet."""
+def _fuse_all(model: nn.Module, found: Sequence[Candidate]) -> bool:
+    """Merges the candidates that may be merged and are not yet; whether there were any."""
+    changed = False
     modules = dict(model.named_modules())
     order = {name: position for position, name in enumerate(modules)}
     for candidate in found:
@@ -199,6 +207,8 @@ def _fuse_all(model: nn.Module, found: Sequence[Candidate]) -> None:
             release(view)
         enclosing = model.get_submodule(_common(candidate.layers))
         fuse(candidate.kind, layers, enclosing, candidate.contiguous, leader)
+        changed = True
+    return changed
 
 
 def _common(names: Sequence[str]) -> str:
@@ -210,6 +220,12 @@ def _common(names: Sequence[str]) -> str:
 
 def _count(model: nn.Module, call: Call, found: Sequence[Candidate]) -> tuple[Counted, Counted]:
     """The launches of a call of the model, plain and optimized."""
+    with contextlib.suppress(UncopyableError):
+        return _counted(model, call, found)
+    return UNCOUNTED, UNCOUNTED
+
+
+def _counted(model: nn.Module, call: Call, found: Sequence[Candidate]) -> tuple[Counted, Counted]:
     try:
         return _count_on(Copy(model, fake=True), Copy(model, fake=True), call, found)
     except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.

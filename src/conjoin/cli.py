@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import argparse
 import ast
+import copy
 import io
 import logging
 import math
@@ -122,6 +123,11 @@ def _parser() -> argparse.ArgumentParser:
     _add_saved(optimize)
     _add_inputs(optimize)
     _add_out(optimize)
+    optimize.add_argument(
+        "--no-verify",
+        action="store_true",
+        help="write without running the model on its inputs, fused and as it was, to compare",
+    )
     optimize.set_defaults(run=_optimize)
 
     unfuse = commands.add_parser("unfuse", help="write the model with its original layers")
@@ -179,11 +185,41 @@ def _report(options: argparse.Namespace) -> str:
 def _optimize(options: argparse.Namespace) -> str:
     saved.check_out(options.out, source=options.saved, force=options.force)
     model, inputs, kwargs = _model_and_inputs(options, whole=True)
+    original = None
+    if inputs is not None and not options.no_verify:
+        original = _duplicate(model)
     with _wrong_inputs():
         fused = conjoin.optimize(model, inputs, example_kwargs=kwargs, inplace=True)
         report = conjoin.report(fused, inputs, example_kwargs=kwargs)
+        verdict = _UNVERIFIED[options.no_verify]
+        if original is not None:
+            verdict = _verified(conjoin.verify(original, fused, inputs, example_kwargs=kwargs))
     saved.write(fused, options.out, force=options.force)
-    return f"{report}\n\nwrote {options.out}"
+    return f"{report}\n\n{verdict}\nwrote {options.out}"
+
+
+_UNVERIFIED = {
+    False: "not verified: there are no inputs to run the model on (give them with --input)",
+    True: "not verified, as --no-verify says",
+}
+
+
+def _duplicate(model: nn.Module) -> nn.Module:
+    try:
+        return copy.deepcopy(model)
+    except (RuntimeError, TypeError, NotImplementedError) as error:
+        raise UsageError(
+            f"the model cannot be copied to verify it ({error}): --no-verify writes it unverified"
+        ) from error
+
+
+def _verified(verification: conjoin.Verification) -> str:
+    if not verification:
+        raise UsageError(
+            "the fused model is another function, so nothing is written (--no-verify would): "
+            f"{verification.difference}"
+        )
+    return str(verification)
 
 
 def _unfuse(options: argparse.Namespace) -> str:

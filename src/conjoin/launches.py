@@ -202,16 +202,16 @@ def count_step(
     with _fresh_gradients(leaves):
         with forward or LaunchCounter() as forward:
             outputs = model(*args, **kwargs)
-        # A tensor given out twice would add its gradient to itself; a leaf computes nothing.
-        roots = list({id(t): t for t in _tensors(outputs) if t.grad_fn is not None}.values())
-        if not roots:
-            return Count(forward.count, 0)
-        seeds = [torch.ones_like(root) for root in roots]
-        with LaunchCounter() as backward:
-            try:
+        try:
+            # A tensor given out twice would add its gradient to itself; a leaf computes nothing.
+            roots = list({id(t): t for t in _tensors(outputs) if t.grad_fn is not None}.values())
+            if not roots:
+                return Count(forward.count, 0)
+            seeds = [torch.ones_like(root) for root in roots]
+            with LaunchCounter() as backward:
                 torch.autograd.backward(roots, seeds)
-            except RuntimeError:  # The model's forward runs, but not its backward.
-                return Count(forward.count, None)
+        except RuntimeError:  # The model's forward runs, but not its backward.
+            return Count(forward.count, None)
     return Count(forward.count, backward.count)
 
 

@@ -117,7 +117,7 @@ REFUSALS = {
     "padding": (settings(padding=1), Reason.DIFFERENT_SETTINGS, ["padding=(1, 1)", "(0, 0)"]),
     "dilation": (settings(dilation=2), Reason.DIFFERENT_SETTINGS, ["dilation=(2, 2)"]),
     "padding_mode": (
-        settings(padding_mode="circular"),
+        settings(padding_mode="circular", padding=1),
         Reason.DIFFERENT_SETTINGS,
         ["padding_mode=circular", "zeros"],
     ),

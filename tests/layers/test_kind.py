@@ -2,7 +2,8 @@
 
 import pytest
 import torch
-from families import EVERY_KIND
+from equivalence import assert_equivalent
+from families import EVERY_KIND, Family, fused
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
@@ -226,7 +227,7 @@ DIFFERENCES = {
     "padding": {"padding": 1},
     "dilation": {"dilation": 2},
     "kernel_size": {"kernel_size": 1},
-    "padding_mode": {"padding_mode": "circular"},
+    "padding_mode": {"padding_mode": "circular", "padding": 1},
     "bias": {"bias": False},
     "dtype": {"dtype": torch.float64},
     "device": {"device": "meta"},
@@ -244,6 +245,46 @@ def test_what_must_be_equal(name, settings):
     mine, theirs = in_common(one), in_common(other)
     assert name in {key for key in mine if mine[key] != theirs[key]}
     assert mine == in_common(nn.Conv2d(2, 5, **base))
+
+
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ({"padding": 1}, {"padding": "same"}),
+        ({"padding": (2, 2), "dilation": 2}, {"padding": "same", "dilation": 2}),
+        ({"padding": 0}, {"padding": "valid"}),
+        ({"padding": 0}, {"padding_mode": "circular"}),
+    ],
+)
+def test_one_padding_in_two_spellings(one, other):
+    layers = [nn.Conv2d(2, 3, 3, **settings).double() for settings in (one, other)]
+    assert in_common(layers[0]) == in_common(layers[1])
+    plain = Family(layers)
+    x = torch.randn(2, 2, 6, 7, dtype=torch.float64)
+    assert_equivalent(fused(plain), plain, (x,))
+
+
+def test_a_padding_that_is_not_the_same_on_both_sides_stays_one_of_its_own():
+    layers = [nn.Conv2d(2, 3, 2, padding=padding) for padding in (1, "same")]
+    assert in_common(layers[0]) != in_common(layers[1])
+
+
+def test_parameters_of_unusual_shapes():
+    layer = nn.Linear(4, 3)
+    layer.bias = nn.Parameter(torch.ones(1))
+    assert kind_of(layer).check(layer) == (
+        Reason.UNSUPPORTED_OPTION,
+        "bias has the shape (1,)",
+    )
+    layer = nn.Linear(4, 3, bias=False)
+    layer.weight = nn.Parameter(torch.ones(4))
+    assert kind_of(layer).check(layer)[0] is Reason.UNSUPPORTED_OPTION
+
+
+def test_a_class_of_layers_whose_forward_was_replaced(monkeypatch):
+    layer = nn.Linear(4, 3)
+    monkeypatch.setattr(nn.Linear, "forward", lambda self, x: x)
+    assert kind_of(layer).check(layer) == (Reason.OWN_FORWARD, "Linear.forward was replaced")
 
 
 def test_memory_format_and_requires_grad_must_be_equal():

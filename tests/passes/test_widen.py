@@ -26,7 +26,7 @@ class Called(nn.Module):
         self.hooked = nn.Tanh()
         self.hooked.register_forward_hook(lambda module, args, output: None)
         self.script = script
-        merge([self.a, self.b, self.c])
+        merge([self.a, self.b, self.c], enclosing=self)
 
     def forward(self, x):
         return self.script(self, x)
@@ -238,7 +238,7 @@ def test_a_second_time_changes_nothing(script, count):
 def test_siblings_that_read_a_sibling():
     model = Called(lambda m, x: (m.p(y := m.b(x)), m.a(x), m.c(x), m.q(y))).double()
     model.p, model.q = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
-    merge([model.p, model.q])
+    merge([model.p, model.q], enclosing=model)
     graph = _Tracer().trace(model)
     assert widen(graph, dict(model.named_modules())) == []
     graph.lint()
@@ -251,7 +251,7 @@ def test_a_hook_on_a_view_between():
     """A view is PyTorch's own layer only as long as nobody hooks anything to it."""
     model = Called(lambda m, x: (m.a(x), m.p(x), m.b(x), m.c(x)))
     model.p, model.q = nn.Linear(4, 4), nn.Linear(4, 4)
-    merge([model.p, model.q])
+    merge([model.p, model.q], enclosing=model)
     assert widen(_Tracer().trace(model), dict(model.named_modules())) is not None
     model.p.register_forward_hook(lambda module, args, output: args[0].zero_())
     assert widen(_Tracer().trace(model), dict(model.named_modules())) is None
@@ -261,7 +261,7 @@ def test_a_view_between_is_relied_on():
     """It is still called, but earlier or later than before, which a hook would notice."""
     model = Called(lambda m, x: (m.a(x), m.p(x), m.b(x), m.c(x)))
     model.p, model.q = nn.Linear(4, 4), nn.Linear(4, 4)
-    merge([model.p, model.q])
+    merge([model.p, model.q], enclosing=model)
     assert widen(_Tracer().trace(model), dict(model.named_modules())) == ["p"]
 
 

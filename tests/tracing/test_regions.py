@@ -292,7 +292,6 @@ def test_changed_afterwards(name, change, copied):
 
 
 REFUSED_CHANGES = {
-    "pruned": lambda model: prune.l1_unstructured(model.mean, "weight", 0.5),
     "weight_norm": lambda model: parametrizations.weight_norm(model.mean),
     "old weight_norm": lambda model: nn.utils.weight_norm(model.mean),
     "spectral_norm": lambda model: nn.utils.spectral_norm(model.mean),

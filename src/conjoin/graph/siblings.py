@@ -7,6 +7,7 @@ Siblings may be merged where the kind says that they are legal and all that must
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Sequence
 from dataclasses import dataclass
 
@@ -141,7 +142,7 @@ def _resolve(
         if verdicts[name] is None
     }
     groups: list[list[str]] = []
-    for together in _equal({name: calls[name] for name in keys}):
+    for together in _equal({name: _counted(calls[name]) for name in keys}):
         groups += _equal({name: tuple(keys[name].items()) for name in together})
     for group in groups:
         if len(group) > 1:
@@ -183,17 +184,22 @@ def _equal(values: dict[str, Hashable]) -> list[list[str]]:
     return list(groups.values())
 
 
+def _counted(calls: Iterable[Hashable]) -> Hashable:
+    """The calls in any order, each as often as it is made."""
+    return frozenset(Counter(calls).items())
+
+
 def _apart(name: str, other: str, calls: dict[str, Calls]) -> Verdict | None:
     """Why two layers' calls do not go together; None where they do."""
     mine, theirs = calls[name], calls[other]
-    if mine == theirs:
+    if _counted(mine) == _counted(theirs):
         return None
-    if [call[0] for call in mine] != [call[0] for call in theirs]:
+    if _counted(call[0] for call in mine) != _counted(call[0] for call in theirs):
         counts = _inputs(mine), _inputs(theirs)
         if counts[0] == counts[1]:
             return Reason.CALLED_APART, f"it reads tensors that {other} does not"
         return Reason.CALLED_APART, f"it reads {counts[0]}, and {other} {counts[1]}"
-    if [call[1] for call in mine] != [call[1] for call in theirs]:
+    if _counted(call[:2] for call in mine) != _counted(call[:2] for call in theirs):
         return Reason.INPUT_MUTATED, f"what {other} reads has other values by then"
     return Reason.CALLED_APART, f"it runs with gradients or autocast set otherwise than {other}"
 

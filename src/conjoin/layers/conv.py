@@ -47,9 +47,14 @@ class _Conv(_Convolution):
     )
 
     def key(self, layer: nn.Module) -> dict[str, object]:
-        """The settings, and the padding as `F.pad` wants it."""
-        padding: Any = layer._reversed_padding_repeated_twice
-        return {**super().key(layer), "_reversed_padding": tuple(padding)}
+        """The settings, with the padding in numbers, and as `F.pad` wants it."""
+        around: Any = layer._reversed_padding_repeated_twice
+        found = {**super().key(layer), "_reversed_padding": tuple(around)}
+        if not any(around):
+            found["padding_mode"] = "zeros"
+        if isinstance(layer.padding, str) and tuple(around[::2]) == tuple(around[1::2]):
+            found["padding"] = tuple(reversed(around[::2]))
+        return found
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(batch, in, *space) -> (batch, sum out_i, *space')."""

@@ -47,6 +47,10 @@ TENSORS = ("weight", "bias")
 """The parameters that are merged; all others of a layer stay where they are."""
 
 
+FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {}
+"""The forwards of the classes of layers, as they were when the kinds were defined."""
+
+
 class Kind(ABC):
     """One kind of layer; stateless, so that one instance serves all layers of the kind."""
 
@@ -62,6 +66,11 @@ class Kind(ABC):
     output_dim: ClassVar[int] = -1
     """The dimension of the output, counted from the end, that runs over the output channels."""
 
+    def __init_subclass__(cls) -> None:
+        """Keeps the forward of the layers, to notice when somebody replaces it."""
+        if layer := vars(cls).get("layer"):
+            FORWARDS[layer] = layer.forward
+
     @property
     def name(self) -> str:
         """The name that reports show."""
@@ -74,8 +83,21 @@ class Kind(ABC):
     def check(self, layer: nn.Module) -> Verdict | None:
         """Why this layer, looked at by itself, cannot be merged; None where it can."""
         return (
-            _initialized(layer) or _plain(layer, self.layer) or _unhooked(layer) or _ordinary(layer)
+            _initialized(layer)
+            or _plain(layer, self.layer)
+            or _unhooked(layer)
+            or _ordinary(layer)
+            or self._shaped(layer)
         )
+
+    def _shaped(self, layer: nn.Module) -> Verdict | None:
+        held = tensors(layer)
+        weight, bias = held["weight"].shape, held["bias"].shape if "bias" in held else None
+        if len(weight) != max(2, 1 - self.output_dim):
+            return Reason.UNSUPPORTED_OPTION, f"weight has the shape {tuple(weight)}"
+        if bias not in (None, (weight[self.weight_dim],)):
+            return Reason.UNSUPPORTED_OPTION, f"bias has the shape {tuple(bias)}"
+        return None
 
     def shapes(self, layers: Sequence[nn.Module]) -> tuple[torch.Size, ...]:
         """The shapes of the siblings' weights."""
@@ -87,7 +109,8 @@ class Kind(ABC):
             return torch.cat(list(blocks))
         if wide.channels_last:
             blocks = [block.movedim(1, -1) for block in blocks]
-        return torch.cat([block.reshape(-1) for block in blocks])
+        # Two dimensions, since training scripts tell weights from biases by that.
+        return torch.cat([block.reshape(-1, 1) for block in blocks])
 
     def part(self, wide: Wide, name: str, tensor: Tensor, index: int) -> Tensor:
         """The `index`-th sibling's part of the wide layer's `weight` or `bias`: a view.
@@ -99,7 +122,9 @@ class Kind(ABC):
             index: which sibling.
         """
         if name == "weight" and self.weight_dim != 0:
-            return self._blocks(wide, tensor)[index]
+            sizes = [shape.numel() for shape in wide.shapes]
+            block = tensor.narrow(0, sum(sizes[:index]), sizes[index])
+            return self._as_weight(wide, block, wide.shapes[index])
         return tensor.narrow(0, sum(wide.widths[:index]), wide.widths[index])
 
     def joined(self, wide: Wide) -> Tensor:
@@ -113,14 +138,18 @@ class Kind(ABC):
         return torch.cat(self._blocks(wide, wide.weight), dim=self.weight_dim)
 
     def _blocks(self, wide: Wide, weight: Tensor) -> list[Tensor]:
-        """The siblings' weights, from the one-dimensional tensor that holds them as blocks."""
+        """The siblings' weights, from the tensor (numbers, 1) that holds them as blocks."""
         blocks = torch.split(weight, [shape.numel() for shape in wide.shapes])
-        if not wide.channels_last:
-            return [block.view(shape) for block, shape in zip(blocks, wide.shapes, strict=True)]
         return [
-            block.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
+            self._as_weight(wide, block, shape)
             for block, shape in zip(blocks, wide.shapes, strict=True)
         ]
+
+    def _as_weight(self, wide: Wide, block: Tensor, shape: torch.Size) -> Tensor:
+        """A block (numbers, 1) as the sibling's weight: a view."""
+        if not wide.channels_last:
+            return block.view(shape)
+        return block.view(shape[0], *shape[2:], shape[1]).movedim(-1, 1)
 
     def split(self, wide: Wide) -> tuple[Callable[..., Sequence[Tensor]], tuple[Any, ...]]:
         """How the wide layer's output is cut into its parts.
@@ -190,6 +219,8 @@ def _plain(layer: nn.Module, base: type[nn.Module]) -> Verdict | None:
             return Reason.PARAMETRIZED, f"{name} is no Parameter of the layer itself"
     if layer._parameters.get("weight") is None:
         return Reason.PARAMETRIZED, "it has no weight of its own"
+    if base.forward is not FORWARDS.get(base, base.forward):
+        return Reason.OWN_FORWARD, f"{base.__name__}.forward was replaced"
     for name, value in vars(layer).items():
         if callable(value) and hasattr(base, name):
             return Reason.OWN_FORWARD, f"{name} was replaced on the instance"

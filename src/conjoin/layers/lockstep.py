@@ -80,7 +80,7 @@ class _Alias(torch.autograd.Function):
         return grads[0]
 
 
-def take(wide: Wide, index: int, input: Tensor) -> Tensor | None:
+def take(wide: Wide, index: int, input: Any) -> Tensor | None:
     """The `index`-th part of the wide layer's output for `input`.
 
     Args:
@@ -103,14 +103,18 @@ def take(wide: Wide, index: int, input: Tensor) -> Tensor | None:
         return part
     if run is not None:
         _drop(_thread.runs, key)
-    return None if wide.wasted >= PATIENCE else _start(key, wide, index, input)
+    # A checkpoint computes again what it did, so patience must not end between the two.
+    checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    if wide.wasted >= PATIENCE and not checkpointed:
+        return None
+    return _start(key, wide, index, input)
 
 
 def _start(key: tuple[int, int], wide: Wide, index: int, input: Tensor) -> Tensor | None:
     state = _state(wide, input)
     alias = _alias(input)
     try:
-        output = wide(alias)
+        output = wide.forward(alias)  # No call of a module that hooks of all modules would see.
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None  # The sibling's own computation raises the error in the sibling's own words.
     graph: Callable[[], object] | None = None

@@ -15,6 +15,9 @@ from __future__ import annotations
 
 import copy
 import functools
+import inspect
+import operator
+import threading
 import uuid
 import warnings
 import weakref
@@ -28,6 +31,9 @@ from torch.utils import _pytree as pytree
 from conjoin.layers import lockstep
 from conjoin.layers.kind import TENSORS, Kind, memory_format, tensors
 from conjoin.layers.lockstep import in_transform
+
+DATA_PARALLEL = "torch.nn.parallel.distributed"
+"""The module of `DistributedDataParallel`, which must find each parameter at one module only."""
 
 WIDE = "wide"
 """The name of the wide layer among its view's children."""
@@ -70,13 +76,15 @@ class Wide(nn.Module):
         self.register_parameter("bias", self._merge("bias", layers))
 
     def _forget(self) -> None:
+        self._converted: tuple[Any, set[int]] = None, set()
         self._enclosing: weakref.ref[nn.Module] | None = None
         self._parts: weakref.WeakValueDictionary[tuple[int, str], Part]
         self._parts = weakref.WeakValueDictionary()
 
     def __getstate__(self) -> dict[str, Any]:
-        """All but the weak references, which are to this one's own surroundings."""
-        return {k: v for k, v in vars(self).items() if k not in ("_enclosing", "_parts")}
+        """All but what concerns this one's own surroundings, or what is going on."""
+        passing = ("_enclosing", "_parts", "_converted")
+        return {name: value for name, value in vars(self).items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
@@ -122,8 +130,9 @@ class Wide(nn.Module):
             whole: Tensor | None = getattr(self, name)
             part = None if whole is None else self.part(name, whole, index)
             if name == "weight" and self.kind.weight_dim != 0 and part is not None:
-                part = part.reshape(-1)
-            one.__dict__[name] = part
+                part = part.reshape(-1, 1)
+            # Parameters, since errors may tell the types of what they are about.
+            one.__dict__[name] = part if part is None else nn.Parameter(part.detach(), False)
         return one
 
     def part(self, name: str, tensor: Tensor, index: int) -> Tensor:
@@ -159,6 +168,15 @@ class Wide(nn.Module):
         if part is None or part.conjoin_view is not view or part.conjoin_whole is not part.whole():
             part = self._parts[key] = Part.of(view, name)
         return part.bound()
+
+    def convert(self, fn: Any, index: int) -> None:
+        """Applies `fn` once, though every view is asked to."""
+        known, done = self._converted
+        if known is not fn or index in done:
+            self._apply(fn)
+            done = set()
+        done.add(index)
+        self._converted = (None, set()) if len(done) == len(self.widths) else (fn, done)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
@@ -214,17 +232,9 @@ class View(nn.Module):
         tensor: Tensor | None = getattr(wide, name)
         return None if tensor is None else wide.part(name, tensor, self.conjoin_index)
 
-    def forward(self, input: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """What the sibling's own forward gives.
-
-        Siblings that are called with the same tensor share one call of the wide layer.
-        """
-        if not isinstance(self, View):  # A bound method that somebody kept.
-            return cast(Tensor, type(self).forward(self, input, *args, **kwargs))
-        if args or kwargs:
-            return cast(Tensor, self.conjoin_base.forward(self, input, *args, **kwargs))
-        shared = lockstep.take(self.wide_layer, self.conjoin_index, input)
-        return cast(Tensor, self.conjoin_base.forward(self, input)) if shared is None else shared
+    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
+        """A layer of the sibling's own class, where somebody makes another one like it."""
+        return cls.conjoin_base(*args, **kwargs) if args or kwargs else super().__new__(cls)
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Changing a parameter, a setting or a method makes this sibling a plain layer again."""
@@ -236,15 +246,31 @@ class View(nn.Module):
                     f"cannot assign '{torch.typename(value)}' as parameter '{name}' "
                     "(torch.nn.Parameter or None expected)"
                 )
-            setattr(_take_out(self), name, value)
+            setattr(_take_out(self), name, _unshared(value))
         else:
             super().__setattr__(name, value)
+
+    def __delattr__(self, name: str) -> None:
+        """Deleting a parameter makes this sibling a plain layer again."""
+        if name in TENSORS and self._slice(name) is not None:
+            delattr(_take_out(self), name)
+        else:
+            super().__delattr__(name)
+
+    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
+        """A parameter of the sibling's own, which for its weight or bias makes it a plain layer."""
+        if name in TENSORS:
+            self = cast(View, _take_out(self))
+        nn.Module.register_parameter(self, name, param)
 
     def _is_own(self, name: str, value: Any) -> bool:
         if name.startswith("__") or name == "training":
             return False
-        setting = not name.startswith("_") and name in vars(self)
-        return name in TENSORS or setting or callable(getattr(type(self), name, None))
+        if not name.startswith("_") and name in vars(self):
+            held = vars(self)[name]
+            same = held is value or (isinstance(held, (int, float, str)) and held == value)
+            return not same
+        return name in TENSORS or callable(getattr(type(self), name, None))
 
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
@@ -253,7 +279,12 @@ class View(nn.Module):
         dot = f"{prefix}." if prefix else ""
         # All at once: what is done to the first may make this a plain layer.
         own = [(dot + name, part) for name in TENSORS if (part := self._part(name)) is not None]
-        own += super().named_parameters(prefix, False, remove_duplicate)
+        frame = inspect.currentframe()
+        caller = frame.f_back if frame is not None else None
+        if caller is not None and caller.f_globals.get("__name__") == DATA_PARALLEL:
+            own = []  # It goes through all modules, and meets the wide layer's by itself.
+        others = super().named_parameters(prefix, recurse, remove_duplicate)
+        own += [(name, p) for name, p in others if not name.startswith(f"{dot}{WIDE}.")]
         yield from cast("list[tuple[str, nn.Parameter]]", own)
 
     def named_modules(
@@ -280,7 +311,10 @@ class View(nn.Module):
         return ((name, child) for name, child in super().named_children() if name != WIDE)
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        self.wide_layer._apply(fn, recurse)
+        """With its siblings where all are converted; otherwise it becomes a plain layer."""
+        if not _conversion.concerns_all(self.wide_layer, fn):
+            return _take_out(self)._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.wide_layer.convert(fn, self.conjoin_index)
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def __repr__(self) -> str:
@@ -293,7 +327,7 @@ class View(nn.Module):
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
         for name in TENSORS:
-            tensor = self._slice(name)
+            tensor = self._part(name) if keep_vars else self._slice(name)
             if tensor is not None:
                 destination[prefix + name] = tensor if keep_vars else tensor.detach()
         super()._save_to_state_dict(destination, prefix, keep_vars)
@@ -316,6 +350,37 @@ class View(nn.Module):
             _adopt(self, replaced)
 
 
+class _Conversion(threading.local):
+    """The conversion of a module, such as `half()`, that is going on."""
+
+    fn: object = None
+    modules: frozenset[int] = frozenset()
+
+    def concerns_all(self, wide: Wide, fn: object) -> bool:
+        """Whether `fn` is being applied to a module that encloses all siblings."""
+        if self.fn is not fn:
+            self.fn = fn
+            self.modules = frozenset(map(id, _converted_module().modules()))
+        # Going through the modules has shown each wide layer the one that encloses its siblings.
+        enclosing = wide._enclosing and wide._enclosing()
+        return enclosing is not None and id(enclosing) in self.modules
+
+
+_conversion = _Conversion()
+
+
+def _converted_module() -> nn.Module:
+    """The module on which the innermost chain of `_apply` began, which the call stack tells."""
+    found: nn.Module | None = None
+    frame = inspect.currentframe()
+    while frame is not None and (found is None or frame.f_code.co_name == "_apply"):
+        if frame.f_code.co_name == "_apply":
+            found = frame.f_locals["self"]
+        frame = frame.f_back
+    assert found is not None  # It is called by the `_apply` of a view.
+    return found
+
+
 class Own(nn.Module):
     """A view's own parameters, where a module is listed that holds not all of its siblings."""
 
@@ -333,6 +398,7 @@ def view_class(base: type[nn.Module]) -> type[View]:
     if base not in _view_classes:
         names = {
             "conjoin_base": base,
+            "forward": _forward(base),
             "__module__": base.__module__,
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
@@ -341,9 +407,29 @@ def view_class(base: type[nn.Module]) -> type[View]:
     return _view_classes[base]
 
 
+def _forward(base: type[nn.Module]) -> Callable[..., Any]:
+    """A forward that gives what the forward of `base` gives.
+
+    Siblings that are called with the same tensor share one call of the wide layer.
+    """
+    known = base.forward
+
+    @functools.wraps(known)
+    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        input = args[0] if args else kwargs.get("input")
+        plain = len(args) + len(kwargs) == 1 and base.forward is known
+        if plain and isinstance(self, View):  # It is no view for a bound method that was kept.
+            shared = lockstep.take(self.wide_layer, self.conjoin_index, input)
+            if shared is not None:
+                return shared
+        return base.forward(self, *args, **kwargs)
+
+    return forward
+
+
 def _new_view(base: type[nn.Module]) -> View:
     cls = view_class(base)
-    return cls.__new__(cls)
+    return cast(View, cls.__new__(cls))
 
 
 def fuse(
@@ -381,10 +467,22 @@ def _alone(name: str) -> Callable[..., Any]:
     """A method of a module, for one sibling alone: it becomes a plain layer first."""
 
     def method(self: View, *args: Any, **kwargs: Any) -> Any:
-        return getattr(_take_out(self), name)(*args, **kwargs)
+        changes = _changes(self, name, args, kwargs)
+        return getattr(_take_out(self), name)(*args, **kwargs) if changes else self
 
     method.__name__ = name
     return method
+
+
+def _changes(view: View, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
+    """Whether a method of a module changes a view's parameters, tried on empty ones."""
+    if name == "to_empty" or kwargs.get("memory_format") is not None:
+        return True
+    held = [p for key in TENSORS if (p := getattr(view.wide_layer, key)) is not None]
+    empty = [nn.Parameter(p.new_empty(0), p.requires_grad) for p in held]
+    getattr(nn.ParameterList(empty), name)(*args, **kwargs)
+    facts = operator.attrgetter("dtype", "device", "requires_grad")
+    return [*map(facts, held)] != [*map(facts, empty)]
 
 
 for _name in (
@@ -497,6 +595,7 @@ class Part(Tensor):
         if not isinstance(self.conjoin_view, View):
             whole.grad = gradient
             return
+        self.data.grad = gradient  # Raises what PyTorch says of a gradient that does not fit.
         if whole.grad is None:
             whole.grad = torch.zeros_like(whole)
         with torch.no_grad():
@@ -560,6 +659,18 @@ def _take_out(view: View) -> nn.Module:
         stacklevel=3,
     )
     return release(view)
+
+
+def _unshared(value: Any) -> Any:
+    """A value that is to be kept in a module: of a part, the Parameter of a plain layer."""
+    return value._alone() if isinstance(value, Part) else value
+
+
+def _registered(module: nn.Module, name: str, value: Any) -> Any:
+    return _unshared(value)
+
+
+nn.modules.module.register_module_parameter_registration_hook(_registered)
 
 
 def release(view: View) -> nn.Module:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import contextlib
 import copy
 import functools
+import inspect
 import itertools
 import math
 from collections.abc import Callable, Iterable, Iterator, Sequence
@@ -90,6 +91,10 @@ WAYS_AROUND = frozenset(
 """Functions that lead to changes of a tensor that its version counter does not see."""
 
 
+class UncopyableError(ValueError):
+    """The model cannot be copied, so there is nothing to run."""
+
+
 class Copy:
     """A copy of a model to run the example inputs on, with fake tensors where they carry it.
 
@@ -99,7 +104,11 @@ class Copy:
     """
 
     def __init__(self, model: nn.Module, *, fake: bool) -> None:
-        """Copies `model`."""
+        """Copies `model`.
+
+        Raises:
+            UncopyableError: it cannot be copied, even for real.
+        """
         self.fake = fake
         self._mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         self.model = self._copied(model)
@@ -107,7 +116,10 @@ class Copy:
 
     def _copied(self, model: nn.Module) -> nn.Module:
         if self._mode is None:
-            return copy.deepcopy(model)
+            try:
+                return copy.deepcopy(model)
+            except Exception as error:  # Whatever the model holds may raise anything.
+                raise UncopyableError(_line(error)) from error
         # What most models consist of is made anew, which is much faster than converting it.
         memo: dict[int, Any] = {}
         plain = list(_plain_tensors(model))
@@ -128,7 +140,8 @@ class Copy:
         """Runs the copy on arguments like these, and gives its output."""
         args, kwargs = pytree.tree_map_only(Tensor, self._argument, call)
         with self._entered(), letting_go():
-            return self.model(*args, **kwargs)
+            output = self.model(*args, **kwargs)
+            return list(output) if inspect.isgenerator(output) else output
 
     def count(self, call: Call, layers: Iterable[str]) -> Counted:
         """The launches of a step on arguments like these, in all and within each of `layers`."""

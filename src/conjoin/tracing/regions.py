@@ -16,11 +16,11 @@ from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from conjoin.graph.hazards import CALL_HOOKS
-from conjoin.layers.lockstep import in_transform
+from conjoin.layers.lockstep import PLAIN_TENSORS, in_transform
 from conjoin.layers.wide import View, views
 from conjoin.passes import PIPELINE
 from conjoin.tracing import sound
@@ -67,7 +67,10 @@ class Plan:
         for attributes, name, value in self.constants:
             if attributes.get(name, sound.MISSING) is not value:
                 return False
-        return True
+        for namespace, name, value in self.traced.globals:
+            if namespace.get(name) is not value:
+                return False
+        return all(cls.forward is forward for cls, forward in self.traced.forwards)
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
         """The forward unbound; the copied region binds it to its own modules."""
@@ -152,9 +155,16 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
         plan: Plan | None = vars(self).get(PLAN)
         if plan is None or kwargs or len(args) != plan.traced.arity or not plan.holds():
             return base.forward(self, *args, **kwargs)
+        if not all(map(_is_plain, args)):
+            return base.forward(self, *args)
         return plan.traced.function(self, *args)
 
     return forward
+
+
+def _is_plain(value: object) -> bool:
+    """Whether an argument is no tensor of another class, which may not know all operations."""
+    return not isinstance(value, Tensor) or (type(value) in PLAIN_TENSORS and not value.is_nested)
 
 
 def _new_region(base: type[nn.Module]) -> Region:
@@ -198,8 +208,12 @@ def _install(module: nn.Module) -> None:
         traced = sound.trace(module, PIPELINE)
     if traced is None:
         return
+    try:
+        cls = region_class(type(module))
+    except Exception:  # noqa: BLE001 - A metaclass of the user's, which may refuse a subclass.
+        return
     vars(module)[PLAN] = _bind(module, traced)
-    module.__class__ = region_class(type(module))
+    module.__class__ = cls
 
 
 def _enclosing(model: nn.Module) -> Iterator[nn.Module]:

@@ -88,6 +88,8 @@ class Traced:
             the parent, the name, and the class of the module that stands there.
         containers: paths of modules that may have been iterated over, and their children's names.
         constants: paths of modules, the names of attributes that were read, and their values.
+        globals: namespaces, the names of functions that were called, and these functions.
+        forwards: classes of modules, and their forwards.
     """
 
     function: Callable[..., Any]
@@ -95,6 +97,8 @@ class Traced:
     modules: tuple[tuple[str, str, type], ...]
     containers: tuple[tuple[str, tuple[str, ...]], ...]
     constants: tuple[tuple[str, str, Any], ...]
+    globals: tuple[tuple[dict[str, Any], str, Any], ...]
+    forwards: tuple[tuple[type[nn.Module], Callable[..., Any]], ...]
 
 
 class _Tracer(fx.Tracer):
@@ -148,7 +152,7 @@ def trace(region: nn.Module, pipeline: Sequence[Pass]) -> Traced | None:
     """
     inlined = _inlined(region)
     try:
-        names = _check(region, inlined)
+        names, functions = _check(region, inlined)
         constants = tuple(_constants(region, inlined, names))
         with _NothingReal(), letting_go():
             graph = _Tracer(inlined).trace(region)
@@ -180,7 +184,14 @@ def trace(region: nn.Module, pipeline: Sequence[Pass]) -> Traced | None:
             if module in inlined or module in containers
         ),
         (*constants, *_switches(modules, places)),
+        functions,
+        tuple((cls, cls.forward) for cls in {plain_class(m) for m in {*watched, *inlined}}),
     )
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The module's class, for a view or a region that of the user's."""
+    return getattr(type(module), "conjoin_base", type(module))
 
 
 def _inlined(region: nn.Module) -> set[nn.Module]:
@@ -193,11 +204,13 @@ def _inlined(region: nn.Module) -> set[nn.Module]:
     }
 
 
-def _check(region: nn.Module, inlined: set[nn.Module]) -> set[str]:
+def _check(
+    region: nn.Module, inlined: set[nn.Module]
+) -> tuple[set[str], tuple[tuple[dict[str, Any], str, Any], ...]]:
     """Checks all functions but PyTorch's own that a forward of `inlined` may run.
 
     Returns:
-        The names that they use.
+        The names that they use; and the functions that are globals, with namespace and name.
 
     Raises:
         UnsoundError: in one of them Python may decide something, or remember it.
@@ -225,6 +238,7 @@ def _check(region: nn.Module, inlined: set[nn.Module]) -> set[str]:
         raise UnsoundError("a forward is no plain function")
     seen: set[FunctionType] = set()
     used: set[str] = set()
+    functions: list[tuple[dict[str, Any], str, Any]] = []
     while pending:
         function = pending.pop()
         if function in seen:
@@ -235,6 +249,9 @@ def _check(region: nn.Module, inlined: set[nn.Module]) -> set[str]:
             for kind, name in _names(code):
                 if kind == "global":
                     pending += _global(name, function.__globals__)
+                    value = function.__globals__.get(name)
+                    if callable(value):
+                        functions.append((function.__globals__, name, value))
                     continue
                 used.add(name)
                 methods = [f for own in owned for f in own.get(name, ())]
@@ -243,7 +260,7 @@ def _check(region: nn.Module, inlined: set[nn.Module]) -> set[str]:
                 constant = any(name in own and not own[name] for own in owned)
                 if not known or constant or name in foreign:
                     raise UnsoundError(f"it uses .{name}")
-    return used
+    return used, tuple(functions)
 
 
 def _own(cls: type) -> dict[str, list[FunctionType]]:
