@@ -253,7 +253,6 @@ def test_what_must_be_equal(name, settings):
         ({"padding": 1}, {"padding": "same"}),
         ({"padding": (2, 2), "dilation": 2}, {"padding": "same", "dilation": 2}),
         ({"padding": 0}, {"padding": "valid"}),
-        ({"padding": 0}, {"padding_mode": "circular"}),
     ],
 )
 def test_one_padding_in_two_spellings(one, other):

@@ -50,8 +50,6 @@ class _Conv(_Convolution):
         """The settings, with the padding in numbers, and as `F.pad` wants it."""
         around: Any = layer._reversed_padding_repeated_twice
         found = {**super().key(layer), "_reversed_padding": tuple(around)}
-        if not any(around):
-            found["padding_mode"] = "zeros"
         if isinstance(layer.padding, str) and tuple(around[::2]) == tuple(around[1::2]):
             found["padding"] = tuple(reversed(around[::2]))
         return found
