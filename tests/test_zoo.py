@@ -20,7 +20,7 @@ from equivalence import (
     step,
 )
 from torch import Tensor, nn
-from zoo import PACKAGE, ZOO, Specimen
+from zoo import FILES, ZOO, Specimen
 
 import conjoin
 from conjoin.layers.wide import views
@@ -75,7 +75,7 @@ class Case:
 # Scope and parameter make pytest run all tests of one model in a row: each is made only once.
 @pytest.fixture(scope="module", params=ZOO)
 def case(request):
-    pytest.importorskip(PACKAGE[request.param])
+    pytest.importorskip(ZOO[request.param].package)
     threads = torch.get_num_threads()
     torch.set_num_threads(1)
     specimen = ZOO[request.param]
@@ -138,6 +138,12 @@ def readers(case):
     return [names for names in found.values() if len(names) > 1]
 
 
+def test_the_zoo_is_large_and_no_name_stands_for_two_models():
+    assert len(ZOO) == sum(len(file.MODELS) for file in FILES)
+    assert len(ZOO) >= 150
+    assert len({model.package for model in ZOO.values()}) >= 20
+
+
 def test_every_group_that_a_run_shows_is_fused_or_refused(case):
     seen = readers(case)
     groups = case.report.groups
@@ -195,7 +201,7 @@ def test_trained_weights_come_back(case):
         step(model, case.args, case.kwargs)
         torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
         optimizer.step()
-    plain = conjoin.unfuse(trained[1])
+    plain = conjoin.unfuse(trained[1], inplace=True)  # Some hold what cannot be copied by now.
     assert_same_structure(plain, case.model)
     assert_close(plain.state_dict(), trained[0].state_dict())
 
@@ -226,7 +232,7 @@ def test_state_goes_through_safetensors(case):
     safetensors = pytest.importorskip("safetensors.torch")
     try:
         safetensors.save(case.model.state_dict())
-    except RuntimeError:
+    except (RuntimeError, ValueError):
         pytest.skip("the original's does not either")
     loaded = safetensors.load(safetensors.save(case.fused.state_dict()))
     assert all(same_bits(loaded[key], value) for key, value in case.model.state_dict().items())
@@ -239,6 +245,8 @@ def test_save_pretrained_gives_a_checkpoint_of_the_plain_class(case, tmp_path):
         reloaded(model, type(case.model), tmp_path / name)
         for name, model in (("plain", case.model), ("fused", case.fused))
     )
+    if list(plain.state_dict()) != list(case.model.state_dict()):
+        pytest.skip("the original's does not come back either")
     assert_same_structure(fused, plain)
     assert_same_state(fused, plain)
 

@@ -28,7 +28,7 @@ def diffuser(
 
         return getattr(diffusers, name)(**settings)
 
-    return Specimen(build, kwargs=inputs, fuses=fuses)
+    return Specimen(build, kwargs=inputs, fuses=fuses, package="diffusers")
 
 
 UNET = {

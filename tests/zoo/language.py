@@ -58,7 +58,7 @@ def hugging(
             model.freeze_feature_encoder()  # Otherwise it changes flags of the input itself.
         return model
 
-    return Specimen(build, kwargs=inputs, fuses=fuses)
+    return Specimen(build, kwargs=inputs, fuses=fuses, package="transformers")
 
 
 def text(length: int = 6) -> dict[str, Any]:

@@ -21,23 +21,20 @@ def cv(name: str, size: int = 64, *, fuses: bool = True, **settings: Any) -> Spe
                 module.final_pool = nn.AdaptiveAvgPool2d(1)
         return model
 
-    return Specimen(build, lambda: (image(size),), fuses=fuses)
+    return Specimen(build, lambda: (image(size),), fuses=fuses, package="pytorchcv")
 
 
 MODELS = {
     "bn_inception": cv("bninception"),
     "inception_v3": cv("inceptionv3", 96),
-    "inception_resnet": cv("inceptionresnetv1", 96),
     "squeezenet": cv("squeezenet_v1_1", fuses=False),
     "resnet": cv("resnet10", fuses=False),
     "densenet": cv("densenet40_k12_bc_cifar10", 32, fuses=False),
     "shufflenet": cv("shufflenetv2_wd2", fuses=False),
-    "efficientnet": cv("efficientnet_b0", fuses=False),
     "hrnet": cv("hrnet_w18_small_v1"),
     "msdnet": cv("msdnet22_cifar10", 32),
     "peleenet": cv("peleenet"),
     "octave": cv("octresnet10_ad2", fuses=False),
-    "hardnet": cv("hardnet39ds", fuses=False),
     "centernet": cv("centernet_resnet18_coco"),
     "openpose": cv("lwopenpose2d_mobilenet_cmupan_coco"),
 }

@@ -16,10 +16,12 @@ from torch import nn
 from conjoin.layers import Kind, kind_of
 from conjoin.reachable import words
 
-LISTING = frozenset({"parameters", "named_parameters", "modules", "named_modules"})
-"""The methods of a module that go through all that is in it."""
+LISTING = frozenset({"parameters", "named_parameters", "modules"})
+"""The methods of a module that go through all that is in it.
 
-Named = Iterator[tuple[str, nn.Module]]
+`named_modules` is not among them: models ask in that way for hooks and types, and the wide layer
+has none that they look for.
+"""
 
 
 class Listings:
@@ -34,21 +36,24 @@ class Listings:
         """Instruments `model`, by attributes of its modules."""
         self.on = False
         self.found: dict[str, set[str]] = {}
-        self._layers = layers
-        for name, module in list(model.named_modules()):
+        self._names = {id(layer): name for layer, name in layers.items()}
+        for layer, name in layers.items():
+            self._names.update({id(p): name for p in layer._parameters.values() if p is not None})
+        for root, module in model.named_modules():
             if module._modules:
-                vars(module)["named_modules"] = functools.partial(
-                    self._listed, name, module.named_modules
-                )
+                for method in ("named_parameters", "modules"):
+                    listing = functools.partial(self._listed, root, getattr(module, method))
+                    vars(module)[method] = listing
 
     def _listed(
-        self, root: str, listing: Callable[..., Named], memo: Any = None, *args: Any, **kwargs: Any
-    ) -> Named:
-        for name, module in listing(memo, *args, **kwargs):
-            yield name, module
+        self, root: str, listing: Callable[..., Iterator[Any]], *args: Any, **kwargs: Any
+    ) -> Iterator[Any]:
+        for found in listing(*args, **kwargs):
+            yield found
             # Only now it is known that more was wanted than the first one, such as its device.
-            if memo is None and self.on and module in self._layers:
-                self.found.setdefault(self._layers[module], set()).add(root)
+            layer = self._names.get(id(found[1] if isinstance(found, tuple) else found))
+            if self.on and layer is not None:
+                self.found.setdefault(layer, set()).add(root)
 
 
 def listed_by_code(model: nn.Module, kinds: tuple[Kind, ...]) -> dict[str, set[str]]:
