@@ -1,12 +1,36 @@
-"""The rewrites, one file a pass, and the order in which they run."""
+"""The rewrites, one file a pass, and the order in which they run.
 
-from conjoin.passes.widen import widen
-
-PIPELINE = (widen,)
-"""The passes in their order.
-
-Each takes a graph and the modules that it calls. It gives None where it changed nothing, and else
-the targets of modules that the result relies on to stay as they are.
+Each pass is a `PassBase` of torch.fx: it takes an `fx.GraphModule`, changes its graph in place and
+gives a `PassResult`. So each works alone, and in a `PassManager` beside passes of other authors.
 """
 
-__all__ = ["PIPELINE", "widen"]
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase
+
+from conjoin.passes.widen import Widen
+
+PIPELINE: tuple[PassBase, ...] = (Widen(),)
+"""The passes in their order."""
+
+
+def rewrite(graph_module: fx.GraphModule) -> bool:
+    """Runs the pipeline until no pass finds anything more to do; whether any did.
+
+    Args:
+        graph_module: the graph with the modules that it calls, changed in place.
+    """
+    changed = False
+    while _run_all(graph_module):
+        changed = True
+    if changed:
+        graph_module.graph.lint()
+        graph_module.recompile()
+    return changed
+
+
+def _run_all(graph_module: fx.GraphModule) -> bool:
+    results = [run(graph_module) for run in PIPELINE]
+    return any(result is not None and result.modified for result in results)
+
+
+__all__ = ["PIPELINE", "Widen", "rewrite"]

@@ -6,7 +6,7 @@ from families import merge
 from torch import fx, nn
 
 from conjoin.layers.wide import View
-from conjoin.passes import PIPELINE, widen
+from conjoin.passes import PIPELINE, Widen
 
 
 class Unknown(nn.Module):
@@ -172,79 +172,56 @@ SCRIPTS = {
 }
 """How many wide layers are called."""
 
-RELIED = {
-    with_modules_between: {"tanh", "dropout"},
-    with_modules_around: {"tanh", "dropout"},
-    whole_before_a_change: {"tanh"},
-    drawn_between: {"dropout"},
-    with_other_work_between: {"b"},
-    twice: {"a"},
-}
-"""Modules that may stand between siblings as long as they stay free of side effects.
-
-A view that is called again, on its own, is one of them.
-"""
-
 scripts = pytest.mark.parametrize(
     ("script", "count"), SCRIPTS.items(), ids=[script.__name__ for script in SCRIPTS]
 )
 
 
-def modules_of(model, graph):
-    """The modules that a graph calls, also where `named_modules` lists them elsewhere.
-
-    A wide layer is listed below its leading view, and called below the view that runs first.
-    """
-    targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    return {target: model.get_submodule(target) for target in targets}
+def widened(model):
+    """The model's graph after the pass, and whether that changed it."""
+    traced = fx.GraphModule(model, _Tracer().trace(model))
+    result = Widen()(traced)
+    traced.graph.lint()
+    traced.recompile()
+    assert result.graph_module is traced
+    return traced, result.modified
 
 
 @scripts
 def test_widen(script, count):
     model = Called(script).double()
-    graph = _Tracer().trace(model)
-    relied = widen(graph, dict(model.named_modules()))
-    assert (relied is None) == (count == 0)
-    graph.lint()
-    calls = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    traced, changed = widened(model)
+    assert changed == (count > 0)
+    calls = [str(node.target) for node in traced.graph.nodes if node.op == "call_module"]
     assert sum(target.endswith(".wide") for target in calls) == count
     assert sum(target in "abc" for target in calls) == VIEWS_LEFT.get(script, 0)
     x = torch.randn(3, 4, dtype=torch.float64)
     for mode in (True, False):
         found = []
-        for each in (fx.GraphModule(model, graph).train(mode), model.train(mode)):
+        for each in (traced.train(mode), model.train(mode)):
             torch.manual_seed(0)
             found.append(each(x))
         torch.testing.assert_close(*found, rtol=0, atol=1e-9)
 
 
 @scripts
-def test_what_is_relied_on(script, count):
-    model = Called(script)
-    relied = widen(_Tracer().trace(model), dict(model.named_modules()))
-    assert set(relied or ()) == RELIED.get(script, set())
-
-
-@scripts
 def test_a_second_time_changes_nothing(script, count):
     model = Called(script)
-    graph = _Tracer().trace(model)
-    widen(graph, dict(model.named_modules()))
-    code = graph.python_code("self").src
-    assert widen(graph, modules_of(model, graph)) is None
-    assert graph.python_code("self").src == code
+    traced, _ = widened(model)
+    code = traced.code
+    assert not Widen()(traced).modified
+    assert traced.graph.python_code("self").src == code
 
 
 def test_siblings_that_read_a_sibling():
     model = Called(lambda m, x: (m.p(y := m.b(x)), m.a(x), m.c(x), m.q(y))).double()
     model.p, model.q = nn.Linear(4, 4).double(), nn.Linear(4, 4).double()
     merge([model.p, model.q], enclosing=model)
-    graph = _Tracer().trace(model)
-    assert widen(graph, dict(model.named_modules())) == []
-    graph.lint()
+    traced, changed = widened(model)
+    assert changed
     x = torch.randn(3, 4, dtype=torch.float64)
-    assert str(graph).count("call_module") == 2
-    torch.testing.assert_close(fx.GraphModule(model, graph)(x), model(x), rtol=0, atol=1e-9)
+    assert str(traced.graph).count("call_module") == 2
+    torch.testing.assert_close(traced(x), model(x), rtol=0, atol=1e-9)
 
 
 def test_a_hook_on_a_view_between():
@@ -252,18 +229,10 @@ def test_a_hook_on_a_view_between():
     model = Called(lambda m, x: (m.a(x), m.p(x), m.b(x), m.c(x)))
     model.p, model.q = nn.Linear(4, 4), nn.Linear(4, 4)
     merge([model.p, model.q], enclosing=model)
-    assert widen(_Tracer().trace(model), dict(model.named_modules())) is not None
+    assert widened(model)[1]
     model.p.register_forward_hook(lambda module, args, output: args[0].zero_())
-    assert widen(_Tracer().trace(model), dict(model.named_modules())) is None
-
-
-def test_a_view_between_is_relied_on():
-    """It is still called, but earlier or later than before, which a hook would notice."""
-    model = Called(lambda m, x: (m.a(x), m.p(x), m.b(x), m.c(x)))
-    model.p, model.q = nn.Linear(4, 4), nn.Linear(4, 4)
-    merge([model.p, model.q], enclosing=model)
-    assert widen(_Tracer().trace(model), dict(model.named_modules())) == ["p"]
+    assert not widened(model)[1]
 
 
 def test_it_is_in_the_pipeline():
-    assert widen in PIPELINE
+    assert any(isinstance(run, Widen) for run in PIPELINE)

@@ -6,7 +6,7 @@ import operator
 from collections.abc import Sequence
 
 import torch
-from torch import fx
+from torch import fx, nn
 from torch.fx.node import Argument, map_arg
 
 from conjoin.layers.wide import Wide
@@ -53,3 +53,9 @@ def only_input(call: fx.Node) -> fx.Node | None:
     """The node that a call of a module reads, if it reads no more and takes no options."""
     inputs = [*call.args, *call.kwargs.values()]
     return inputs[0] if len(inputs) == 1 and isinstance(inputs[0], fx.Node) else None
+
+
+def called_modules(graph_module: fx.GraphModule) -> dict[str, nn.Module]:
+    """The modules that a graph calls, by target."""
+    targets = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
+    return {target: graph_module.get_submodule(target) for target in targets}

@@ -22,7 +22,7 @@ from torch.nn.modules import module as nn_module
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.lockstep import PLAIN_TENSORS, in_transform
 from conjoin.layers.wide import View, views
-from conjoin.passes import PIPELINE
+from conjoin.passes import rewrite
 from conjoin.tracing import sound
 from conjoin.tracing.sound import Traced
 from conjoin.tracing.undisturbed import undisturbed
@@ -205,7 +205,7 @@ def _install(module: nn.Module) -> None:
     if any(name in vars(cls) for cls in before for name in OWN_COPYING):
         return
     with undisturbed(module):
-        traced = sound.trace(module, PIPELINE)
+        traced = sound.trace(module, rewrite)
     if traced is None:
         return
     try:

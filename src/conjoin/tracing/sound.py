@@ -19,7 +19,7 @@ import dis
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -36,8 +36,6 @@ from conjoin.layers.wide import View
 from conjoin.reachable import TRUSTED
 from conjoin.tracing.proxies import Proxy, UnsoundError, arguments
 from conjoin.tracing.undisturbed import letting_go
-
-Pass = Callable[[fx.Graph, dict[str, nn.Module]], "list[str] | None"]
 
 FORBIDDEN_OPERATIONS = frozenset(
     "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL DELETE_SUBSCR STORE_DEREF DELETE_DEREF "
@@ -84,7 +82,7 @@ class Traced:
     Attributes:
         function: the new forward, called with the region and `arity` arguments.
         arity: the number of arguments.
-        modules: places of modules that the new forward does not call or relies on: the path of
+        modules: places of the modules that the traced forward calls or looks into: the path of
             the parent, the name, and the class of the module that stands there.
         containers: paths of modules that may have been iterated over, and their children's names.
         constants: paths of modules, the names of attributes that were read, and their values.
@@ -139,16 +137,16 @@ class _NothingReal(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def trace(region: nn.Module, pipeline: Sequence[Pass]) -> Traced | None:
-    """Traces a region and runs the passes on its graph.
+def trace(region: nn.Module, rewrite: Callable[[fx.GraphModule], bool]) -> Traced | None:
+    """Traces a region and rewrites its graph.
 
     Args:
         region: a module that encloses views.
-        pipeline: the passes, in their order.
+        rewrite: changes the graph, and tells whether it found anything to do.
 
     Returns:
         The new forward and what it takes for granted; None where the trace would not be sound or
-        the passes found nothing to do.
+        there was nothing to do.
     """
     inlined = _inlined(region)
     try:
@@ -160,19 +158,14 @@ def trace(region: nn.Module, pipeline: Sequence[Pass]) -> Traced | None:
     except Exception:  # noqa: BLE001 - The region's own code, which may raise anything on a proxy.
         return None
     modules = dict(region.named_modules())
-    before = {node.target for node in graph.nodes if node.op == "call_module"}
-    relied: list[str] = []
-    changed = False
-    for rewrite in pipeline:
-        result = rewrite(graph, modules)
-        changed |= result is not None
-        relied += result or []
-    if not changed:
+    # All of them: a call may have moved past any other, which must stay free of side effects.
+    called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    graph_module = fx.GraphModule(region, graph)
+    if not rewrite(graph_module):
         return None
-    graph.lint()
-    after = {node.target for node in graph.nodes if node.op == "call_module"}
+    graph = graph_module.graph
+    watched = [modules[target] for target in called]
     containers = _containers(region)
-    watched = [modules[str(target)] for target in (before - after) | {*relied}]
     places = tuple(_places(region, {*watched, *inlined, *containers} - {region}))
     return Traced(
         _compile(graph),
