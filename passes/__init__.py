@@ -7,9 +7,13 @@ gives a `PassResult`. So each works alone, and in a `PassManager` beside passes 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 
+from conjoin.passes.cancel import Cancel
+from conjoin.passes.share import Share
+from conjoin.passes.sink import Sink
+from conjoin.passes.towers import Towers
 from conjoin.passes.widen import Widen
 
-PIPELINE: tuple[PassBase, ...] = (Widen(),)
+PIPELINE: tuple[PassBase, ...] = (Share(), Widen(), Sink(), Towers(), Cancel())
 """The passes in their order."""
 
 
@@ -33,4 +37,4 @@ def _run_all(graph_module: fx.GraphModule) -> bool:
     return any(result is not None and result.modified for result in results)
 
 
-__all__ = ["PIPELINE", "Widen", "rewrite"]
+__all__ = ["PIPELINE", "Cancel", "Share", "Sink", "Towers", "Widen", "rewrite"]

@@ -27,14 +27,11 @@ class Widen(PassBase):
         """Changes the graph in place; modules that stand between siblings must stay pure."""
         modules = edit.called_modules(graph_module)
         calls: dict[tuple[Wide, fx.Node, int], dict[int, fx.Node]] = {}
-        barrier = 0
-        for node in graph_module.graph.nodes:
-            if not hazards.is_pure(node, modules):
-                barrier += 1
-            elif node.op == "call_module":
+        for node, epoch in hazards.epochs(graph_module.graph, modules).items():
+            if node.op == "call_module" and not hazards.is_opaque(modules[str(node.target)]):
                 view = modules[str(node.target)]
                 if isinstance(view, View) and (input := edit.only_input(node)) is not None:
-                    key = view.wide_layer, input, barrier
+                    key = view.wide_layer, input, epoch
                     calls.setdefault(key, {}).setdefault(view.conjoin_index, node)
         whole = {key: group for key, group in calls.items() if len(group) == len(key[0].widths)}
         for (wide, _, _), group in whole.items():

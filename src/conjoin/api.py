@@ -6,8 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
-import itertools
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -16,7 +15,8 @@ from conjoin.graph.siblings import Candidate, candidates
 from conjoin.graph.site import Sightings, Untraced
 from conjoin.launches import UNCOUNTED, Counted, Launches
 from conjoin.layers import KINDS
-from conjoin.layers.wide import ENCLOSES, View, fuse, release, views
+from conjoin.layers.wide import ENCLOSES, release, views, wides
+from conjoin.merging import MERGER, Level, Merger
 from conjoin.report import Group, Report
 from conjoin.tracing import regions
 from conjoin.tracing.observe import Call, Copy, UncopyableError, observe
@@ -66,11 +66,9 @@ def optimize(
         [(4, 8), (4,)]
     """
     with _no_collection():
-        found, _ = _find(model, example_calls(example_inputs, example_kwargs))
+        found, sightings = _find(model, example_calls(example_inputs, example_kwargs))
         optimized = model if inplace else _copy(model)
-        if _fuse_all(optimized, found):
-            regions.uninstall(optimized)  # They may know wide layers that are no more.
-        regions.install(optimized)
+        _merge(optimized, found, sightings)
     return optimized
 
 
@@ -123,9 +121,11 @@ def report(
     """
     calls = example_calls(example_inputs, example_kwargs)
     found, sightings = _find(model, calls)
-    before, after = _count(model, calls[0], found) if calls else (UNCOUNTED, UNCOUNTED)
-    groups = tuple(_group(candidate, before.by_layer, after.by_layer) for candidate in found)
-    return Report(groups, Launches(before.count, after.count), sightings.untraced, bool(calls))
+    counts = _count(model, calls[0], found, sightings) if calls else _Counts()
+    levels = [Candidate(level.kind, level.layers, level.widths) for level in counts.levels]
+    groups = tuple(_group(candidate, counts) for candidate in (*found, *levels))
+    launches = Launches(counts.plain.count, counts.optimized.count)
+    return Report(groups, launches, sightings.untraced, bool(calls))
 
 
 @contextlib.contextmanager
@@ -188,69 +188,74 @@ def _find(model: nn.Module, calls: list[Call]) -> tuple[tuple[Candidate, ...], S
     return candidates(model, sightings, KINDS), sightings
 
 
-def _fuse_all(model: nn.Module, found: Sequence[Candidate]) -> bool:
-    """Merges the candidates that may be merged and are not yet; whether there were any."""
-    changed = False
-    modules = dict(model.named_modules())
-    order = {name: position for position, name in enumerate(modules)}
-    for candidate in found:
-        if candidate.refusal is not None:
-            continue
-        leader = min(
-            range(len(candidate.layers)), key=[order[n] for n in candidate.layers].__getitem__
-        )
-        layers = [modules[name] for name in candidate.layers]
-        fused = [layer for layer in layers if isinstance(layer, View)]
-        if len(fused) == len(layers) and len({view.wide_layer for view in fused}) == 1:
-            continue
-        for view in fused:
-            release(view)
-        enclosing = model.get_submodule(_common(candidate.layers))
-        fuse(candidate.kind, layers, enclosing, candidate.contiguous, leader)
-        changed = True
-    return changed
+def _merge(model: nn.Module, found: Sequence[Candidate], sightings: Sightings) -> Merger:
+    """Merges what was found, and what the rewritten forwards can run at once beyond that."""
+    merger = Merger(model, KINDS, sightings, found)
+    if merger.merge_all(found):
+        regions.uninstall(model)  # They may know wide layers that are no more.
+    regions.install(model, {MERGER: merger})
+    return merger
 
 
-def _common(names: Sequence[str]) -> str:
-    """The name of the smallest module that holds the modules of these names."""
-    paths = [name.split(".")[:-1] for name in names]
-    shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
-    return ".".join(level[0] for level in shared)
+@dataclasses.dataclass(frozen=True)
+class _Counts:
+    """The launches of a call of a model, plain and optimized.
+
+    Attributes:
+        plain: those of the plain model, also by layer.
+        optimized: those of the optimized model, also by the first layer of each wide layer.
+        apart: those of the optimized model without its rewritten forwards, by layer.
+        levels: the groups that were merged beyond those that were found.
+    """
+
+    plain: Counted = UNCOUNTED
+    optimized: Counted = UNCOUNTED
+    apart: Counted = UNCOUNTED
+    levels: tuple[Level, ...] = ()
+
+    def of(self, layers: tuple[str, ...]) -> tuple[int, int] | None:
+        """The launches within a group's layers before and after."""
+        if self.plain.by_layer is None or self.optimized.by_layer is None:
+            return None
+        before = sum(self.plain.by_layer.get(name, 0) for name in layers)
+        after = self.optimized.by_layer.get(layers[0], 0)
+        if not after and self.apart.by_layer is not None:  # Its layers were called, or left apart.
+            after = sum(self.apart.by_layer.get(name, 0) for name in layers)
+        return before, after
 
 
-def _count(model: nn.Module, call: Call, found: Sequence[Candidate]) -> tuple[Counted, Counted]:
+def _count(
+    model: nn.Module, call: Call, found: Sequence[Candidate], sightings: Sightings
+) -> _Counts:
     """The launches of a call of the model, plain and optimized."""
     with contextlib.suppress(UncopyableError):
-        return _counted(model, call, found)
-    return UNCOUNTED, UNCOUNTED
-
-
-def _counted(model: nn.Module, call: Call, found: Sequence[Candidate]) -> tuple[Counted, Counted]:
-    try:
-        return _count_on(Copy(model, fake=True), Copy(model, fake=True), call, found)
-    except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
-        return _count_on(Copy(model, fake=False), Copy(model, fake=False), call, found)
+        try:
+            return _count_on([Copy(model, fake=True) for _ in range(3)], call, found, sightings)
+        except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
+            return _count_on([Copy(model, fake=False) for _ in range(3)], call, found, sightings)
+    return _Counts()
 
 
 def _count_on(
-    plain: Copy, optimized: Copy, call: Call, found: Sequence[Candidate]
-) -> tuple[Counted, Counted]:
+    copies: list[Copy], call: Call, found: Sequence[Candidate], sightings: Sightings
+) -> _Counts:
+    plain, optimized, apart = copies
     unfuse(plain.model, inplace=True)
-    _fuse_all(optimized.model, found)
-    names = [name for candidate in found for name in candidate.layers]
+    merger = _merge(optimized.model, found, sightings)
+    Merger(apart.model, KINDS, sightings, found).merge_all(found)
+    groups = [candidate.layers for candidate in found] + [level.layers for level in merger.levels]
+    names = [name for layers in groups for name in layers]
+    wide = {members[0][0]: wide for wide, members in wides(optimized.model).items()}
     with undisturbed(plain.model):
-        return plain.count(call, names), optimized.count(call, names)
-
-
-def _group(
-    candidate: Candidate, before: Mapping[str, int] | None, after: Mapping[str, int] | None
-) -> Group:
-    launches = None
-    if before is not None and after is not None:
-        launches = (
-            sum(before.get(name, 0) for name in candidate.layers),
-            sum(after.get(name, 0) for name in candidate.layers),
+        return _Counts(
+            plain.count(call, {name: plain.model.get_submodule(name) for name in names}),
+            optimized.count(call, wide),
+            apart.count(call, {name: apart.model.get_submodule(name) for name in names}),
+            tuple(merger.levels),
         )
+
+
+def _group(candidate: Candidate, counts: _Counts) -> Group:
     refusal = candidate.refusal
     return Group(
         kind=candidate.kind.name,
@@ -259,5 +264,5 @@ def _group(
         reason=None if refusal is None else refusal.reason,
         detail="" if refusal is None else refusal.detail,
         widths=candidate.widths,
-        launches=launches,
+        launches=counts.of(candidate.layers),
     )

@@ -13,7 +13,7 @@ import collections
 import contextlib
 import dataclasses
 import functools
-from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -221,7 +221,7 @@ class Counted:
 
     Attributes:
         count: The launches of the step.
-        by_layer: Launches of the forward pass within a layer, by its qualified name; None where
+        by_layer: Launches of the forward pass within a layer, by the name given to it; None where
             nothing was counted.
     """
 
@@ -233,7 +233,10 @@ UNCOUNTED = Counted(Count(None, None), None)
 
 
 def count_layers(
-    model: nn.Module, args: Sequence[Any], kwargs: Mapping[str, Any], layers: Iterable[str]
+    model: nn.Module,
+    args: Sequence[Any],
+    kwargs: Mapping[str, Any],
+    layers: Mapping[str, nn.Module],
 ) -> Counted:
     """Count the launches of one step as `count_step` does, and those within some layers.
 
@@ -241,14 +244,13 @@ def count_layers(
         model: What to run; a copy, since its layers are instrumented.
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
-        layers: The qualified names of the layers.
+        layers: The layers, by a name for each.
 
     Returns:
         The launches of the step, and those of the forward pass by layer.
     """
     counter = LaunchCounter()
-    for name in layers:
-        layer = model.get_submodule(name)
+    for name, layer in layers.items():
         layer.__dict__["forward"] = functools.partial(_within, counter, name, layer.forward)
     count = count_step(model, args, kwargs, forward=counter)
     return Counted(count, counter.by_scope)

@@ -10,13 +10,16 @@ from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
+from conjoin.layers.wide import Wide
+
 VIEW_METHODS = frozenset(
     "view view_as expand expand_as permute transpose t swapaxes swapdims movedim moveaxis squeeze "
     "unsqueeze select narrow diagonal unfold unflatten unbind split chunk tensor_split hsplit "
     "vsplit dsplit detach alias as_strided real imag mT mH T H reshape reshape_as flatten ravel "
     "view_as_real view_as_complex broadcast_to broadcast_tensors atleast_1d atleast_2d atleast_3d "
     "positive cpu cuda contiguous to type float double half bfloat16 requires_grad_ "
-    "__getitem__ unpack".split()
+    "type_as sum_to_size conj resolve_conj resolve_neg adjoint unsafe_split "
+    "unsafe_split_with_sizes unsafe_chunk unstack __getitem__ unpack".split()
 )
 """Methods, and functions of the same names, whose result may share memory with the input."""
 
@@ -105,7 +108,7 @@ def shares_memory(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op == "call_method":
         return node.target in VIEW_METHODS or _is_inplace_name(str(node.target))
     if node.op == "call_function":
-        name = _called(node)
+        name = called(node)
         return (
             node.target in VIEW_FUNCTIONS
             or name in VIEW_METHODS
@@ -119,12 +122,12 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node
     first = _first(node)
     if node.op == "call_module":
         module = modules[str(node.target)]
-        if _opaque(module):
+        if is_opaque(module):
             yield from node.all_input_nodes
         elif getattr(module, "inplace", False) and first is not None:
             yield first
         return
-    if node.op == "call_function" and not _of_torch(node.target):
+    if node.op == "call_function" and not of_torch(node.target):
         yield from node.all_input_nodes
         return
     if node.op not in ("call_method", "call_function"):
@@ -133,7 +136,7 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node
     yield from (
         n for n in (out if isinstance(out, (tuple, list)) else (out,)) if isinstance(n, fx.Node)
     )
-    name = _called(node)
+    name = called(node)
     inplace = (
         node.target in INPLACE_OPERATORS
         or _is_inplace_name(name)
@@ -152,11 +155,11 @@ def is_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op in ("placeholder", "get_attr", "output"):
         return True
     if node.op == "call_module":
-        return not _opaque(modules[str(node.target)]) and not any(
+        return not is_opaque(modules[str(node.target)]) and not any(
             True for _ in written(node, modules)
         )
-    name = _called(node)
-    known = node.op == "call_method" or _of_torch(node.target)
+    name = called(node)
+    known = node.op == "call_method" or of_torch(node.target)
     return (
         known
         and not any(True for _ in written(node, modules))
@@ -165,7 +168,84 @@ def is_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     )
 
 
-def _opaque(module: nn.Module) -> bool:
+def epochs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, int]:
+    """How many nodes that may change something stand before each node.
+
+    A pure node may trade places with another of the same epoch, as far as its inputs allow. What
+    changes a tensor that nobody else can see counts as pure: `relu(conv(x), inplace=True)`.
+    """
+    found: dict[fx.Node, int] = {}
+    fresh: set[fx.Node] = set()
+    epoch = 0
+    for node in graph.nodes:
+        if _is_fresh(node, fresh, modules):
+            fresh.add(node)
+        elif not is_pure(node, modules):
+            epoch += 1
+        found[node] = epoch
+    return found
+
+
+def _is_fresh(node: fx.Node, fresh: set[fx.Node], modules: Mapping[str, nn.Module]) -> bool:
+    """Whether the memory of a node's output is its own.
+
+    So is that of a part, as long as the whole has been cut and nothing else, and of what is
+    changed in place where it was the input's own and the input is read here only.
+    """
+    first = _first(node)
+    own = first in fresh and first is not None and len(first.users) == 1
+    changed = list(written(node, modules))
+    if changed:
+        # Where `out=` or an unknown function writes, there is more to it than the first input.
+        return own and changed == [first] and _changes_first_only(node)
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return not is_opaque(module) and not shares_memory(node, modules) and _allocates(module)
+    if node.op not in ("call_function", "call_method"):
+        return False
+    if called(node) in SPLITS:
+        return own
+    if node.target is operator.getitem and first in fresh and called(first) in SPLITS:
+        return [user.args[1:] for user in first.users].count(node.args[1:]) == 1
+    return node.target in ARITHMETIC
+
+
+SPLITS = frozenset({"unsafe_split_with_sizes", "unstack"})
+"""Functions that cut a tensor into parts that have no memory in common."""
+
+ARITHMETIC: frozenset[Any] = frozenset(
+    {operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, operator.neg}
+)
+"""Operators whose result is a tensor with memory of its own, or no tensor."""
+
+
+def _changes_first_only(node: fx.Node) -> bool:
+    known = node.op == "call_module" or node.target in INPLACE_OPERATORS
+    known |= node.op == "call_function" and of_torch(node.target)
+    known |= node.op == "call_method" and _is_inplace_name(str(node.target))
+    return known and "out" not in node.kwargs and called(node) not in WAYS_OUT
+
+
+def _allocates(module: nn.Module) -> bool:
+    """Whether a module of PyTorch's gives a tensor with memory of its own."""
+    modules = nn.modules
+    return isinstance(
+        module,
+        (
+            Wide,
+            nn.Linear,
+            nn.Embedding,
+            modules.conv._ConvNd,
+            modules.batchnorm._BatchNorm,
+            nn.GroupNorm,
+            nn.LayerNorm,
+            modules.pooling._MaxPoolNd,
+            modules.pooling._AvgPoolNd,
+        ),
+    )
+
+
+def is_opaque(module: nn.Module) -> bool:
     """Whether a module may do anything to its input: it is not PyTorch's, or has hooks."""
     plain = type(module).__module__.startswith(("torch.nn.", "conjoin."))
     return not plain or any(getattr(module, hooks) for hooks in CALL_HOOKS)
@@ -188,25 +268,25 @@ def reads_strides(node: fx.Node, modules: Mapping[str, nn.Module], *, escapes: b
             return "what reads the output is not known"
         if user.op == "call_module":
             module = modules[str(user.target)]
-            if _opaque(module) or isinstance(module, (nn.Flatten, nn.Unflatten)):
+            if is_opaque(module) or isinstance(module, (nn.Flatten, nn.Unflatten)):
                 return type(module).__name__
-        if user.op in ("call_method", "call_function") and _called(user) in STRIDE_METHODS:
-            return _called(user)
-        if user.op == "call_function" and not _of_torch(user.target):
+        if user.op in ("call_method", "call_function") and called(user) in STRIDE_METHODS:
+            return called(user)
+        if user.op == "call_function" and not of_torch(user.target):
             return f"{getattr(user.target, '__name__', user.target)} is not PyTorch's"
         if shares_memory(user, modules) and (why := reads_strides(user, modules, escapes=escapes)):
             return why
     return ""
 
 
-def _called(node: fx.Node) -> str:
+def called(node: fx.Node) -> str:
     """The name of the method or function that a node calls, without an overload's."""
     if isinstance(node.target, str):
         return node.target
     return str(getattr(node.target, "__name__", "")).split(".")[0]
 
 
-def _of_torch(target: Callable[..., Any] | str) -> bool:
+def of_torch(target: Callable[..., Any] | str) -> bool:
     if isinstance(target, (OpOverload, OpOverloadPacket)):
         packet = target.overloadpacket if isinstance(target, OpOverload) else target
         return packet._qualified_op_name.split("::")[0] in ("aten", "prims")

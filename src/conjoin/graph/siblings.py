@@ -8,16 +8,17 @@ Siblings may be merged where the kind says that they are legal and all that must
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from conjoin.graph.site import Sightings, Site
 from conjoin.layers import Kind, kind_of
 from conjoin.layers.kind import Verdict, common, tensors
-from conjoin.layers.wide import View, wides
+from conjoin.layers.wide import View, Wide, wides
 from conjoin.legality import Reason, Refusal
 from conjoin.reachable import OF_MODULES, held_by
 
@@ -64,7 +65,7 @@ def candidates(
         The candidates, in the order of their first calls.
     """
     modules = dict(model.named_modules())
-    shared = _shared(modules)
+    shared = overlaps(modules)
     found: list[Candidate] = []
     for calls in _connected(modules, sightings.sites, kinds):
         kind = kind_of(modules[next(iter(calls))], kinds)
@@ -133,7 +134,7 @@ def _resolve(
     verdicts: dict[str, Verdict | None] = {
         name: None
         if isinstance(layer, View)
-        else kind.check(layer) or _held(name, layer, shared) or _touched(name, layers, sightings)
+        else kind.check(layer) or held_elsewhere(name, layer, shared) or _touched(name, layers, sightings)
         for name, layer in layers.items()
     }
     keys = {
@@ -237,7 +238,8 @@ def _width(kind: Kind, layer: nn.Module) -> int:
     return weight.shape[kind.weight_dim]
 
 
-def _held(name: str, layer: nn.Module, shared: dict[str, str]) -> Verdict | None:
+def held_elsewhere(name: str, layer: nn.Module, shared: Mapping[str, str]) -> Verdict | None:
+    """That a layer's weight or bias shares its memory; None where it does not."""
     for key in tensors(layer):
         if other := shared.get(f"{name}.{key}".lstrip(".")):
             return Reason.SHARED_PARAMETER, f"{key} shares its memory with {other}"
@@ -258,7 +260,7 @@ def _is_within(name: str, root: str) -> bool:
     return not root or name.startswith(f"{root}.")
 
 
-def _shared(modules: dict[str, nn.Module]) -> dict[str, str]:
+def overlaps(modules: dict[str, nn.Module]) -> dict[str, str]:
     """The tensors, by name, that overlap with another one of the model, and with which."""
     spans: list[tuple[tuple[object, ...], int, int, str]] = []
     for prefix, module in modules.items():
@@ -281,6 +283,8 @@ def _held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
     for name, tensor in (*module._parameters.items(), *module._buffers.items()):
         if tensor is not None:
             yield name, tensor
+    if isinstance(module, Wide):  # What it holds beside its parameters its views hold too.
+        return
     for name, value in vars(module).items():
         if name not in OF_MODULES and not isinstance(value, (bool, int, float, str)):
             yield from ((name, item) for item in held_by(value) if isinstance(item, Tensor))
@@ -292,7 +296,7 @@ def _span(tensor: Tensor) -> tuple[tuple[object, ...], int, int] | None:
         return None
     steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
     size = int(steps + 1) * tensor.element_size()
-    if tensor.is_meta:
+    if tensor.is_meta or isinstance(tensor, FakeTensor):
         start = int(tensor.storage_offset()) * tensor.element_size()
-        return ("meta", tensor.untyped_storage()._cdata), start, start + size
+        return (str(tensor.device), tensor.untyped_storage()._cdata), start, start + size
     return (str(tensor.device),), tensor.data_ptr(), tensor.data_ptr() + size

@@ -11,6 +11,7 @@ from conjoin.layers.conv import (
 from conjoin.layers.embedding import Embedding
 from conjoin.layers.kind import Kind
 from conjoin.layers.linear import Linear
+from conjoin.layers.norm import NORMS
 
 KINDS: tuple[Kind, ...] = (
     Linear(),
@@ -30,4 +31,4 @@ def kind_of(layer: object, kinds: tuple[Kind, ...] = KINDS) -> Kind | None:
     return next((kind for kind in kinds if isinstance(layer, kind.layer)), None)
 
 
-__all__ = ["KINDS", "Kind", "kind_of"]
+__all__ = ["KINDS", "NORMS", "Kind", "kind_of"]

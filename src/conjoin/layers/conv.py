@@ -6,6 +6,9 @@ wide layer's weight: (sum out_i, in, *kernel).
 A transposed convolution keeps its channels the other way round, W_i: (in, out_i, *kernel). The
 wide weight (in, sum out_i, *kernel) would interleave the blocks in memory, so they are kept one
 after another and joined at each call.
+
+On different inputs x_i, with n equal shapes, the same blocks are the weight of a grouped
+convolution, of x (batch, n * in, *space) in n groups: (batch, n * out, *space').
 """
 
 from __future__ import annotations
@@ -13,6 +16,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any, ClassVar
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -27,6 +31,7 @@ class _Convolution(Kind):
     """What all convolutions have in common."""
 
     function: ClassVar[Callable[..., Tensor]]
+    stacked = False
 
     def check(self, layer: nn.Module) -> Verdict | None:
         """Also refuses grouped convolutions, whose channels would have to be interleaved."""
@@ -56,6 +61,13 @@ class _Conv(_Convolution):
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(batch, in, *space) -> (batch, sum out_i, *space')."""
+        return self._convolve(wide, input, wide.settings["groups"])
+
+    def apart(self, wide: Wide, input: Tensor) -> Tensor:
+        """(batch, n * in, *space) -> (batch, n * out, *space')."""
+        return self._convolve(wide, input, wide.settings["groups"] * len(wide.widths))
+
+    def _convolve(self, wide: Wide, input: Tensor, groups: int) -> Tensor:
         settings: dict[str, Any] = wide.settings
         padding = settings["padding"]
         if settings["padding_mode"] != "zeros":
@@ -68,7 +80,7 @@ class _Conv(_Convolution):
             settings["stride"],
             padding,
             settings["dilation"],
-            settings["groups"],
+            groups,
         )
 
 
@@ -87,15 +99,25 @@ class _ConvTranspose(_Convolution):
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(batch, in, *space) -> (batch, sum out_i, *space')."""
+        return self._convolve(wide, input, self.joined(wide), wide.settings["groups"])
+
+    def apart(self, wide: Wide, input: Tensor) -> Tensor:
+        """(batch, n * in, *space) -> (batch, n * out, *space')."""
+        blocks = torch.cat(self._blocks(wide, wide.weight)) if wide.channels_last else (
+            wide.weight.view(len(wide.widths) * wide.shapes[0][0], *wide.shapes[0][1:])
+        )
+        return self._convolve(wide, input, blocks, wide.settings["groups"] * len(wide.widths))
+
+    def _convolve(self, wide: Wide, input: Tensor, weight: Tensor, groups: int) -> Tensor:
         settings: dict[str, Any] = wide.settings
         return type(self).function(
             input,
-            self.joined(wide),
+            weight,
             wide.bias,
             settings["stride"],
             settings["padding"],
             settings["output_padding"],
-            settings["groups"],
+            groups,
             settings["dilation"],
         )
 

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 
@@ -43,6 +44,9 @@ HOOKS = (
 """The attributes of `nn.Module` that hold the hooks of one module."""
 
 
+PLAIN = (Tensor, FakeTensor)
+"""The types of the values of parameters that can be merged."""
+
 TENSORS = ("weight", "bias")
 """The parameters that are merged; all others of a layer stay where they are."""
 
@@ -65,6 +69,16 @@ class Kind(ABC):
 
     output_dim: ClassVar[int] = -1
     """The dimension of the output, counted from the end, that runs over the output channels."""
+
+    stacked: ClassVar[bool | None] = None
+    """Whether siblings on different inputs read and give a stack (n, ...), or tensors side by side
+    along `output_dim`; None where they cannot run at once."""
+
+    running: ClassVar[tuple[str, ...]] = ()
+    """Buffers of a layer that a call updates; the wide layer holds those of all siblings."""
+
+    counters: ClassVar[frozenset[str]] = frozenset()
+    """Those of them that are one number."""
 
     def __init_subclass__(cls) -> None:
         """Keeps the forward of the layers, to notice when somebody replaces it."""
@@ -166,6 +180,26 @@ class Kind(ABC):
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """The wide layer's output for `input`: all parts side by side along `output_dim`."""
 
+    def along(self, wide: Wide, input: Tensor, dim: int) -> Tensor:
+        """The wide layer's output where each sibling reads its own part of the input.
+
+        Args:
+            wide: a wide layer of a kind that keeps the number of channels.
+            input: what the siblings read, side by side along `dim`.
+            dim: the dimension, counted from the end.
+        """
+        raise NotImplementedError(f"{self.name} does not follow along a dimension")
+
+    def apart(self, wide: Wide, input: Tensor) -> Tensor:
+        """The outputs of siblings of one shape, each on its own part of the input.
+
+        Args:
+            wide: a wide layer of siblings of one shape.
+            input: what the siblings read: stacked where the kind is `stacked`, otherwise side by
+                side along `output_dim`. So is the output.
+        """
+        raise NotImplementedError(f"{self.name} does not run on different inputs")
+
 
 def tensors(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The layer's `weight` and, where it has one, `bias`."""
@@ -191,6 +225,7 @@ def common(kind: Kind, layer: nn.Module, held: Mapping[str, nn.Parameter]) -> di
     found["attributes"] = tuple(
         (name, attribute, id(value))
         for name, tensor in held.items()
+        if not isinstance(tensor, FakeTensor)  # Its attributes are its own affair.
         for attribute, value in vars(tensor).items()
     )
     return found
@@ -253,7 +288,8 @@ def _unhooked(layer: nn.Module) -> Verdict | None:
 
 def _ordinary(layer: nn.Module) -> Verdict | None:
     for name, tensor in tensors(layer).items():
-        if type(tensor) is not nn.Parameter or type(tensor.data) is not Tensor:
+        # A fake tensor stands for a plain one, in a copy of the model that is run for its shapes.
+        if type(tensor) not in (nn.Parameter, FakeTensor) or type(tensor.data) not in PLAIN:
             kind = type(tensor if type(tensor) is not nn.Parameter else tensor.data).__name__
             return Reason.CUSTOM_PARAMETER, f"{name} is a {kind}"
         if tensor.layout is not torch.strided or not (

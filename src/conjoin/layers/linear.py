@@ -2,12 +2,16 @@
 
 x: (..., in), W_i: (out_i, in), b_i: (out_i). The blocks W_i stacked along dimension 0 are the
 wide layer's weight: (sum out_i, in), so that y = x W^T + b: (..., sum out_i).
+
+On different inputs x_i, with n equal shapes, the blocks are a stack (n, out, in), and the outputs
+are one batched product: y (n, ..., out) = x (n, ..., in) W^T + b.
 """
 
 from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -22,7 +26,19 @@ class Linear(Kind):
 
     layer = nn.Linear
     settings = ("in_features",)
+    stacked = True
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(..., in) -> (..., sum out_i)."""
         return F.linear(input, wide.weight, wide.bias)
+
+    def apart(self, wide: Wide, input: Tensor) -> Tensor:
+        """(n, ..., in) -> (n, ..., out)."""
+        count, (out, width) = len(wide.widths), wide.shapes[0]
+        rows = input.reshape(count, -1, width)
+        weight = wide.weight.view(count, out, width).transpose(1, 2)
+        if wide.bias is None:
+            product = torch.bmm(rows, weight)
+        else:
+            product = torch.baddbmm(wide.bias.view(count, 1, out), rows, weight)
+        return product.view(*input.shape[:-1], out)

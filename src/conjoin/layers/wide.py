@@ -52,6 +52,8 @@ class Wide(nn.Module):
         widths: the numbers of their output channels.
         channels_last: whether the weights are in that memory format.
         contiguous: which parts are handed out contiguous, since what reads them depends on it.
+        together: whether the siblings are called on one tensor, and so can share a run.
+        running: the buffers that a call updates, the siblings' one after another, by name.
         weight: the siblings' weights as contiguous blocks, one after another.
         bias: the siblings' biases likewise, or None.
     """
@@ -59,7 +61,13 @@ class Wide(nn.Module):
     weight: nn.Parameter
     bias: nn.Parameter | None
 
-    def __init__(self, kind: Kind, layers: Sequence[nn.Module], contiguous: frozenset[int]) -> None:
+    def __init__(
+        self,
+        kind: Kind,
+        layers: Sequence[nn.Module],
+        contiguous: frozenset[int],
+        together: bool = True,
+    ) -> None:
         """Merges `layers`, which must have been checked to go together."""
         super().__init__()
         self.kind = kind
@@ -67,6 +75,7 @@ class Wide(nn.Module):
         self.shapes = kind.shapes(layers)
         self.widths = [shape[kind.weight_dim] for shape in self.shapes]
         self.contiguous = contiguous
+        self.together = together
         self.channels_last = memory_format(tensors(layers[0])["weight"]) == "channels_last"
         self.wasted = 0
         self.identity = uuid.uuid4().hex
@@ -74,21 +83,57 @@ class Wide(nn.Module):
         self._forget()
         self.register_parameter("weight", self._merge("weight", layers))
         self.register_parameter("bias", self._merge("bias", layers))
+        self.running = {name: _row([layer._buffers[name] for layer in layers]) for name in kind.running}
+        self._lent = self._cut_running()
 
     def _forget(self) -> None:
         self._converted: tuple[Any, set[int]] = None, set()
         self._enclosing: weakref.ref[nn.Module] | None = None
         self._parts: weakref.WeakValueDictionary[tuple[int, str], Part]
         self._parts = weakref.WeakValueDictionary()
+        self._lent_before: list[dict[str, Tensor]] = []
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what concerns this one's own surroundings, or what is going on."""
-        passing = ("_enclosing", "_parts", "_converted")
+        passing = ("_enclosing", "_parts", "_converted", "_lent_before")
         return {name: value for name, value in vars(self).items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget()
+        # Plain pickle gives every tensor memory of its own; the views hold the same objects.
+        for held, part in zip(self._lent, self._cut_running(), strict=True):
+            for name, tensor in held.items():
+                tensor.data = part[name]
+
+    def _cut_running(self) -> list[dict[str, Tensor]]:
+        """For each sibling its part of the running buffers: views."""
+        cut: list[dict[str, Tensor]] = [{} for _ in self.widths]
+        for name, whole in self.running.items():
+            single = name in self.kind.counters
+            for index, held in enumerate(cut):
+                held[name] = whole[index] if single else self.part(name, whole, index)
+        return cut
+
+    def lend_running(self, view: nn.Module, index: int) -> None:
+        """Makes the buffers of the `index`-th sibling its parts of the running ones."""
+        view._buffers.update(self._lent[index])
+
+    def holds_running(self, view: nn.Module, index: int) -> bool:
+        """Whether nobody has replaced a buffer of the `index`-th sibling."""
+        return _holds(view, self._lent[index])
+
+    def converted_running(self, view: nn.Module, index: int) -> dict[str, Tensor]:
+        """The buffers for a sibling after a conversion; none where it had replaced one."""
+        return self._lent[index] if _holds(view, self._lent_before[index]) else {}
+
+    def held_by(self, index: int) -> dict[str, Tensor | None]:
+        """The `index`-th sibling's weight, bias and running buffers: views."""
+        held: dict[str, Tensor | None] = dict(self._lent[index])
+        for name in TENSORS:
+            whole: Tensor | None = getattr(self, name)
+            held[name] = None if whole is None else self.part(name, whole, index)
+        return held
 
     def is_enclosed(self, modules: set[nn.Module]) -> bool:
         """Whether one of `modules` encloses all siblings."""
@@ -113,8 +158,18 @@ class Wide(nn.Module):
             merged.grad = self.kind.merge(self, name, grads)
         return merged
 
-    def forward(self, input: Tensor) -> Tensor:
-        """All parts of the output, side by side."""
+    def forward(self, input: Tensor, *, apart: bool = False, dim: int | None = None) -> Tensor:
+        """All parts of the output, side by side.
+
+        Args:
+            input: what all siblings read; or what each reads, one beside the other.
+            apart: each sibling reads its own part of the input.
+            dim: the same, for a kind whose siblings keep the number of channels along it.
+        """
+        if apart:
+            return self.kind.apart(self, input)
+        if dim is not None:
+            return self.kind.along(self, input, dim)
         try:
             return self.kind.run(self, input)
         except (RuntimeError, TypeError, ValueError, IndexError):
@@ -182,6 +237,8 @@ class Wide(nn.Module):
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         for part in list(self._parts.values()):
             part.bound()
+        self.running = {name: fn(whole) for name, whole in self.running.items()}
+        self._lent_before, self._lent = self._lent, self._cut_running()
         return self
 
     def extra_repr(self) -> str:
@@ -249,6 +306,8 @@ class View(nn.Module):
             setattr(_take_out(self), name, _unshared(value))
         else:
             super().__setattr__(name, value)
+            if name == "training":  # `train` comes by the wide layer only through its views.
+                self.wide_layer.training = value
 
     def __delattr__(self, name: str) -> None:
         """Deleting a parameter makes this sibling a plain layer again."""
@@ -315,7 +374,12 @@ class View(nn.Module):
         if not _conversion.concerns_all(self.wide_layer, fn):
             return _take_out(self)._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.wide_layer.convert(fn, self.conjoin_index)
-        return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        running = self.wide_layer.converted_running(self, self.conjoin_index)
+        for name in running:
+            del self._buffers[name]
+        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._buffers.update(running)
+        return self
 
     def __repr__(self) -> str:
         wide = self.wide_layer
@@ -418,7 +482,7 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         input = args[0] if args else kwargs.get("input")
         plain = len(args) + len(kwargs) == 1 and base.forward is known
-        if plain and isinstance(self, View):  # It is no view for a bound method that was kept.
+        if plain and isinstance(self, View) and self.wide_layer.together:  # It is no view for a bound method that was kept.
             shared = lockstep.take(self.wide_layer, self.conjoin_index, input)
             if shared is not None:
                 return shared
@@ -438,6 +502,8 @@ def fuse(
     enclosing: nn.Module,
     contiguous: frozenset[int] = frozenset(),
     leader: int = 0,
+    *,
+    together: bool = True,
 ) -> Wide:
     """Merges layers that were checked to go together; their old storage is given up at once.
 
@@ -447,11 +513,12 @@ def fuse(
         enclosing: the smallest module that holds them all.
         contiguous: the positions of the layers whose output is handed out contiguous.
         leader: the position of the layer that comes first among the model's modules.
+        together: whether they are called on one tensor, and so can share a run.
 
     Returns:
         The wide layer.
     """
-    wide = Wide(kind, layers, contiguous).train(layers[0].training)
+    wide = Wide(kind, layers, contiguous, together).train(layers[0].training)
     for index, layer in enumerate(layers):
         for name, _ in wide.named_parameters(recurse=False):
             del layer._parameters[name]
@@ -459,6 +526,7 @@ def fuse(
         layer._modules[WIDE] = wide
         layer.__dict__["conjoin_index"] = index
         layer.__dict__["conjoin_leads"] = index == leader
+        wide.lend_running(layer, index)
     vars(enclosing).setdefault(ENCLOSES, set()).add(wide.identity)
     return wide
 
@@ -694,9 +762,21 @@ def release(view: View) -> nn.Module:
     layer: nn.Module = view
     layer.__class__ = view.conjoin_base
     layer.__dict__["_parameters"] = {**restored, **layer._parameters}
+    for name in wide.running:
+        held = layer._buffers.get(name)
+        layer._buffers[name] = None if held is None else held.clone()
     for part in lent:
         part.bound()
     return layer
+
+
+def _holds(view: nn.Module, buffers: dict[str, Tensor]) -> bool:
+    return all(view._buffers.get(name) is held for name, held in buffers.items())
+
+
+def _row(tensors: Sequence[Tensor | None]) -> Tensor:
+    """Tensors of one dimension, or numbers, one after another."""
+    return torch.cat([tensor.detach().reshape(-1) for tensor in tensors if tensor is not None])
 
 
 def _like(tensor: Tensor, parameter: nn.Parameter) -> nn.Parameter:

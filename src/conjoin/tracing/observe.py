@@ -14,7 +14,7 @@ import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -143,7 +143,7 @@ class Copy:
             output = self.model(*args, **kwargs)
             return list(output) if inspect.isgenerator(output) else output
 
-    def count(self, call: Call, layers: Iterable[str]) -> Counted:
+    def count(self, call: Call, layers: Mapping[str, nn.Module]) -> Counted:
         """The launches of a step on arguments like these, in all and within each of `layers`."""
         args, kwargs = pytree.tree_map_only(Tensor, self._argument, call)
         with self._entered(), letting_go():

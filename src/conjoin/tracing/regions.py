@@ -22,10 +22,10 @@ from torch.nn.modules import module as nn_module
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.lockstep import PLAIN_TENSORS, in_transform
 from conjoin.layers.wide import View, views
+from conjoin.merging import MERGER, Merger
 from conjoin.passes import rewrite
 from conjoin.tracing import sound
 from conjoin.tracing.sound import Traced
-from conjoin.tracing.undisturbed import undisturbed
 
 PLAN = "conjoin_plan"
 """The attribute of a region that holds its plan."""
@@ -122,7 +122,7 @@ class Region(nn.Module):
         traced = held.traced if isinstance(held, Plan) else held
         if traced is None:
             self.__class__ = self.conjoin_base  # type: ignore[assignment]
-            _install(self)
+            _install(self, {MERGER: Merger(self, ())})
             return
         try:
             vars(self)[PLAN] = _bind(self, traced)
@@ -172,11 +172,11 @@ def _new_region(base: type[nn.Module]) -> Region:
     return cls.__new__(cls)
 
 
-def install(model: nn.Module) -> None:
+def install(model: nn.Module, meta: Mapping[str, Any]) -> None:
     """Rewrites the forward of every region of `model` that is traced soundly."""
     for module in {id(m): m for m in _enclosing(model)}.values():
         if not isinstance(module, Region):
-            _install(module)
+            _install(module, meta)
 
 
 def uninstall(model: nn.Module) -> None:
@@ -200,12 +200,11 @@ def suspended(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
 
 
-def _install(module: nn.Module) -> None:
+def _install(module: nn.Module, meta: Mapping[str, Any]) -> None:
     before = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
     if any(name in vars(cls) for cls in before for name in OWN_COPYING):
         return
-    with undisturbed(module):
-        traced = sound.trace(module, rewrite)
+    traced = sound.trace(module, rewrite, meta)
     if traced is None:
         return
     try:

@@ -19,7 +19,7 @@ import dis
 import functools
 import inspect
 import math
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from dataclasses import dataclass
 from types import CodeType, FunctionType, ModuleType
 from typing import Any
@@ -35,7 +35,7 @@ from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.wide import View
 from conjoin.reachable import TRUSTED
 from conjoin.tracing.proxies import Proxy, UnsoundError, arguments
-from conjoin.tracing.undisturbed import letting_go
+from conjoin.tracing.undisturbed import letting_go, undisturbed
 
 FORBIDDEN_OPERATIONS = frozenset(
     "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL DELETE_SUBSCR STORE_DEREF DELETE_DEREF "
@@ -137,7 +137,9 @@ class _NothingReal(TorchFunctionMode):
         return func(*args, **kwargs)
 
 
-def trace(region: nn.Module, rewrite: Callable[[fx.GraphModule], bool]) -> Traced | None:
+def trace(
+    region: nn.Module, rewrite: Callable[[fx.GraphModule], bool], meta: Mapping[str, Any]
+) -> Traced | None:
     """Traces a region and rewrites its graph.
 
     Args:
@@ -152,7 +154,7 @@ def trace(region: nn.Module, rewrite: Callable[[fx.GraphModule], bool]) -> Trace
     try:
         names, functions = _check(region, inlined)
         constants = tuple(_constants(region, inlined, names))
-        with _NothingReal(), letting_go():
+        with undisturbed(region), _NothingReal(), letting_go():
             graph = _Tracer(inlined).trace(region)
         _only_registered(graph, region)
     except Exception:  # noqa: BLE001 - The region's own code, which may raise anything on a proxy.
@@ -161,6 +163,7 @@ def trace(region: nn.Module, rewrite: Callable[[fx.GraphModule], bool]) -> Trace
     # All of them: a call may have moved past any other, which must stay free of side effects.
     called = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     graph_module = fx.GraphModule(region, graph)
+    graph_module.meta.update(meta)
     if not rewrite(graph_module):
         return None
     graph = graph_module.graph

@@ -1,0 +1,132 @@
+"""Joining all parts of a tensor again gives the tensor.
+
+    cat(W[0], W[1], ..., W[n-1])                          becomes    W
+    stack(W[0], ..., W[n-1]), W stacked or of equal parts becomes    W with its dimensions moved
+
+where the parts come in order, along the dimension that they were cut along, and nobody else reads
+them. So `Split -> Unite -> Split` is one split, and experts that are stacked for their gates are
+the batched product as it is.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from conjoin.graph import bundles, edit, hazards
+
+CATS: frozenset[Any] = frozenset({torch.cat, torch.concat, torch.concatenate})
+"""`torch.cat` in all its spellings."""
+
+SPLITS: frozenset[Any] = frozenset({torch.unsafe_split_with_sizes, torch.split, "split"})
+"""What cuts a tensor into parts of given sizes."""
+
+
+class Cancel(PassBase):
+    """Takes out joints of parts that were cut just before."""
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Changes the graph in place."""
+        graph, modules = graph_module.graph, edit.called_modules(graph_module)
+        changed = False
+        for node in list(graph.nodes):
+            if node.op == "call_function" and node.target in (*CATS, torch.stack):
+                changed |= _as_stack(graph, node) or _cancel(graph, node, modules)
+        return PassResult(graph_module, changed)
+
+
+def _as_stack(graph: fx.Graph, cat: fx.Node) -> bool:
+    """Writes `cat([x.unsqueeze(d), ...], d)` as `stack([x, ...], d)`."""
+    parts, dim = _joined(cat)
+    if cat.target is torch.stack or not parts or not isinstance(dim, int):
+        return False
+    unsqueezed = [
+        part.args[0]
+        for part in parts
+        if part.target in ("unsqueeze", torch.unsqueeze)
+        and part.args[1:] == (dim,)
+        and not part.kwargs
+        and len(part.users) == 1
+    ]
+    if len(unsqueezed) < len(parts):
+        return False
+    cat.target = torch.stack
+    cat.args, cat.kwargs = (unsqueezed, dim), {}
+    for part in parts:
+        graph.erase_node(part)
+    return True
+
+
+def _cancel(graph: fx.Graph, joint: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Takes out one joint, if it joins all parts of one tensor."""
+    parts, dim = _joined(joint)
+    if not parts or not isinstance(dim, int) or any(len(part.users) != 1 for part in parts):
+        return False
+    split = parts[0].args[0] if parts[0].target is operator.getitem else None
+    if not isinstance(split, fx.Node) or not _in_order(parts, split):
+        return False
+    epochs = hazards.epochs(graph, modules)
+    if epochs[split] != epochs[joint]:
+        return False
+    with graph.inserting_before(joint):
+        whole = _whole(graph, joint, split, dim, modules)
+    if whole is None:
+        return False
+    bundles.substitute(graph, [joint], [whole])
+    for node in (*parts, split):
+        graph.erase_node(node)
+    return True
+
+
+def _whole(
+    graph: fx.Graph,
+    joint: fx.Node,
+    split: fx.Node,
+    dim: int,
+    modules: Mapping[str, nn.Module],
+) -> fx.Node | None:
+    """What the joint gives, made of the tensor that was cut; None where it is not the same."""
+    source = split.args[0]
+    if not isinstance(source, fx.Node):
+        return None
+    bundle = bundles.bundle_at(split)
+    if joint.target is not torch.stack:
+        known = split.target in SPLITS and split.args[2:] == (dim,) and not split.kwargs
+        return source if known else None
+    if bundle is None or hazards.reads_strides(joint, modules, escapes=True):
+        return None
+    if bundle.dim is None:
+        return source if dim == 0 else graph.call_method("movedim", (source, 0, dim))
+    if not bundle.equal:
+        return None
+    # Of parts (..., c, *rest), along c: (..., n, c, *rest), and then n to its place.
+    parts = graph.call_method("unflatten", (source, bundle.dim, (len(bundle.parts), -1)))
+    return graph.call_method("movedim", (parts, bundle.dim - 1, dim))
+
+
+def _joined(joint: fx.Node) -> tuple[list[fx.Node], object]:
+    """What a joint joins, and along which dimension; nothing where that is not plain to see."""
+    given = dict(zip(("tensors", "dim"), joint.args, strict=False)) | joint.kwargs
+    parts, dim = given.pop("tensors", ()), given.pop("dim", given.pop("axis", 0))
+    if given or not isinstance(parts, (list, tuple)):
+        return [], dim
+    found = [part for part in parts if isinstance(part, fx.Node)]
+    return (found if len(found) == len(parts) else []), dim
+
+
+def _in_order(parts: list[fx.Node], split: fx.Node) -> bool:
+    """Whether parts are all that a node cuts, in order."""
+    if split.target in SPLITS:
+        sizes = split.args[1] if len(split.args) > 1 else None
+        count = len(sizes) if isinstance(sizes, (list, tuple)) else 0
+    else:
+        found = bundles.bundle_at(split)
+        count = 0 if found is None else len(found.parts)
+    items = [(part.target, part.args) for part in parts]
+    expected = [(operator.getitem, (split, index)) for index in range(count)]
+    return items == expected and len(split.users) == count > 0

@@ -1,0 +1,112 @@
+"""The split moves below what all branches do alike.
+
+    p_i = W[i];  y_i = f(p_i)        becomes        y = f(W);  y_i = y[i]
+
+for f that acts on each element, on the space of each channel, or on each channel by itself. Where
+only neighbouring branches go on alike, the split is made in two steps, and theirs moves. What
+draws random numbers stays where it is, since it would draw others.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Hashable, Mapping, Sequence
+
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from conjoin.graph import bundles, channelwise, edit, elementwise, hazards
+from conjoin.graph.bundles import Bundle
+from conjoin.layers import NORMS, kind_of
+from conjoin.layers.wide import WIDE
+from conjoin.merging import merger_of
+
+
+class Sink(PassBase):
+    """Moves splits below activations, pooling, padding, softmax and normalizations."""
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Changes the graph in place; equal normalizations of the branches are merged."""
+        changed = False
+        while any(_sink(graph_module, bundle) for bundle in bundles.bundles(graph_module.graph)):
+            changed = True
+        return PassResult(graph_module, changed)
+
+
+def _sink(graph_module: fx.GraphModule, bundle: Bundle) -> bool:
+    """Moves one split below one operation; whether there was one."""
+    modules = edit.called_modules(graph_module)
+    epochs = hazards.epochs(graph_module.graph, modules)
+
+    def key(node: fx.Node, part: fx.Node) -> Hashable | None:
+        if epochs[node] != epochs[bundle.split]:
+            return None
+        # A stack consists of contiguous parts; what lies side by side does not.
+        if bundle.dim is not None and hazards.reads_strides(node, modules, escapes=True):
+            return None
+        return (
+            elementwise.key(node, part, modules)
+            or channelwise.key(node, part, bundle.dim, modules)
+            or _softmax_key(node, part, bundle, modules)
+            or _norm_key(node, part, modules)
+        )
+
+    return any(
+        _move(graph_module, bundle, positions, modules) for positions in bundles.runs(bundle, key)
+    )
+
+
+def _softmax_key(
+    node: fx.Node, part: fx.Node, bundle: Bundle, modules: Mapping[str, nn.Module]
+) -> Hashable | None:
+    """A softmax, which must be along the channels of parts of equal size."""
+    found = channelwise.softmax_key(node, part, modules)
+    return None if found is None else (*found, bundle.sizes[bundle.parts.index(part)])
+
+
+def _norm_key(
+    node: fx.Node, part: fx.Node, modules: Mapping[str, nn.Module]
+) -> Hashable | None:
+    """A normalization with a weight, whose blocks become one."""
+    if node.op != "call_module" or edit.only_input(node) is not part:
+        return None
+    module = modules[str(node.target)]
+    kind = kind_of(module, NORMS)
+    return None if kind is None else (kind, module.training, tuple(kind.key(module).items()))
+
+
+def _move(
+    graph_module: fx.GraphModule,
+    bundle: Bundle,
+    positions: range,
+    modules: Mapping[str, nn.Module],
+) -> bool:
+    """Moves the split of the parts at some positions below what they are read by."""
+    graph = graph_module.graph
+    users = bundles.readers(bundle, positions)
+    part = bundle.parts[positions.start]
+    layers = [modules[str(user.target)] for user in users if user.op == "call_module"]
+    kind = kind_of(layers[0], NORMS) if layers else None
+    sizes: Sequence[int] = [bundle.sizes[i] for i in positions]
+    if kind is not None:
+        widths = [layer.weight.shape[0] for layer in layers]  # type: ignore[union-attr]
+        if widths != sizes if bundle.dim is not None else len(set(widths)) > 1:
+            return False
+        if merger_of(graph_module).wide(kind, layers, together=False) is None:
+            return False
+        sizes = widths
+    softmax = channelwise.softmax_key(users[0], part, modules)
+    inner = bundles.carve(graph, bundle, positions.start, positions.stop)
+    dim = inner.dim
+    with graph.inserting_before(inner.split):
+        if kind is not None:
+            whole = inner.whole if dim is not None else bundles.side_by_side(graph, inner.whole)
+            dim = -1 if dim is None else dim
+            target = f"{users[0].target}.{WIDE}"
+            result = graph.call_module(target, (whole,), {"dim": dim})
+        elif softmax is not None:
+            arguments = (inner.whole, *softmax, len(inner.parts), dim)
+            result = graph.call_function(channelwise.softmax_of_parts, arguments)
+        else:
+            result = graph.node_copy(users[0], lambda node: inner.whole)
+    bundles.replace(graph, inner, users, result, sizes, dim)
+    return True

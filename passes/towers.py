@@ -1,0 +1,158 @@
+"""The next layers of the branches, which read different tensors, become one.
+
+    y_i = f(p_i, W_i)                becomes        y = f(W), all W_i at once;  y_i = y[i]
+
+Linear      p: (n, ..., in), W: (n, out, in)                        one batched product
+Conv        p: (batch, n * in, *space), W: (n * out, in, *kernel)   one convolution in n groups
+
+The p_i are parts of one tensor, so that they lie there as the wide layer wants them; or tensors of
+their own, which are of one shape because they are made alike (see `conjoin.graph.congruence`).
+"""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
+
+import torch
+from torch import fx, nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from conjoin.graph import bundles, congruence, edit, elementwise, hazards, order
+from conjoin.graph.bundles import Bundle
+from conjoin.layers import Kind
+from conjoin.layers.wide import WIDE
+from conjoin.merging import Merger, merger_of
+
+
+class Towers(PassBase):
+    """Merges equal layers of the branches into a grouped convolution or a batched product."""
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Changes the graph in place; the layers are merged."""
+        changed = False
+        graph = graph_module.graph
+        while any(_climb(graph_module, bundle) for bundle in bundles.bundles(graph)):
+            changed = True
+        while not changed and _gather(graph_module):
+            changed = True
+        return PassResult(graph_module, changed)
+
+
+def _climb(graph_module: fx.GraphModule, bundle: Bundle) -> bool:
+    """Merges the layers that read the parts of one bundle; whether there were any."""
+    graph, modules = graph_module.graph, edit.called_modules(graph_module)
+    merger = merger_of(graph_module)
+    epochs = hazards.epochs(graph, modules)
+
+    def key(node: fx.Node, part: fx.Node) -> Hashable | None:
+        if epochs[node] != epochs[bundle.split]:
+            return None
+        found = layer_key(node, part, modules, merger)
+        if found is None or not _fits(found[0], bundle):
+            return None
+        return found, bundle.sizes[bundle.parts.index(part)]
+
+    for positions in bundles.runs(bundle, key):
+        users = bundles.readers(bundle, positions)
+        layers = [modules[str(user.target)] for user in users]
+        kind = merger.kind_of(layers[0])
+        if kind is None or merger.wide(kind, layers, together=False) is None:
+            continue
+        inner = bundles.carve(graph, bundle, positions.start, positions.stop)
+        count = len(layers)
+        with graph.inserting_before(inner.split):
+            whole = inner.whole
+            if kind.stacked and inner.dim is not None:
+                whole = bundles.stacked(graph, whole, count)
+            target = f"{users[0].target}.{WIDE}"
+            result = graph.call_module(target, (whole,), {"apart": True})
+        dim = None if kind.stacked else kind.output_dim
+        sizes = [layer.weight.shape[kind.weight_dim] for layer in layers]  # type: ignore[union-attr, index]
+        bundles.replace(graph, inner, users, result, sizes, dim)
+        return True
+    return False
+
+
+def _gather(graph_module: fx.GraphModule) -> bool:
+    """Merges equal layers that read tensors of one shape; whether there were any."""
+    graph, modules = graph_module.graph, edit.called_modules(graph_module)
+    merger = merger_of(graph_module)
+    edges = order.constraints(graph, modules)
+    for users in _alike(graph, modules, merger, edges):
+        layers = [modules[str(user.target)] for user in users]
+        kind = merger.kind_of(layers[0])
+        if kind is None or merger.wide(kind, layers, together=False) is None:
+            continue
+        inputs = [edit.only_input(user) for user in users]
+        last = max(node for node in inputs if node is not None)
+        with graph.inserting_after(last):
+            stack = graph.call_function(torch.stack, (inputs,))
+        with graph.inserting_before(stack.next):
+            target = f"{users[0].target}.{WIDE}"
+            whole = graph.call_module(target, (stack,), {"apart": True})
+            parts = bundles.cut(graph, whole, (1,) * len(users), None)
+        bundles.substitute(graph, users, parts)
+        order.sort(graph, edges)
+        return True
+    return False
+
+
+def _alike(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], merger: Merger, edges: order.Edges
+) -> Iterator[list[fx.Node]]:
+    """Calls of equal layers of which none depends on another, on different tensors of one shape."""
+    counts = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
+    calls: dict[fx.Node, tuple[Kind, Hashable]] = {}
+    for node in graph.nodes:
+        input = edit.only_input(node) if node.op == "call_module" else None
+        if input is not None and counts[str(node.target)] == 1:
+            found = layer_key(node, input, modules, merger)
+            if found is not None and found[0].stacked:
+                calls[node] = found
+    if len(calls) < 2:
+        return
+    depths = order.depths(graph, edges, calls.__contains__)
+    epochs = hazards.epochs(graph, modules)
+    shapes = congruence.classes(graph, modules)
+    groups: dict[Hashable, list[fx.Node]] = {}
+    for node, found in calls.items():
+        input = node.all_input_nodes[0]
+        groups.setdefault((found, depths[node], epochs[node], shapes[input]), []).append(node)
+    for users in groups.values():
+        inputs = {user.all_input_nodes[0] for user in users}
+        if len(users) == len(inputs) > 1 and (len(users) > 2 or _go_on(users, modules, merger)):
+            yield users
+
+
+def _go_on(users: list[fx.Node], modules: Mapping[str, nn.Module], merger: Merger) -> bool:
+    """Whether what follows is alike too, so that two layers pay for the stack that they need."""
+    keys = []
+    for user in users:
+        after = next(iter(user.users), None)
+        if after is None or len(user.users) > 1:
+            return False
+        found = elementwise.key(after, user, modules)
+        keys.append(layer_key(after, user, modules, merger) if found is None else found)
+    return keys[0] is not None and all(key == keys[0] for key in keys)
+
+
+def _fits(kind: Kind, bundle: Bundle) -> bool:
+    """Whether parts lie as layers of a kind want them."""
+    if bundle.dim is None:
+        return bool(kind.stacked)
+    return bundle.dim == kind.output_dim
+
+
+def layer_key(
+    node: fx.Node, input: fx.Node, modules: Mapping[str, nn.Module], merger: Merger
+) -> tuple[Kind, Hashable] | None:
+    """What a layer that reads `input` is; equal for layers that can run at once."""
+    if node.op != "call_module" or edit.only_input(node) is not input:
+        return None
+    layer = modules[str(node.target)]
+    kind = merger.kind_of(layer)
+    if kind is None or kind.stacked is None or isinstance(layer.weight, type(None)):
+        return None
+    shape = tuple(layer.weight.shape)  # type: ignore[union-attr, arg-type]
+    return kind, (shape, tuple(kind.key(layer).items()))

@@ -1,0 +1,188 @@
+"""Bundles: a wide tensor in a graph and the parts that it is cut into.
+
+    side by side:   W (..., sum c_i, ...),  p_i = W[..., c_i of them, ...]  along a dimension
+    stacked:        W (n, ...),             p_i = W[i]
+
+A bundle is a node W, one split of it and one item of the split for each part.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx
+
+from conjoin.layers.embedding import unstack
+
+
+@dataclass(frozen=True, slots=True)
+class Bundle:
+    """A wide tensor and its parts.
+
+    Attributes:
+        whole: the node of the wide tensor; nothing but the split reads it.
+        split: the node that cuts it.
+        parts: the node of each part, in order.
+        sizes: the sizes of the parts along `dim`; ones where they are stacked.
+        dim: the dimension that they lie along, counted from the end; None where they are stacked.
+    """
+
+    whole: fx.Node
+    split: fx.Node
+    parts: tuple[fx.Node, ...]
+    sizes: tuple[int, ...]
+    dim: int | None
+
+    @property
+    def equal(self) -> bool:
+        """Whether all parts have one size."""
+        return len(set(self.sizes)) == 1
+
+
+def bundles(graph: fx.Graph) -> Iterator[Bundle]:
+    """The bundles of a graph, in order."""
+    for node in list(graph.nodes):
+        if (found := bundle_at(node)) is not None:
+            yield found
+
+
+def bundle_at(split: fx.Node) -> Bundle | None:
+    """The bundle that a node cuts; None where it is no split, or more than parts is read."""
+    if split.op != "call_function" or split.kwargs or not split.args:
+        return None
+    whole, sizes, dim = split.args[0], (), None
+    if split.target is torch.unsafe_split_with_sizes and len(split.args) == 3:
+        sizes, dim = tuple(split.args[1]), split.args[2]  # type: ignore[arg-type, assignment]
+        if not (isinstance(dim, int) and dim < 0 and all(isinstance(s, int) for s in sizes)):
+            return None
+    elif split.target is not unstack:
+        return None
+    if not isinstance(whole, fx.Node) or len(whole.users) != 1:
+        return None
+    items: dict[Any, fx.Node] = {}
+    for user in split.users:
+        if user.target is not operator.getitem or user.args[1] in items:
+            return None
+        items[user.args[1]] = user
+    count = len(sizes) if dim is not None else len(items)
+    if sorted(items) != list(range(count)) or count < 2:
+        return None
+    parts = tuple(items[i] for i in range(count))
+    return Bundle(whole, split, parts, sizes or (1,) * count, dim)
+
+
+def cut(
+    graph: fx.Graph, whole: fx.Node, sizes: Sequence[int], dim: int | None
+) -> tuple[fx.Node, ...]:
+    """Adds a split of a wide tensor to a graph, at the graph's insert point.
+
+    Returns:
+        The node of each part.
+    """
+    if dim is None:
+        split = graph.call_function(unstack, (whole,))
+    else:
+        split = graph.call_function(torch.unsafe_split_with_sizes, (whole, list(sizes), dim))
+    return tuple(graph.call_function(operator.getitem, (split, i)) for i in range(len(sizes)))
+
+
+def carve(graph: fx.Graph, bundle: Bundle, start: int, stop: int) -> Bundle:
+    """Makes the parts from `start` to `stop` a bundle of their own, cut from a chunk of the whole.
+
+    The other parts stay parts of the whole.
+    """
+    count = len(bundle.parts)
+    if (start, stop) == (0, count):
+        return bundle
+    sizes = bundle.sizes[start:stop]
+    with graph.inserting_before(bundle.split):
+        if bundle.dim is None:
+            pieces = (start, stop - start, count - stop)
+            chunks = graph.call_function(
+                torch.unsafe_split_with_sizes, (bundle.whole, list(pieces), 0)
+            )
+            found: list[fx.Node] = []
+            for number, piece in enumerate(pieces):
+                chunk = graph.call_function(operator.getitem, (chunks, number))
+                found += cut(graph, chunk, (1,) * piece, None)
+            nodes, inner = found, found[start:stop]
+        else:
+            around = (*bundle.sizes[:start], sum(sizes), *bundle.sizes[stop:])
+            outer = cut(graph, bundle.whole, around, bundle.dim)
+            inner = list(cut(graph, outer[start], sizes, bundle.dim))
+            nodes = [*outer[:start], *inner, *outer[start + 1 :]]
+    substitute(graph, bundle.parts, nodes)
+    graph.erase_node(bundle.split)
+    made = bundle_at(inner[0].args[0])  # type: ignore[arg-type]
+    assert made is not None  # it was cut just now
+    return made
+
+
+def runs(bundle: Bundle, key: Callable[[fx.Node, fx.Node], Hashable | None]) -> list[range]:
+    """The longest ranges of neighbouring parts that go on alike.
+
+    Args:
+        bundle: the bundle.
+        key: what a node does with a part that it alone reads; None is alike to nothing.
+    """
+    keys: list[Hashable | None] = []
+    for part in bundle.parts:
+        user = next(iter(part.users), None)
+        alone = user is not None and len(part.users) == 1
+        keys.append(key(user, part) if user is not None and alone else None)
+    found: list[range] = []
+    start = 0
+    for stop in range(1, len(keys) + 1):
+        if stop == len(keys) or keys[stop] is None or keys[stop] != keys[start]:
+            if stop - start > 1 and keys[start] is not None:
+                found.append(range(start, stop))
+            start = stop
+    return found
+
+
+def readers(bundle: Bundle, positions: range) -> list[fx.Node]:
+    """The nodes that read the parts at some positions, where each is read by one."""
+    return [next(iter(bundle.parts[i].users)) for i in positions]
+
+
+def replace(graph: fx.Graph, bundle: Bundle, users: Sequence[fx.Node], whole: fx.Node,
+            sizes: Sequence[int], dim: int | None) -> None:
+    """Puts the parts of another wide tensor in the place of what is made of each part.
+
+    Args:
+        graph: the graph.
+        bundle: the bundle, which goes.
+        users: the node that reads each part, which goes.
+        whole: what is made of the whole; it stands before the bundle's split.
+        sizes: the sizes of its parts.
+        dim: the dimension that they lie along, or None.
+    """
+    with graph.inserting_before(bundle.split):
+        parts = cut(graph, whole, sizes, dim)
+    substitute(graph, users, parts)
+    for node in (*bundle.parts, bundle.split):
+        graph.erase_node(node)
+
+
+def substitute(graph: fx.Graph, old: Sequence[fx.Node], new: Sequence[fx.Node]) -> None:
+    """Replaces nodes by others everywhere, and takes them out of the graph."""
+    for before, after in zip(old, new, strict=True):
+        after.meta = {**before.meta, **after.meta}
+        before.replace_all_uses_with(after)
+        graph.erase_node(before)
+
+
+def side_by_side(graph: fx.Graph, stack: fx.Node) -> fx.Node:
+    """Stacked parts (n, ..., c) as (..., n * c), at the graph's insert point."""
+    inside = graph.call_method("movedim", (stack, 0, -2))
+    return graph.call_method("flatten", (inside, -2))
+
+
+def stacked(graph: fx.Graph, whole: fx.Node, count: int) -> fx.Node:
+    """Parts that lie side by side (..., n * c) as a stack (n, ..., c), at the insert point."""
+    inside = graph.call_method("unflatten", (whole, -1, (count, -1)))
+    return graph.call_method("movedim", (inside, -2, 0))

@@ -1,0 +1,115 @@
+"""Which values of a graph have the same shape, dtype and device, whatever the inputs are.
+
+Two nodes are congruent where the same operation made them, with the same settings, from inputs
+that are congruent in turn. It is what a stack of tensors needs to know of them beforehand.
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from torch import fx, nn
+
+from conjoin.graph import channelwise, elementwise, hazards
+from conjoin.layers import KINDS, NORMS, kind_of
+from conjoin.layers.wide import View
+
+NAMES = elementwise.NAMES | frozenset(
+    "view reshape flatten unflatten permute transpose t movedim squeeze unsqueeze expand "
+    "contiguous clone softmax log_softmax softmax_of_parts sum mean amax amin norm matmul bmm mm "
+    "baddbmm addmm einsum cat concat stack where dropout layer_norm normalize linear pad "
+    "interpolate size dim numel getattr getitem matmul floordiv mod unsafe_split_with_sizes "
+    "unstack split chunk".split()
+)
+"""Functions and methods whose result has a shape that follows from the shapes of the inputs."""
+
+OF_NUMBERS = frozenset({operator.getitem, operator.floordiv, operator.mod, operator.matmul})
+"""Python's operators that are among them."""
+
+SHAPED = (nn.Softmax, nn.LogSoftmax, nn.Flatten, nn.Unflatten, nn.Dropout)
+"""Modules that are among them, beside layers, normalizations and what acts on elements."""
+
+ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
+"""Attributes of a tensor that are equal where tensors are congruent."""
+
+
+def classes(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, int]:
+    """A number for each node, equal for congruent ones."""
+    numbers: dict[Hashable, int] = {}
+    found: dict[fx.Node, int] = {}
+    for node in graph.nodes:
+        key = _key(node, modules, found)
+        found[node] = numbers.setdefault(node if key is None else key, len(numbers))
+    return found
+
+
+def _key(
+    node: fx.Node, modules: Mapping[str, nn.Module], found: Mapping[fx.Node, int]
+) -> Hashable | None:
+    """What the shape of a node's value depends on; None where that is not known."""
+    if node.op == "call_module":
+        made = _module_key(modules[str(node.target)])
+    elif node.op == "call_method":
+        name = str(node.target)
+        made = name if name.removesuffix("_") in NAMES else None
+    elif node.op == "call_function":
+        made = _function_key(node)
+    else:
+        return None
+    if made is None:
+        return None
+    arguments = _frozen((node.args, node.kwargs), found)
+    if node.target is operator.getitem and (size := _size_of_part(node)) is not None:
+        arguments = found[node.args[0]], size  # type: ignore[index]
+    return node.op, made, arguments
+
+
+def _module_key(module: nn.Module) -> Hashable | None:
+    if not elementwise.is_plain(module):
+        return None
+    cls = module.conjoin_base if isinstance(module, View) else type(module)
+    layer = kind_of(module, (*KINDS, *NORMS)) is not None
+    known = cls in elementwise.ACTIVATIONS or cls in channelwise.SPATIAL_MODULES or cls in SHAPED
+    if not layer and not known:
+        return None
+    weight = module.weight if layer else None
+    types = None if weight is None else (weight.dtype, weight.device)  # type: ignore[union-attr]
+    return cls, repr(elementwise.settings(module)), types
+
+
+def _function_key(node: fx.Node) -> Hashable | None:
+    if node.target is getattr:
+        return getattr if node.args[1] in ATTRIBUTES else None
+    known = node.target in elementwise.OPERATORS or node.target in OF_NUMBERS
+    known |= node.target in channelwise.SPATIAL_FUNCTIONS
+    named = hazards.called(node).removesuffix("_") in NAMES and hazards.of_torch(node.target)
+    return node.target if known or named else None
+
+
+def _size_of_part(node: fx.Node) -> Hashable | None:
+    """The size of an item of a split, which is all that tells its shape from the other parts'."""
+    split, index = node.args
+    if not isinstance(split, fx.Node) or not isinstance(index, int):
+        return None
+    name = hazards.called(split)
+    if name == "unstack":
+        return "stacked"
+    sizes = split.args[1] if name == "unsafe_split_with_sizes" else None
+    if not isinstance(sizes, (list, tuple)) or not -len(sizes) <= index < len(sizes):
+        return None
+    return "part", sizes[index]
+
+
+def _frozen(value: Any, found: Mapping[fx.Node, int]) -> Hashable:
+    """Arguments as a value that can be compared; nodes by their class."""
+    if isinstance(value, fx.Node):
+        return "node", found[value]
+    if isinstance(value, slice):
+        return "slice", _frozen((value.start, value.stop, value.step), found)
+    if isinstance(value, dict):
+        return tuple((name, _frozen(item, found)) for name, item in sorted(value.items()))
+    if isinstance(value, (tuple, list)):
+        return tuple(_frozen(item, found) for item in value)
+    return type(value), value

@@ -1,0 +1,155 @@
+"""What acts on each element of a tensor by itself, whatever stands beside it.
+
+For parts p_i of a tensor W, however it is cut, f(p_i) is the i-th part of f(W).
+"""
+
+from __future__ import annotations
+
+import operator
+from collections.abc import Hashable, Mapping
+from typing import Any
+
+from torch import fx, nn
+from torch.nn import functional as F
+
+from conjoin.graph import hazards
+
+ACTIVATIONS: frozenset[type[nn.Module]] = frozenset(
+    {
+        nn.ReLU,
+        nn.ReLU6,
+        nn.LeakyReLU,
+        nn.ELU,
+        nn.SELU,
+        nn.CELU,
+        nn.GELU,
+        nn.SiLU,
+        nn.Mish,
+        nn.Tanh,
+        nn.Sigmoid,
+        nn.LogSigmoid,
+        nn.Softplus,
+        nn.Softsign,
+        nn.Softshrink,
+        nn.Hardshrink,
+        nn.Tanhshrink,
+        nn.Hardtanh,
+        nn.Hardswish,
+        nn.Hardsigmoid,
+        nn.Threshold,
+        nn.Identity,
+    }
+)
+"""Modules that act element by element, have no parameters and draw no random numbers."""
+
+DROPOUTS: frozenset[type[nn.Module]] = frozenset(
+    {
+        nn.Dropout,
+        nn.Dropout1d,
+        nn.Dropout2d,
+        nn.Dropout3d,
+        nn.AlphaDropout,
+        nn.FeatureAlphaDropout,
+    }
+)
+"""Modules that give back what they got, in evaluation mode."""
+
+NAMES = frozenset(
+    "relu relu6 leaky_relu elu selu celu gelu silu mish tanh sigmoid logsigmoid softplus softsign "
+    "softshrink hardshrink tanhshrink hardtanh hardswish hardsigmoid threshold exp exp2 expm1 log "
+    "log2 log10 log1p sqrt rsqrt square abs neg negative reciprocal sin cos tan asin acos atan "
+    "sinh cosh erf erfc clamp clamp_min clamp_max clip floor ceil round trunc sign add sub mul "
+    "div true_divide pow".split()
+)
+"""Functions and methods that act element by element; the in-place ones have a `_` behind."""
+
+OPERATORS: frozenset[Any] = frozenset(
+    {
+        operator.add,
+        operator.sub,
+        operator.mul,
+        operator.truediv,
+        operator.pow,
+        operator.neg,
+        operator.iadd,
+        operator.isub,
+        operator.imul,
+        operator.itruediv,
+    }
+)
+"""Python's operators that do so too, where the other operand is a number."""
+
+
+def key(node: fx.Node, input: fx.Node, modules: Mapping[str, nn.Module]) -> Hashable | None:
+    """What a node does to `input` element by element; equal for nodes that do the same.
+
+    Args:
+        node: a node that reads `input`.
+        input: the tensor.
+        modules: the modules that the graph calls, by target.
+
+    Returns:
+        The operation and its settings; None where it is not known to act element by element.
+    """
+    if node.op == "call_module":
+        if (*node.args, *node.kwargs.values()) != (input,):
+            return None
+        return module_key(modules[str(node.target)])
+    if node.op not in ("call_function", "call_method"):
+        return None
+    name = hazards.called(node)
+    if node.target is F.dropout or name == "dropout":
+        return _idle_dropout(node, input)
+    known = node.target in OPERATORS or name.removesuffix("_") in NAMES
+    if not known or (node.op == "call_function" and not hazards.of_torch(node.target)):
+        return None
+    return node.op, node.target, frozen(node.args, input), frozen(node.kwargs, input)
+
+
+def module_key(module: nn.Module) -> Hashable | None:
+    """What a module does element by element: its class and settings; None where it does more."""
+    cls = type(module)
+    if not is_plain(module):
+        return None
+    if cls in DROPOUTS:
+        idle = not module.training or getattr(module, "p", None) == 0
+        return (nn.Identity, ()) if idle else None
+    return (cls, settings(module)) if cls in ACTIVATIONS else None
+
+
+def is_plain(module: nn.Module) -> bool:
+    """Whether a module does what its class does: no hooks, no forward of its own."""
+    hooked = any(getattr(module, hooks) for hooks in hazards.CALL_HOOKS)
+    return not hooked and "forward" not in vars(module)
+
+
+def settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+    """The plain attributes of a module, but for the mode."""
+    return tuple(
+        (name, value)
+        for name, value in vars(module).items()
+        if not name.startswith("_") and name not in ("training", "conjoin_index", "conjoin_leads")
+    )
+
+
+def frozen(value: Any, input: fx.Node) -> Hashable:
+    """Arguments as a value that can be compared, `input` as a placeholder.
+
+    A node beside it makes the value equal to no other.
+    """
+    if value is input:
+        return "input"
+    if isinstance(value, fx.Node):
+        return object()
+    if isinstance(value, dict):
+        return tuple((name, frozen(item, input)) for name, item in sorted(value.items()))
+    if isinstance(value, (tuple, list)):
+        return tuple(frozen(item, input) for item in value)
+    return type(value), value
+
+
+def _idle_dropout(node: fx.Node, input: fx.Node) -> Hashable | None:
+    given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False))
+    given.update(node.kwargs)
+    idle = given.get("training", True) is False or given.get("p", 0.5) == 0
+    return (nn.Identity, ()) if idle and given.get("input") is input else None

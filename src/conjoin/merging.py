@@ -1,0 +1,160 @@
+"""Which layers of a model may be merged while its graphs are rewritten, and merging them."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+
+from torch import fx, nn
+
+from conjoin.graph.siblings import Candidate, held_elsewhere, overlaps
+from conjoin.graph.site import Sightings
+from conjoin.layers import KINDS, NORMS, Kind, kind_of
+from conjoin.layers.kind import common, tensors
+from conjoin.layers.wide import View, Wide, fuse, release
+
+MERGER = "conjoin_merger"
+"""The entry of a GraphModule's `meta` that holds the merger of the model behind it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Level:
+    """Layers that were merged because their branches go on alike.
+
+    Attributes:
+        kind: the kind of the layers.
+        layers: their qualified names, in the order of the branches.
+        widths: their numbers of output channels.
+    """
+
+    kind: Kind
+    layers: tuple[str, ...]
+    widths: tuple[int, ...]
+
+
+class Merger:
+    """Merges layers of one model.
+
+    Attributes:
+        kinds: the kinds of layer that siblings are looked for in.
+        levels: what it has merged beyond the siblings that were found at first.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        kinds: tuple[Kind, ...] = KINDS,
+        sightings: Sightings | None = None,
+        found: Iterable[Candidate] = (),
+    ) -> None:
+        """Looks at the model's parameters once.
+
+        Args:
+            model: the model.
+            kinds: the kinds of layer.
+            sightings: what was seen of it; what its code does with parameters keeps them apart.
+            found: its siblings; those that were refused are left alone.
+        """
+        self.kinds = kinds
+        self.levels: list[Level] = []
+        self._model = model
+        self._names = {module: name for name, module in model.named_modules()}
+        self._shared = overlaps(dict(model.named_modules()))
+        apart = {name for c in found if c.refusal is not None for name in c.layers}
+        if sightings is not None:
+            apart |= {*sightings.changed, *sightings.listed}
+        self._apart = apart
+
+    def kind_of(self, layer: nn.Module) -> Kind | None:
+        """The kind of a layer or a normalization; None where it is of none."""
+        return kind_of(layer, (*self.kinds, *NORMS))
+
+    def merge_all(self, found: Iterable[Candidate]) -> bool:
+        """Merges the candidates that may be merged and are not yet; whether there were any."""
+        modules = dict(self._model.named_modules())
+        changed = False
+        for candidate in found:
+            if candidate.refusal is None:
+                layers = [modules[name] for name in candidate.layers]
+                if _wide_of(layers) is None:
+                    self._merge(candidate.kind, layers, candidate.contiguous, together=True)
+                    changed = True
+        return changed
+
+    def wide(self, kind: Kind, layers: Sequence[nn.Module], *, together: bool) -> Wide | None:
+        """The wide layer of these layers, merged now if they may be and are not yet.
+
+        Args:
+            kind: their kind.
+            layers: the layers, in the order of the parts.
+            together: whether they are called on one tensor.
+
+        Returns:
+            The wide layer; None where they stay apart.
+        """
+        if (known := _wide_of(layers)) is not None:
+            return known
+        if any(isinstance(layer, View) for layer in layers) or not self.may_merge(kind, layers):
+            return None
+        wide = self._merge(kind, layers, frozenset(), together=together)
+        names = tuple(self._names[layer] for layer in layers)
+        self.levels.append(Level(kind, names, tuple(wide.widths)))
+        return wide
+
+    def may_merge(self, kind: Kind, layers: Sequence[nn.Module]) -> bool:
+        """Whether layers may become one wide layer."""
+        if len(set(layers)) < len(layers):
+            return False
+        for layer in layers:
+            name = self._names.get(layer)
+            if name is None or name in self._apart or kind.check(layer) is not None:
+                return False
+            if held_elsewhere(name, layer, self._shared) is not None:
+                return False
+        keys = [common(kind, layer, tensors(layer)) for layer in layers]
+        return all(key == keys[0] for key in keys)
+
+    def _merge(
+        self,
+        kind: Kind,
+        layers: Sequence[nn.Module],
+        contiguous: frozenset[int],
+        *,
+        together: bool,
+    ) -> Wide:
+        order = {module: position for position, module in enumerate(self._names)}
+        leader = min(range(len(layers)), key=lambda i: order[layers[i]])
+        for layer in layers:
+            if isinstance(layer, View):
+                release(layer)
+        enclosing = self._model.get_submodule(common_path([self._names[layer] for layer in layers]))
+        return fuse(kind, layers, enclosing, contiguous, leader, together=together)
+
+
+def merger_of(graph_module: fx.GraphModule) -> Merger:
+    """The merger of the model that a graph is of; by default that of the graph's own modules."""
+    found = graph_module.meta.get(MERGER)
+    if not isinstance(found, Merger):
+        found = graph_module.meta[MERGER] = Merger(graph_module)
+    return found
+
+
+def common_path(names: Sequence[str]) -> str:
+    """The name of the smallest module that holds the modules of these names."""
+    paths = [name.split(".")[:-1] for name in names]
+    shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
+    return ".".join(level[0] for level in shared)
+
+
+def _wide_of(layers: Sequence[nn.Module]) -> Wide | None:
+    """The wide layer of which these layers are all the views, in order."""
+    first = layers[0]
+    if not isinstance(first, View) or len(first.wide_layer.widths) != len(layers):
+        return None
+    wide = first.wide_layer
+    whole = all(
+        isinstance(layer, View) and layer.wide_layer is wide and layer.conjoin_index == index
+        for index, layer in enumerate(layers)
+    )
+    return wide if whole else None
