@@ -100,9 +100,9 @@ def wide_runs() -> Iterator[list[Wide]]:
     runs: list[Wide] = []
     forward = Wide.forward
 
-    def noted(wide: Wide, x: Tensor) -> Tensor:
+    def noted(wide: Wide, x: Tensor, **how: Any) -> Tensor:
         runs.append(wide)
-        return forward(wide, x)
+        return forward(wide, x, **how)
 
     Wide.forward = noted
     try:

@@ -47,6 +47,8 @@ class Merger:
         kinds: tuple[Kind, ...] = KINDS,
         sightings: Sightings | None = None,
         found: Iterable[Candidate] = (),
+        *,
+        frozen: bool = False,
     ) -> None:
         """Looks at the model's parameters once.
 
@@ -55,7 +57,9 @@ class Merger:
             kinds: the kinds of layer.
             sightings: what was seen of it; what its code does with parameters keeps them apart.
             found: its siblings; those that were refused are left alone.
+            frozen: merge nothing, and know what is merged.
         """
+        self._frozen = frozen
         self.kinds = kinds
         self.levels: list[Level] = []
         self._model = model
@@ -82,29 +86,37 @@ class Merger:
                     changed = True
         return changed
 
-    def wide(self, kind: Kind, layers: Sequence[nn.Module], *, together: bool) -> Wide | None:
+    def wide(
+        self,
+        kind: Kind,
+        layers: Sequence[nn.Module],
+        *,
+        together: bool,
+        contiguous: frozenset[int] = frozenset(),
+    ) -> Wide | None:
         """The wide layer of these layers, merged now if they may be and are not yet.
 
         Args:
             kind: their kind.
             layers: the layers, in the order of the parts.
             together: whether they are called on one tensor.
+            contiguous: the positions of those whose output must be contiguous.
 
         Returns:
             The wide layer; None where they stay apart.
         """
         if (known := _wide_of(layers)) is not None:
             return known
-        if any(isinstance(layer, View) for layer in layers) or not self.may_merge(kind, layers):
+        if self._frozen or not self.may_merge(kind, layers):
             return None
-        wide = self._merge(kind, layers, frozenset(), together=together)
+        wide = self._merge(kind, layers, contiguous, together=together)
         names = tuple(self._names[layer] for layer in layers)
         self.levels.append(Level(kind, names, tuple(wide.widths)))
         return wide
 
     def may_merge(self, kind: Kind, layers: Sequence[nn.Module]) -> bool:
         """Whether layers may become one wide layer."""
-        if len(set(layers)) < len(layers):
+        if len(set(layers)) < len(layers) or any(isinstance(layer, View) for layer in layers):
             return False
         for layer in layers:
             name = self._names.get(layer)

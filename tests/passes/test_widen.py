@@ -74,7 +74,7 @@ def changed_between(m, x):
 
 
 def changed_elsewhere(m, x):
-    """What is changed is not what the siblings read; that nothing is an alias is not proven."""
+    """What is changed may be an alias of what the siblings read, for all that is known."""
     y = x + 1
     first = m.a(x), m.b(x)
     m.relu(y)
@@ -82,7 +82,7 @@ def changed_elsewhere(m, x):
 
 
 def written_elsewhere(m, x):
-    """As above, by a method."""
+    """What is changed nobody else can see."""
     first = m.a(x)
     y = (x + 1).add_(1)
     return first, m.b(x), m.c(x), y
@@ -143,7 +143,6 @@ VIEWS_LEFT = {
     whole_before_a_change: 2,
     changed_between: 3,
     changed_elsewhere: 3,
-    written_elsewhere: 3,
     unknown_between: 3,
     hooked_between: 3,
     incomplete: 3,
@@ -164,7 +163,7 @@ SCRIPTS = {
     drawn_between: 1,
     unknown_between: 0,
     hooked_between: 0,
-    written_elsewhere: 0,
+    written_elsewhere: 1,
     whole_before_a_change: 1,
     incomplete: 0,
     changed_after: 1,

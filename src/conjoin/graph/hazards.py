@@ -197,7 +197,7 @@ def _is_fresh(node: fx.Node, fresh: set[fx.Node], modules: Mapping[str, nn.Modul
     changed = list(written(node, modules))
     if changed:
         # Where `out=` or an unknown function writes, there is more to it than the first input.
-        return own and changed == [first] and _changes_first_only(node)
+        return own and changed == [first] and _changes_first_only(node, modules)
     if node.op == "call_module":
         module = modules[str(node.target)]
         return not is_opaque(module) and not shares_memory(node, modules) and _allocates(module)
@@ -219,8 +219,10 @@ ARITHMETIC: frozenset[Any] = frozenset(
 """Operators whose result is a tensor with memory of its own, or no tensor."""
 
 
-def _changes_first_only(node: fx.Node) -> bool:
-    known = node.op == "call_module" or node.target in INPLACE_OPERATORS
+def _changes_first_only(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if node.op == "call_module":
+        return not is_opaque(modules[str(node.target)])
+    known = node.target in INPLACE_OPERATORS
     known |= node.op == "call_function" and of_torch(node.target)
     known |= node.op == "call_method" and _is_inplace_name(str(node.target))
     return known and "out" not in node.kwargs and called(node) not in WAYS_OUT

@@ -122,7 +122,7 @@ class Region(nn.Module):
         traced = held.traced if isinstance(held, Plan) else held
         if traced is None:
             self.__class__ = self.conjoin_base  # type: ignore[assignment]
-            _install(self, {MERGER: Merger(self, ())})
+            install(self)
             return
         try:
             vars(self)[PLAN] = _bind(self, traced)
@@ -172,8 +172,14 @@ def _new_region(base: type[nn.Module]) -> Region:
     return cls.__new__(cls)
 
 
-def install(model: nn.Module, meta: Mapping[str, Any]) -> None:
-    """Rewrites the forward of every region of `model` that is traced soundly."""
+def install(model: nn.Module, meta: Mapping[str, Any] | None = None) -> None:
+    """Rewrites the forward of every region of `model` that is traced soundly.
+
+    Args:
+        model: the model, whose siblings have been merged.
+        meta: for the passes; with a `Merger` of the model they merge what follows the siblings.
+    """
+    meta = {MERGER: Merger(model, frozen=True)} if meta is None else meta
     for module in {id(m): m for m in _enclosing(model)}.values():
         if not isinstance(module, Region):
             _install(module, meta)
