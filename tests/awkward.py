@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import numpy
 import torch
+from own_kinds import OWN_KINDS, OwnHeads
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -2562,6 +2563,7 @@ class Hazard:
         outcome: EXACT, or the reason why the siblings are left apart.
         inputs: the arguments and keyword arguments of the call of this number.
         models: the classes of the models that something is done to after `optimize`.
+        kinds: the kinds of layer that are merged.
     """
 
     subject: Callable
@@ -2569,6 +2571,7 @@ class Hazard:
     outcome: Reason | None = EXACT
     inputs: Callable[[int], tuple] = rows
     models: tuple[type[nn.Module], ...] = (TwoHeads, Undecided)
+    kinds: tuple[conjoin.Kind, ...] = conjoin.KINDS
 
     @property
     def name(self):
@@ -2726,6 +2729,7 @@ HAZARDS = (
     Hazard(Subclassed, LOST, Reason.OWN_FORWARD),
     Hazard(SubclassedCall, LOST, Reason.OWN_FORWARD),
     Hazard(SubclassedInside, LOST, Reason.OWN_FORWARD, images),
+    Hazard(OwnHeads, "has no kind for them", kinds=OWN_KINDS),
     Hazard(SubclassedForMore, "the parameter is lost"),
     Hazard(Patched, LOST, Reason.OWN_FORWARD),
     Hazard(OwnParameter, "the class is lost", Reason.CUSTOM_PARAMETER),

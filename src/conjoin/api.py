@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from conjoin.graph.siblings import Candidate, candidates
 from conjoin.graph.site import Sightings, Untraced
 from conjoin.launches import UNCOUNTED, Counted, Launches
-from conjoin.layers import KINDS
+from conjoin.layers import KINDS, Kind, checked
 from conjoin.layers.wide import ENCLOSES, View, fuse, release, views
 from conjoin.report import Group, Report
 from conjoin.tracing import regions
@@ -32,6 +32,7 @@ def optimize(
     *,
     example_kwargs: dict[str, Any] | None = None,
     inplace: bool = False,
+    kinds: Sequence[Kind] = KINDS,
 ) -> Model:
     """Merges sibling layers, those that read the same tensor, into wide layers.
 
@@ -45,13 +46,17 @@ def optimize(
             tensors; without, by symbolic tracing, which cannot look into all Python code.
         example_kwargs: the keyword arguments that go with them.
         inplace: change `model` itself. The extra memory is then that of the largest group at most.
+        kinds: the kinds of layer to merge, by default all that conjoin knows. `Kind` tells how to
+            write one for layers of your own; that for the most specific class counts.
 
     Returns:
         The optimized model: `model` itself with `inplace`, otherwise a copy.
 
     Raises:
-        TypeError: `model` is no module, or `example_inputs` is no tuple or list of tuples.
-        ValueError: the model cannot be copied, or does not run on the example inputs.
+        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, or `kinds`
+            is no tuple of kinds.
+        ValueError: the model cannot be copied, or does not run on the example inputs; or two of the
+            kinds are for one class.
 
     Example:
         >>> import torch, conjoin
@@ -66,7 +71,8 @@ def optimize(
         [(4, 8), (4,)]
     """
     with _no_collection():
-        found, _ = _find(model, example_calls(example_inputs, example_kwargs))
+        calls = example_calls(example_inputs, example_kwargs)
+        found, _ = _find(model, calls, checked(kinds))
         optimized = model if inplace else _copy(model)
         if _fuse_all(optimized, found):
             regions.uninstall(optimized)  # They may know wide layers that are no more.
@@ -103,6 +109,7 @@ def report(
     example_inputs: tuple[Any, ...] | list[tuple[Any, ...]] | None = None,
     *,
     example_kwargs: dict[str, Any] | None = None,
+    kinds: Sequence[Kind] = KINDS,
 ) -> Report:
     """Tells which siblings are, or would be, merged, which are not and why, and what that saves.
 
@@ -113,16 +120,19 @@ def report(
         example_inputs: as for `optimize`. With them, launches are counted, on fake tensors and in
             the mode (training or evaluation) that the model is in; of several calls, the first is.
         example_kwargs: the keyword arguments that go with them.
+        kinds: as for `optimize`. Layers that were merged earlier count also without.
 
     Returns:
         The report; `str()` of it is a table.
 
     Raises:
-        TypeError: `model` is no module, or `example_inputs` is no tuple or list of tuples.
-        ValueError: the model cannot be copied, or does not run on the example inputs.
+        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, or `kinds`
+            is no tuple of kinds.
+        ValueError: the model cannot be copied, or does not run on the example inputs; or two of the
+            kinds are for one class.
     """
     calls = example_calls(example_inputs, example_kwargs)
-    found, sightings = _find(model, calls)
+    found, sightings = _find(model, calls, checked(kinds))
     before, after = _count(model, calls[0], found) if calls else (UNCOUNTED, UNCOUNTED)
     groups = tuple(_group(candidate, before.by_layer, after.by_layer) for candidate in found)
     return Report(groups, Launches(before.count, after.count), sightings.untraced, bool(calls))
@@ -175,17 +185,19 @@ def _copy(model: Model) -> Model:
         ) from error
 
 
-def _find(model: nn.Module, calls: list[Call]) -> tuple[tuple[Candidate, ...], Sightings]:
+def _find(
+    model: nn.Module, calls: list[Call], kinds: tuple[Kind, ...]
+) -> tuple[tuple[Candidate, ...], Sightings]:
     check_model(model)
     # A lazy layer does not run on fake tensors; a trace shows which siblings it would have.
     lazy = any(nn.parameter.is_lazy(parameter) for parameter in model.parameters())
     try:
-        sightings = observe(model, calls, KINDS) if calls and not lazy else trace(model, KINDS)
+        sightings = observe(model, calls, kinds) if calls and not lazy else trace(model, kinds)
     except UncopyableError as error:
         untraced = Untraced("", f"it was traced and not run, since it cannot be copied: {error}")
-        sightings = trace(model, KINDS)
+        sightings = trace(model, kinds)
         sightings = dataclasses.replace(sightings, untraced=(untraced, *sightings.untraced))
-    return candidates(model, sightings, KINDS), sightings
+    return candidates(model, sightings, kinds), sightings
 
 
 def _fuse_all(model: nn.Module, found: Sequence[Candidate]) -> bool:

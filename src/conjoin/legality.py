@@ -43,7 +43,8 @@ class Reason(enum.Enum):
     )
     OWN_FORWARD = (
         "The layer has a forward of its own, from a subclass or a patched instance. "
-        "Use the plain torch.nn class, and do the extra work in a module before or after it."
+        "Pass a conjoin.Kind for its class, or use the plain torch.nn class and do the extra work "
+        "in a module before or after it."
     )
     HOOKS = (
         "A hook is registered on the layer or on its parameters, and would see other tensors. "

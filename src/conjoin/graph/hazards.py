@@ -10,6 +10,8 @@ from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
+from conjoin.layers.kind import FORWARDS
+
 VIEW_METHODS = frozenset(
     "view view_as expand expand_as permute transpose t swapaxes swapdims movedim moveaxis squeeze "
     "unsqueeze select narrow diagonal unfold unflatten unbind split chunk tensor_split hsplit "
@@ -166,8 +168,9 @@ def is_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 def _opaque(module: nn.Module) -> bool:
-    """Whether a module may do anything to its input: it is not PyTorch's, or has hooks."""
-    plain = type(module).__module__.startswith(("torch.nn.", "conjoin."))
+    """Whether a module may do anything to its input: it is not known, or has hooks."""
+    cls = getattr(type(module), "conjoin_base", type(module))
+    plain = cls in FORWARDS or cls.__module__.startswith(("torch.nn.", "conjoin."))
     return not plain or any(getattr(module, hooks) for hooks in CALL_HOOKS)
 
 

@@ -64,7 +64,7 @@ class _Conv(_Convolution):
         return type(self).function(
             input,
             wide.weight,
-            wide.bias,
+            self.biases(wide),
             settings["stride"],
             padding,
             settings["dilation"],
@@ -91,7 +91,7 @@ class _ConvTranspose(_Convolution):
         return type(self).function(
             input,
             self.joined(wide),
-            wide.bias,
+            self.biases(wide),
             settings["stride"],
             settings["padding"],
             settings["output_padding"],

@@ -25,4 +25,4 @@ class Linear(Kind):
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(..., in) -> (..., sum out_i)."""
-        return F.linear(input, wide.weight, wide.bias)
+        return F.linear(input, wide.weight, self.biases(wide))
