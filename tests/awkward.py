@@ -1237,8 +1237,19 @@ class FrozenBiases(TwoHeads):
         self.b.bias.requires_grad_(False)
 
 
+class BiasOnSome(TwoHeads):
+    """A bias on some of several siblings"""
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Linear(6, 2, bias=False).double()
+
+    def forward(self, x):
+        return self.a(x), self.c(x), self.b(x)
+
+
 class BiasOnOne(nn.Module):
-    """A bias on one sibling only"""
+    """A bias on one of two siblings"""
 
     def __init__(self):
         super().__init__()
@@ -2713,6 +2724,7 @@ HAZARDS = (
     Hazard(OneCalledTwice, "the wide layer runs for one part", Reason.CALLED_APART),
     Hazard(FrozenOne, "the frozen sibling trains", Reason.DIFFERENT_REQUIRES_GRAD),
     Hazard(FrozenBiases, "the frozen biases train"),
+    Hazard(BiasOnSome, "the missing bias trains"),
     Hazard(BiasOnOne, "the missing bias trains", Reason.BIAS_ON_SOME),
     Hazard(TwoDtypes, "promotes one of them", Reason.DIFFERENT_DTYPE, indices),
     Hazard(TwoDevices, "`cat` raises", Reason.DIFFERENT_DEVICE),

@@ -30,7 +30,8 @@ class Reason(enum.Enum):
         "Freeze or unfreeze all of them before optimizing, with layer.requires_grad_(flag)."
     )
     BIAS_ON_SOME = (
-        "Some of the layers have a bias and others have none, and a missing bias must not train. "
+        "Some of these few layers have a bias and others have none, and laying out the bias with "
+        "zeros at each call costs the launch that merging saves. "
         "Give every one of them a bias, or none of them."
     )
     SHARED_PARAMETER = (

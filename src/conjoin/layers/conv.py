@@ -27,6 +27,7 @@ class _Convolution(Kind):
     """What all convolutions have in common."""
 
     function: ClassVar[Callable[..., Tensor]]
+    bias_on_some = True
 
     def check(self, layer: nn.Module) -> Verdict | None:
         """Also refuses grouped convolutions, whose channels would have to be interleaved."""

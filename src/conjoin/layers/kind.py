@@ -104,6 +104,9 @@ class Kind(ABC):
     output_dim: ClassVar[int] = -1
     """The dimension of the output, counted from the end, that runs over the output channels."""
 
+    bias_on_some: ClassVar[bool] = False
+    """Whether `run` takes the bias from `biases`, so that some siblings may have none."""
+
     def __init_subclass__(cls) -> None:
         """Keeps the forward of the layers, to notice when somebody replaces it."""
         layer = vars(cls).get("layer")
@@ -175,13 +178,14 @@ class Kind(ABC):
             wide: the wide layer.
             name: `"weight"` or `"bias"`.
             tensor: that tensor, or one of the same shape such as its gradient.
-            index: which sibling.
+            index: which sibling; one that has such a tensor.
         """
         if name == "weight" and self.weight_dim != 0:
             sizes = [shape.numel() for shape in wide.shapes]
             block = tensor.narrow(0, sum(sizes[:index]), sizes[index])
             return self._as_weight(wide, block, wide.shapes[index])
-        return tensor.narrow(0, sum(wide.widths[:index]), wide.widths[index])
+        before = sum(width for i, width in enumerate(wide.widths[:index]) if wide.holds(name, i))
+        return tensor.narrow(0, before, wide.widths[index])
 
     def joined(self, wide: Wide) -> Tensor:
         """The weight that computes all parts at once.
@@ -194,8 +198,17 @@ class Kind(ABC):
         return torch.cat(self._blocks(wide, wide.weight), dim=self.weight_dim)
 
     def biases(self, wide: Wide) -> Tensor | None:
-        """The bias of all parts at once, or None."""
-        return wide.bias
+        """The bias of all parts at once, or None.
+
+        It is the Parameter itself where every part has a bias, or none has; otherwise zeros fill
+        the gaps at each call, which costs one copy.
+        """
+        bias = wide.bias
+        if bias is None or all(wide.biased):
+            return bias
+        held = iter(torch.split(bias, [size for held, size in wide.bias_runs if held]))
+        zeros = wide.zeros_beside(bias)
+        return torch.cat([next(held) if holds else zeros[:size] for holds, size in wide.bias_runs])
 
     def _blocks(self, wide: Wide, weight: Tensor) -> list[Tensor]:
         """The siblings' weights, from the tensor (numbers, 1) that holds them as blocks."""

@@ -22,6 +22,7 @@ class Linear(Kind):
 
     layer = nn.Linear
     settings = ("in_features",)
+    bias_on_some = True
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(..., in) -> (..., sum out_i)."""
