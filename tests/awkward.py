@@ -1536,6 +1536,19 @@ class TwoKernelSizes(nn.Module):
         return self.a(x), self.b(x)
 
 
+class SpelledInTwoWays(nn.Module):
+    """Settings that are assigned later, as numbers or in words"""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(4, 3, 3, padding="same", dilation=2).double()
+        self.b = nn.Conv2d(4, 3, 3).double()
+        self.b.dilation, self.b.padding, self.b.stride = 2, (2, 2), [1, 1]
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
 class Padded(nn.Module):
     """Convolutions with another padding mode"""
 
@@ -2750,6 +2763,7 @@ HAZARDS = (
     Hazard(Adapted, "frozen and trained weights in one"),
     Hazard(Grouped, WRONG, Reason.GROUPED, images),
     Hazard(TwoKernelSizes, WRONG, Reason.DIFFERENT_SETTINGS, images),
+    Hazard(SpelledInTwoWays, "a comparison tells them apart", inputs=images),
     Hazard(Padded, STRIDES, inputs=images),
     Hazard(Transposed, "the output size is lost", inputs=images),
     Hazard(RenormedRows, WRONG, Reason.UNSUPPORTED_OPTION, indices),

@@ -247,6 +247,7 @@ def _difference(name: str, other: str, keys: dict[str, dict[str, object]]) -> Ve
     if reason is Reason.CUSTOM_PARAMETER:
         return reason, f"its parameters carry other attributes than those of {other}"
     shown = [key for key in differing if not key.startswith("_") and key != "attributes"]
+    shown = shown or differing
     return reason, ", ".join(f"{key}={mine[key]} where {other} has {theirs[key]}" for key in shown)
 
 

@@ -23,17 +23,46 @@ if TYPE_CHECKING:
     from conjoin.layers.wide import Wide
 
 
+def _for_each(setting: Any, dimensions: int) -> Any:
+    """One number for each dimension, where there may be one for all; or a word."""
+    if isinstance(setting, str):
+        return setting
+    if isinstance(setting, tuple):
+        return setting * dimensions if len(setting) == 1 else setting
+    return (setting,) * dimensions
+
+
 class _Convolution(Kind):
     """What all convolutions have in common."""
 
     function: ClassVar[Callable[..., Tensor]]
     bias_on_some = True
 
+    def key(self, layer: nn.Module) -> dict[str, object]:
+        """The settings, with a number for each dimension of space."""
+        found = super().key(layer)
+        for name in ("stride", "dilation", "output_padding"):
+            if name in found:
+                found[name] = _for_each(found[name], -1 - self.output_dim)
+        return found
+
     def check(self, layer: nn.Module) -> Verdict | None:
         """Also refuses grouped convolutions, whose channels would have to be interleaved."""
         if isinstance(layer.groups, int) and layer.groups > 1:
             return Reason.GROUPED, f"groups={layer.groups}"
         return super().check(layer)
+
+
+def _around(settings: dict[str, Any], kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """The padding before and after each dimension, the last one first, as `F.pad` wants it."""
+    padding = settings["padding"]
+    if settings["padding_mode"] != "zeros" or padding == "valid":
+        return (0, 0) * len(kernel)
+    if padding != "same":
+        return tuple(number for number in reversed(padding) for _ in range(2))
+    steps = zip(settings["dilation"], kernel, strict=False)
+    totals = [step * (size - 1) for step, size in steps]
+    return tuple(part for t in reversed(totals) for part in (t // 2, t - t // 2))
 
 
 class _Conv(_Convolution):
@@ -48,11 +77,21 @@ class _Conv(_Convolution):
     )
 
     def key(self, layer: nn.Module) -> dict[str, object]:
-        """The settings, with the padding in numbers, and as `F.pad` wants it."""
-        around: Any = layer._reversed_padding_repeated_twice
-        found = {**super().key(layer), "_reversed_padding": tuple(around)}
-        if isinstance(layer.padding, str) and tuple(around[::2]) == tuple(around[1::2]):
+        """The settings, in one spelling, with the padding also as `F.pad` wants it."""
+        found: dict[str, Any] = super().key(layer)
+        weight: Any = layer.weight
+        kernel = tuple(weight.shape[2:])
+        found["padding"] = _for_each(found["padding"], len(kernel))
+        if len(found["dilation"]) == len(kernel):
+            steps = zip(found["dilation"], kernel, strict=True)
+            found["dilation"] = tuple(step if size > 1 else 1 for step, size in steps)
+        around: Any = tuple(layer._reversed_padding_repeated_twice)  # type: ignore[arg-type]
+        if found["padding_mode"] == "zeros" or not any(around):
+            around = _around(found, kernel)
+            found["padding_mode"] = "zeros"
+        if around[::2] == around[1::2]:
             found["padding"] = tuple(reversed(around[::2]))
+        found["_reversed_padding"] = around
         return found
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:

@@ -260,7 +260,11 @@ def common(kind: Kind, layer: nn.Module, held: Mapping[str, nn.Parameter]) -> di
         values = {name: getattr(tensor, attribute) for name, tensor in held.items()}
         uniform = len(set(values.values())) == 1
         found[attribute] = next(iter(values.values())) if uniform else tuple(values.items())
-    found["memory_format"] = memory_format(held["weight"])
+    # Any other order than these is lost in a wide weight, and counts as contiguous.
+    format = memory_format(held["weight"])
+    found["memory_format"] = "contiguous" if format == "strided" else format
+    weight: Any = layer.weight
+    found["_shape"] = (*weight.shape[: kind.weight_dim], *weight.shape[kind.weight_dim + 1 :])
     found["attributes"] = tuple(
         (name, attribute, id(value))
         for name, tensor in held.items()
