@@ -79,7 +79,8 @@ class Reason(enum.Enum):
         "Name those that it needs instead, such as self.layer.weight."
     )
     GROUPED = (
-        "The layers are grouped convolutions (groups > 1), which conjoin does not merge yet. "
+        "The layers are grouped convolutions (groups > 1), whose channels one wide layer "
+        "interleaves, and copying them apart costs more launches than merging saves. "
         "Leave them as they are; the layers around them are not affected."
     )
     UNSUPPORTED_OPTION = (

@@ -6,6 +6,12 @@ wide layer's weight: (sum out_i, in, *kernel).
 A transposed convolution keeps its channels the other way round, W_i: (in, out_i, *kernel). The
 wide weight (in, sum out_i, *kernel) would interleave the blocks in memory, so they are kept one
 after another and joined at each call.
+
+With groups > 1 the wide output has, within each group, the channels of one sibling after those of
+the other. A part of it is a tensor whose channels lie apart, so that `.view(batch, -1)`, which the
+sibling's output and every plain slice allow, raises; and with a copy of each part, n launches
+become n + 2. Repeating the input n times instead keeps the parts together in 2 launches, for widths
+that are equal, but has n times the input to write, read and keep for backward. So these are refused.
 """
 
 from __future__ import annotations
@@ -47,7 +53,7 @@ class _Convolution(Kind):
         return found
 
     def check(self, layer: nn.Module) -> Verdict | None:
-        """Also refuses grouped convolutions, whose channels would have to be interleaved."""
+        """Also refuses grouped convolutions, whose channels are interleaved in a wide layer."""
         if isinstance(layer.groups, int) and layer.groups > 1:
             return Reason.GROUPED, f"groups={layer.groups}"
         return super().check(layer)
