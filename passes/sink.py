@@ -17,6 +17,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from conjoin.graph import bundles, channelwise, edit, elementwise, hazards
 from conjoin.graph.bundles import Bundle
 from conjoin.layers import NORMS, kind_of
+
 from conjoin.layers.wide import WIDE
 from conjoin.merging import merger_of
 

@@ -19,6 +19,7 @@ from collections.abc import Callable
 
 import numpy
 import torch
+from own_kinds import OWN_KINDS, OwnHeads
 from torch import nn
 from torch.nn import functional as F
 from torch.nn.utils import parametrizations, parametrize, prune
@@ -1236,8 +1237,19 @@ class FrozenBiases(TwoHeads):
         self.b.bias.requires_grad_(False)
 
 
+class BiasOnSome(TwoHeads):
+    """A bias on some of several siblings"""
+
+    def __init__(self):
+        super().__init__()
+        self.c = nn.Linear(6, 2, bias=False).double()
+
+    def forward(self, x):
+        return self.a(x), self.c(x), self.b(x)
+
+
 class BiasOnOne(nn.Module):
-    """A bias on one sibling only"""
+    """A bias on one of two siblings"""
 
     def __init__(self):
         super().__init__()
@@ -1519,6 +1531,19 @@ class TwoKernelSizes(nn.Module):
         super().__init__()
         self.a = nn.Conv2d(4, 3, 1).double()
         self.b = nn.Conv2d(4, 3, 3, padding=1).double()
+
+    def forward(self, x):
+        return self.a(x), self.b(x)
+
+
+class SpelledInTwoWays(nn.Module):
+    """Settings that are assigned later, as numbers or in words"""
+
+    def __init__(self):
+        super().__init__()
+        self.a = nn.Conv2d(4, 3, 3, padding="same", dilation=2).double()
+        self.b = nn.Conv2d(4, 3, 3).double()
+        self.b.dilation, self.b.padding, self.b.stride = 2, (2, 2), [1, 1]
 
     def forward(self, x):
         return self.a(x), self.b(x)
@@ -2562,6 +2587,7 @@ class Hazard:
         outcome: EXACT, or the reason why the siblings are left apart.
         inputs: the arguments and keyword arguments of the call of this number.
         models: the classes of the models that something is done to after `optimize`.
+        kinds: the kinds of layer that are merged.
     """
 
     subject: Callable
@@ -2569,6 +2595,7 @@ class Hazard:
     outcome: Reason | None = EXACT
     inputs: Callable[[int], tuple] = rows
     models: tuple[type[nn.Module], ...] = (TwoHeads, Undecided)
+    kinds: tuple[conjoin.Kind, ...] = conjoin.KINDS
 
     @property
     def name(self):
@@ -2710,6 +2737,7 @@ HAZARDS = (
     Hazard(OneCalledTwice, "the wide layer runs for one part", Reason.CALLED_APART),
     Hazard(FrozenOne, "the frozen sibling trains", Reason.DIFFERENT_REQUIRES_GRAD),
     Hazard(FrozenBiases, "the frozen biases train"),
+    Hazard(BiasOnSome, "the missing bias trains"),
     Hazard(BiasOnOne, "the missing bias trains", Reason.BIAS_ON_SOME),
     Hazard(TwoDtypes, "promotes one of them", Reason.DIFFERENT_DTYPE, indices),
     Hazard(TwoDevices, "`cat` raises", Reason.DIFFERENT_DEVICE),
@@ -2726,6 +2754,7 @@ HAZARDS = (
     Hazard(Subclassed, LOST, Reason.OWN_FORWARD),
     Hazard(SubclassedCall, LOST, Reason.OWN_FORWARD),
     Hazard(SubclassedInside, LOST, Reason.OWN_FORWARD, images),
+    Hazard(OwnHeads, "has no kind for them", kinds=OWN_KINDS),
     Hazard(SubclassedForMore, "the parameter is lost"),
     Hazard(Patched, LOST, Reason.OWN_FORWARD),
     Hazard(OwnParameter, "the class is lost", Reason.CUSTOM_PARAMETER),
@@ -2734,6 +2763,7 @@ HAZARDS = (
     Hazard(Adapted, "frozen and trained weights in one"),
     Hazard(Grouped, WRONG, Reason.GROUPED, images),
     Hazard(TwoKernelSizes, WRONG, Reason.DIFFERENT_SETTINGS, images),
+    Hazard(SpelledInTwoWays, "a comparison tells them apart", inputs=images),
     Hazard(Padded, STRIDES, inputs=images),
     Hazard(Transposed, "the output size is lost", inputs=images),
     Hazard(RenormedRows, WRONG, Reason.UNSUPPORTED_OPTION, indices),

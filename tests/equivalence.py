@@ -119,6 +119,8 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     for name, view in views(model):
         layer = view.wide_layer
         for key, parameter in layer.named_parameters(recurse=False):
+            if not layer.holds(key, view.conjoin_index):
+                continue
             grad = parameter.grad
             part = None if grad is None else layer.part(key, grad, view.conjoin_index)
             found[f"{name}.{key}"] = part

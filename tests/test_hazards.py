@@ -25,13 +25,13 @@ MODES = ("train", "eval", "mixed")
 CALLS = len(BATCHES)
 
 VARIANTS = {
-    "with inputs": lambda model, args, kwargs: conjoin.optimize(model, args, example_kwargs=kwargs),
-    "without inputs": lambda model, args, kwargs: conjoin.optimize(model),
-    "copied": lambda model, args, kwargs: copy.deepcopy(
-        conjoin.optimize(model, args, example_kwargs=kwargs)
+    "with inputs": lambda model, args, **settings: conjoin.optimize(model, args, **settings),
+    "without inputs": lambda model, args, kinds, **_: conjoin.optimize(model, kinds=kinds),
+    "copied": lambda model, args, **settings: copy.deepcopy(
+        conjoin.optimize(model, args, **settings)
     ),
-    "in place": lambda model, args, kwargs: conjoin.optimize(
-        model, args, example_kwargs=kwargs, inplace=True
+    "in place": lambda model, args, **settings: conjoin.optimize(
+        model, args, inplace=True, **settings
     ),
 }
 
@@ -160,7 +160,8 @@ def module_names(model):
 def test_every_call_is_the_originals(hazard, variant):
     original, model = made(hazard.subject), made(hazard.subject)
     names, submodules = parameter_names(original), module_names(original)
-    optimized = VARIANTS[variant](model, *arguments(hazard, 0))
+    args, kwargs = arguments(hazard, 0)
+    optimized = VARIANTS[variant](model, args, example_kwargs=kwargs, kinds=hazard.kinds)
     assert_same_state(conjoin.unfuse(optimized), original)
     assert_same_plays(optimized, original, hazard, names, submodules)
 
@@ -168,7 +169,8 @@ def test_every_call_is_the_originals(hazard, variant):
 @pytest.mark.parametrize("hazard", HAZARDS, ids=[hazard.name for hazard in HAZARDS])
 def test_siblings_are_fused_or_refused_for_the_reason(hazard):
     args, kwargs = arguments(hazard, 0)
-    groups = conjoin.report(made(hazard.subject), args, example_kwargs=kwargs).groups
+    model = made(hazard.subject)
+    groups = conjoin.report(model, args, example_kwargs=kwargs, kinds=hazard.kinds).groups
     assert groups
     assert {group.reason for group in groups if group.reason} == {hazard.outcome} - {EXACT}
     assert any(group.fused for group in groups) == (hazard.outcome is EXACT)

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from conjoin.graph.siblings import Candidate, candidates
 from conjoin.graph.site import Sightings, Untraced
 from conjoin.launches import UNCOUNTED, Counted, Launches
-from conjoin.layers import KINDS
+from conjoin.layers import KINDS, Kind, checked
 from conjoin.layers.wide import ENCLOSES, release, views, wides
 from conjoin.merging import MERGER, Level, Merger
 from conjoin.report import Group, Report
@@ -32,6 +32,7 @@ def optimize(
     *,
     example_kwargs: dict[str, Any] | None = None,
     inplace: bool = False,
+    kinds: Sequence[Kind] = KINDS,
 ) -> Model:
     """Merges sibling layers, those that read the same tensor, into wide layers.
 
@@ -45,13 +46,17 @@ def optimize(
             tensors; without, by symbolic tracing, which cannot look into all Python code.
         example_kwargs: the keyword arguments that go with them.
         inplace: change `model` itself. The extra memory is then that of the largest group at most.
+        kinds: the kinds of layer to merge, by default all that conjoin knows. `Kind` tells how to
+            write one for layers of your own; that for the most specific class counts.
 
     Returns:
         The optimized model: `model` itself with `inplace`, otherwise a copy.
 
     Raises:
-        TypeError: `model` is no module, or `example_inputs` is no tuple or list of tuples.
-        ValueError: the model cannot be copied, or does not run on the example inputs.
+        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, or `kinds`
+            is no tuple of kinds.
+        ValueError: the model cannot be copied, or does not run on the example inputs; or two of the
+            kinds are for one class.
 
     Example:
         >>> import torch, conjoin
@@ -66,9 +71,11 @@ def optimize(
         [(4, 8), (4,)]
     """
     with _no_collection():
-        found, sightings = _find(model, example_calls(example_inputs, example_kwargs))
+        kinds = checked(kinds)
+        calls = example_calls(example_inputs, example_kwargs)
+        found, sightings = _find(model, calls, kinds)
         optimized = model if inplace else _copy(model)
-        _merge(optimized, found, sightings)
+        _merge(optimized, found, sightings, kinds)
     return optimized
 
 
@@ -101,6 +108,7 @@ def report(
     example_inputs: tuple[Any, ...] | list[tuple[Any, ...]] | None = None,
     *,
     example_kwargs: dict[str, Any] | None = None,
+    kinds: Sequence[Kind] = KINDS,
 ) -> Report:
     """Tells which siblings are, or would be, merged, which are not and why, and what that saves.
 
@@ -111,17 +119,21 @@ def report(
         example_inputs: as for `optimize`. With them, launches are counted, on fake tensors and in
             the mode (training or evaluation) that the model is in; of several calls, the first is.
         example_kwargs: the keyword arguments that go with them.
+        kinds: as for `optimize`. Layers that were merged earlier count also without.
 
     Returns:
         The report; `str()` of it is a table.
 
     Raises:
-        TypeError: `model` is no module, or `example_inputs` is no tuple or list of tuples.
-        ValueError: the model cannot be copied, or does not run on the example inputs.
+        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, or `kinds`
+            is no tuple of kinds.
+        ValueError: the model cannot be copied, or does not run on the example inputs; or two of the
+            kinds are for one class.
     """
     calls = example_calls(example_inputs, example_kwargs)
-    found, sightings = _find(model, calls)
-    counts = _count(model, calls[0], found, sightings) if calls else _Counts()
+    kinds = checked(kinds)
+    found, sightings = _find(model, calls, kinds)
+    counts = _count(model, calls[0], found, sightings, kinds) if calls else _Counts()
     levels = [Candidate(level.kind, level.layers, level.widths) for level in counts.levels]
     groups = tuple(_group(candidate, counts) for candidate in (*found, *levels))
     launches = Launches(counts.plain.count, counts.optimized.count)
@@ -175,22 +187,26 @@ def _copy(model: Model) -> Model:
         ) from error
 
 
-def _find(model: nn.Module, calls: list[Call]) -> tuple[tuple[Candidate, ...], Sightings]:
+def _find(
+    model: nn.Module, calls: list[Call], kinds: tuple[Kind, ...]
+) -> tuple[tuple[Candidate, ...], Sightings]:
     check_model(model)
     # A lazy layer does not run on fake tensors; a trace shows which siblings it would have.
     lazy = any(nn.parameter.is_lazy(parameter) for parameter in model.parameters())
     try:
-        sightings = observe(model, calls, KINDS) if calls and not lazy else trace(model, KINDS)
+        sightings = observe(model, calls, kinds) if calls and not lazy else trace(model, kinds)
     except UncopyableError as error:
         untraced = Untraced("", f"it was traced and not run, since it cannot be copied: {error}")
-        sightings = trace(model, KINDS)
+        sightings = trace(model, kinds)
         sightings = dataclasses.replace(sightings, untraced=(untraced, *sightings.untraced))
-    return candidates(model, sightings, KINDS), sightings
+    return candidates(model, sightings, kinds), sightings
 
 
-def _merge(model: nn.Module, found: Sequence[Candidate], sightings: Sightings) -> Merger:
+def _merge(
+    model: nn.Module, found: Sequence[Candidate], sightings: Sightings, kinds: tuple[Kind, ...]
+) -> Merger:
     """Merges what was found, and what the rewritten forwards can run at once beyond that."""
-    merger = Merger(model, KINDS, sightings, found)
+    merger = Merger(model, kinds, sightings, found)
     if merger.merge_all(found):
         regions.uninstall(model)  # They may know wide layers that are no more.
     regions.install(model, {MERGER: merger})
@@ -225,24 +241,34 @@ class _Counts:
 
 
 def _count(
-    model: nn.Module, call: Call, found: Sequence[Candidate], sightings: Sightings
+    model: nn.Module,
+    call: Call,
+    found: Sequence[Candidate],
+    sightings: Sightings,
+    kinds: tuple[Kind, ...],
 ) -> _Counts:
     """The launches of a call of the model, plain and optimized."""
     with contextlib.suppress(UncopyableError):
         try:
-            return _count_on([Copy(model, fake=True) for _ in range(3)], call, found, sightings)
+            copies = [Copy(model, fake=True) for _ in range(3)]
+            return _count_on(copies, call, found, sightings, kinds)
         except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
-            return _count_on([Copy(model, fake=False) for _ in range(3)], call, found, sightings)
+            copies = [Copy(model, fake=False) for _ in range(3)]
+            return _count_on(copies, call, found, sightings, kinds)
     return _Counts()
 
 
 def _count_on(
-    copies: list[Copy], call: Call, found: Sequence[Candidate], sightings: Sightings
+    copies: list[Copy],
+    call: Call,
+    found: Sequence[Candidate],
+    sightings: Sightings,
+    kinds: tuple[Kind, ...],
 ) -> _Counts:
     plain, optimized, apart = copies
     unfuse(plain.model, inplace=True)
-    merger = _merge(optimized.model, found, sightings)
-    Merger(apart.model, KINDS, sightings, found).merge_all(found)
+    merger = _merge(optimized.model, found, sightings, kinds)
+    Merger(apart.model, kinds, sightings, found).merge_all(found)
     groups = [candidate.layers for candidate in found] + [level.layers for level in merger.levels]
     names = [name for layers in groups for name in layers]
     wide = {members[0][0]: wide for wide, members in wides(optimized.model).items()}

@@ -112,7 +112,7 @@ def _slots(model: nn.Module) -> Iterator[_Slot]:
             wide = module.wide_layer
             for name in TENSORS:
                 tensor = getattr(wide, name)
-                if tensor is not None:
+                if tensor is not None and wide.holds(name, module.conjoin_index):
                     yield tensor, (wide, name, module.conjoin_index)
         elif not isinstance(module, Wide):
             for parameter in module._parameters.values():

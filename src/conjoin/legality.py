@@ -30,7 +30,8 @@ class Reason(enum.Enum):
         "Freeze or unfreeze all of them before optimizing, with layer.requires_grad_(flag)."
     )
     BIAS_ON_SOME = (
-        "Some of the layers have a bias and others have none, and a missing bias must not train. "
+        "Some of these few layers have a bias and others have none, and laying out the bias with "
+        "zeros at each call costs the launch that merging saves. "
         "Give every one of them a bias, or none of them."
     )
     SHARED_PARAMETER = (
@@ -43,7 +44,8 @@ class Reason(enum.Enum):
     )
     OWN_FORWARD = (
         "The layer has a forward of its own, from a subclass or a patched instance. "
-        "Use the plain torch.nn class, and do the extra work in a module before or after it."
+        "Pass a conjoin.Kind for its class, or use the plain torch.nn class and do the extra work "
+        "in a module before or after it."
     )
     HOOKS = (
         "A hook is registered on the layer or on its parameters, and would see other tensors. "
@@ -77,7 +79,8 @@ class Reason(enum.Enum):
         "Name those that it needs instead, such as self.layer.weight."
     )
     GROUPED = (
-        "The layers are grouped convolutions (groups > 1), which conjoin does not merge yet. "
+        "The layers are grouped convolutions (groups > 1), whose channels one wide layer "
+        "interleaves, and copying them apart costs more launches than merging saves. "
         "Leave them as they are; the layers around them are not affected."
     )
     UNSUPPORTED_OPTION = (

@@ -107,20 +107,22 @@ class Merger:
         """
         if (known := _wide_of(layers)) is not None:
             return known
-        if self._frozen or not self.may_merge(kind, layers):
+        if self._frozen or not self.may_merge(kind, layers, together=together):
             return None
         wide = self._merge(kind, layers, contiguous, together=together)
         names = tuple(self._names[layer] for layer in layers)
         self.levels.append(Level(kind, names, tuple(wide.widths)))
         return wide
 
-    def may_merge(self, kind: Kind, layers: Sequence[nn.Module]) -> bool:
+    def may_merge(self, kind: Kind, layers: Sequence[nn.Module], *, together: bool) -> bool:
         """Whether layers may become one wide layer."""
         if len(set(layers)) < len(layers) or any(isinstance(layer, View) for layer in layers):
             return False
         for layer in layers:
             name = self._names.get(layer)
             if name is None or name in self._apart or kind.check(layer) is not None:
+                return False
+            if together and kind.check_together(layer) is not None:
                 return False
             if held_elsewhere(name, layer, self._shared) is not None:
                 return False

@@ -4,8 +4,10 @@ import pytest
 import torch
 from derivatives import assert_same_second_derivatives
 from equivalence import assert_equivalent
-from families import EVERY_KIND, WIDTHS, assert_runs_once, case, fused
+from families import EVERY_KIND, WIDTHS, Family, assert_runs_once, case, fused
 from torch import nn
+
+from conjoin.launches import count_step
 
 CONVOLUTIONS = {
     "stride": case(nn.Conv1d, 2, (2, 2, 9), kernel_size=3, stride=2, padding=1),
@@ -101,6 +103,24 @@ def test_output_size_given_at_the_call(name):
     size = [natural[0] + 1, *natural[1:]]
     assert_equivalent(fused(plain), plain, (x, size))
     assert fused(plain)(x, size)[0].shape[2:] == torch.Size(size)
+
+
+@pytest.mark.parametrize("number", [2, 3, 8])
+@pytest.mark.parametrize("width", [4, 8])
+def test_grouped_convolutions_do_not_pay(number, width):
+    """What one wide grouped convolution would cost, so that they are refused."""
+    layers = nn.ModuleList([nn.Conv2d(4, width, 3, groups=4, bias=False) for _ in range(number)])
+
+    def wide(x):
+        blocks = [layer.weight.unflatten(0, (4, -1)) for layer in layers]
+        y = nn.functional.conv2d(x, torch.cat(blocks, 1).flatten(0, 1), groups=4)
+        parts = y.unflatten(1, (4, number, -1)).unbind(2)
+        return [part.flatten(1, 2).contiguous() for part in parts]
+
+    x = torch.randn(2, 4, 5, 5)
+    for ours, theirs in zip(wide(x), (layer(x) for layer in layers), strict=True):
+        torch.testing.assert_close(ours, theirs)
+    assert count_step(wide, (x,)).forward > count_step(Family(layers), (x,)).forward
 
 
 @pytest.mark.parametrize("name", ["circular", "same reflect", "2d same"])

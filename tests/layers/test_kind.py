@@ -1,5 +1,7 @@
 """What a kind looks at before layers are merged: each layer by itself, and what they share."""
 
+import copy
+
 import pytest
 import torch
 from equivalence import assert_equivalent
@@ -247,20 +249,68 @@ def test_what_must_be_equal(name, settings):
     assert mine == in_common(nn.Conv2d(2, 5, **base))
 
 
-@pytest.mark.parametrize(
-    ("one", "other"),
-    [
-        ({"padding": 1}, {"padding": "same"}),
-        ({"padding": (2, 2), "dilation": 2}, {"padding": "same", "dilation": 2}),
-        ({"padding": 0}, {"padding": "valid"}),
-    ],
-)
-def test_one_padding_in_two_spellings(one, other):
-    layers = [nn.Conv2d(2, 3, 3, **settings).double() for settings in (one, other)]
-    assert in_common(layers[0]) == in_common(layers[1])
-    plain = Family(layers)
-    x = torch.randn(2, 2, 6, 7, dtype=torch.float64)
-    assert_equivalent(fused(plain), plain, (x,))
+def assigned(layer, **settings):
+    """With settings that somebody assigns later, as segmentation models do."""
+    for name, value in settings.items():
+        setattr(layer, name, value)
+    return layer
+
+
+def conv(kernel_size=3, **settings):
+    return nn.Conv2d(2, 3, kernel_size, **settings)
+
+
+ONE_SETTING = {
+    "same": (conv(padding=1), conv(padding="same")),
+    "same dilated": (conv(padding=(2, 2), dilation=2), conv(padding="same", dilation=2)),
+    "valid": (conv(), conv(padding="valid")),
+    "number": (conv(stride=2), assigned(conv(), stride=2)),
+    "list": (conv(stride=(2, 1)), assigned(conv(), stride=[2, 1])),
+    "for all": (conv(stride=2), assigned(conv(), stride=(2,))),
+    "assigned": (conv(padding=2, dilation=2), assigned(conv(), padding=2, dilation=(2, 2))),
+    "assigned same": (
+        conv(padding=2, dilation=2),
+        assigned(conv(padding="same"), dilation=(2, 2)),
+    ),
+    "assigned padding": (assigned(conv(padding_mode="reflect"), padding=1), conv()),
+    "no padding": (conv(padding_mode="circular"), conv()),
+    "dilation of 1x1": (conv(1, dilation=2), conv(1)),
+    "dilation of 1x3": (conv((1, 3), dilation=(2, 1)), conv((1, 3))),
+    "same 1x1": (conv(1, padding="same", padding_mode="reflect", dilation=2), conv(1)),
+    "transposed": (
+        nn.ConvTranspose2d(2, 3, 3, stride=2),
+        assigned(nn.ConvTranspose2d(2, 3, 3), stride=[2], output_padding=0, dilation=1),
+    ),
+    "strides": (conv(), assigned(conv(), weight=nn.Parameter(torch.randn(3, 2, 5, 3)[:, :, ::2]))),
+}
+
+
+@pytest.mark.parametrize("layers", ONE_SETTING.values(), ids=ONE_SETTING)
+def test_one_setting_in_two_spellings(layers):
+    plain = Family(copy.deepcopy(layers)).double()
+    assert in_common(plain.layers[0]) == in_common(plain.layers[1])
+    for each in (plain, Family(plain.layers[::-1])):
+        x = torch.randn(2, 2, 6, 7, dtype=torch.float64)
+        assert_equivalent(fused(each), each, (x,))
+
+
+@pytest.mark.parametrize("name", ["stride", "padding", "dilation"])
+def test_a_setting_for_too_many_dimensions(name):
+    layer = assigned(conv(), **{name: (1, 1, 1)})
+    assert in_common(layer) != in_common(conv())
+    with pytest.raises(RuntimeError):
+        fused(Family([layer, copy.deepcopy(layer)]))(torch.randn(2, 2, 5, 5))
+
+
+def test_weights_of_other_sizes_than_the_settings_say():
+    for one, other, name, shape in (
+        (nn.Linear(4, 3), nn.Linear(4, 3), "in_features", (3, 5)),
+        (conv(), conv(), "kernel_size", (3, 2, 5, 5)),
+        (nn.Embedding(4, 3), nn.Embedding(4, 3), "num_embeddings", (5, 3)),
+    ):
+        other.weight = nn.Parameter(torch.randn(shape))
+        assert getattr(one, name) == getattr(other, name)
+        assert in_common(one) != in_common(other)
 
 
 def test_a_padding_that_is_not_the_same_on_both_sides_stays_one_of_its_own():

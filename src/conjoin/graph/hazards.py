@@ -10,6 +10,7 @@ from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
+from conjoin.layers.kind import FORWARDS
 from conjoin.layers.wide import Wide
 
 VIEW_METHODS = frozenset(
@@ -248,8 +249,9 @@ def _allocates(module: nn.Module) -> bool:
 
 
 def is_opaque(module: nn.Module) -> bool:
-    """Whether a module may do anything to its input: it is not PyTorch's, or has hooks."""
-    plain = type(module).__module__.startswith(("torch.nn.", "conjoin."))
+    """Whether a module may do anything to its input: it is not known, or has hooks."""
+    cls = getattr(type(module), "conjoin_base", type(module))
+    plain = cls in FORWARDS or cls.__module__.startswith(("torch.nn.", "conjoin."))
     return not plain or any(getattr(module, hooks) for hooks in CALL_HOOKS)
 
 

@@ -31,6 +31,9 @@ DIFFERENCE = {
 }
 """The reason where siblings differ in this; any other difference is one of settings."""
 
+LAUNCHES_WITH_GAPS = 2
+"""A wide layer some of whose parts have no bias runs, and has its bias laid out, in this many."""
+
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -134,7 +137,9 @@ def _resolve(
     verdicts: dict[str, Verdict | None] = {
         name: None
         if isinstance(layer, View)
-        else kind.check(layer) or held_elsewhere(name, layer, shared) or _touched(name, layers, sightings)
+        else kind.check(layer)
+        or kind.check_together(layer)
+        or held_elsewhere(name, layer, shared) or _touched(name, layers, sightings)
         for name, layer in layers.items()
     }
     keys = {
@@ -144,7 +149,7 @@ def _resolve(
     }
     groups: list[list[str]] = []
     for together in _equal({name: _counted(calls[name]) for name in keys}):
-        groups += _equal({name: tuple(keys[name].items()) for name in together})
+        groups += _alike(kind, {name: keys[name] for name in together})
     for group in groups:
         if len(group) > 1:
             yield tuple(group), None
@@ -157,9 +162,27 @@ def _resolve(
     yield from _refusals([name for name in layers if name not in merged], verdicts)
 
 
+def _alike(kind: Kind, keys: dict[str, dict[str, object]]) -> Iterator[list[str]]:
+    """The names, grouped by what must be equal.
+
+    A bias need not be on all of them, where merging saves more than laying out the bias costs.
+    """
+    but_bias: dict[str, Hashable] = {
+        name: tuple(item for item in key.items() if item[0] != "bias") for name, key in keys.items()
+    }
+    for names in _equal(but_bias):
+        if kind.bias_on_some and len(names) > LAUNCHES_WITH_GAPS:
+            yield names
+        else:
+            yield from _equal({name: keys[name]["bias"] for name in names})
+
+
 def _parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
     """The Parameters that hold a layer's weight and bias, its own or the wide layer's."""
-    return tensors(layer.wide_layer if isinstance(layer, View) else layer)
+    if not isinstance(layer, View):
+        return tensors(layer)
+    wide, index = layer.wide_layer, layer.conjoin_index
+    return {name: t for name, t in tensors(wide).items() if wide.holds(name, index)}
 
 
 def _refusals(
@@ -222,10 +245,12 @@ def _difference(name: str, other: str, keys: dict[str, dict[str, object]]) -> Ve
     """What must be equal and is not."""
     mine, theirs = keys[name], keys[other]
     differing = [key for key in mine if mine[key] != theirs.get(key)]
+    differing.sort(key="bias".__eq__)  # Last, since it is the least that keeps them apart.
     reason = DIFFERENCE.get(differing[0], Reason.DIFFERENT_SETTINGS)
     if reason is Reason.CUSTOM_PARAMETER:
         return reason, f"its parameters carry other attributes than those of {other}"
     shown = [key for key in differing if not key.startswith("_") and key != "attributes"]
+    shown = shown or differing
     return reason, ", ".join(f"{key}={mine[key]} where {other} has {theirs[key]}" for key in shown)
 
 

@@ -7,6 +7,12 @@ A transposed convolution keeps its channels the other way round, W_i: (in, out_i
 wide weight (in, sum out_i, *kernel) would interleave the blocks in memory, so they are kept one
 after another and joined at each call.
 
+With groups > 1 the wide output has, within each group, the channels of one sibling after those of
+the other. A part of it is a tensor whose channels lie apart, so that `.view(batch, -1)`, which the
+sibling's output and every plain slice allow, raises; and with a copy of each part, n launches
+become n + 2. Repeating the input n times instead keeps the parts together in 2 launches, for widths
+that are equal, but has n times the input to write, read and keep for backward. So these are refused.
+
 On different inputs x_i, with n equal shapes, the same blocks are the weight of a grouped
 convolution, of x (batch, n * in, *space) in n groups: (batch, n * out, *space').
 """
@@ -27,17 +33,47 @@ if TYPE_CHECKING:
     from conjoin.layers.wide import Wide
 
 
+def _for_each(setting: Any, dimensions: int) -> Any:
+    """One number for each dimension, where there may be one for all; or a word."""
+    if isinstance(setting, str):
+        return setting
+    if isinstance(setting, tuple):
+        return setting * dimensions if len(setting) == 1 else setting
+    return (setting,) * dimensions
+
+
 class _Convolution(Kind):
     """What all convolutions have in common."""
 
     function: ClassVar[Callable[..., Tensor]]
     stacked = False
+    bias_on_some = True
 
-    def check(self, layer: nn.Module) -> Verdict | None:
-        """Also refuses grouped convolutions, whose channels would have to be interleaved."""
+    def key(self, layer: nn.Module) -> dict[str, object]:
+        """The settings, with a number for each dimension of space."""
+        found = super().key(layer)
+        for name in ("stride", "dilation", "output_padding"):
+            if name in found:
+                found[name] = _for_each(found[name], -1 - self.output_dim)
+        return found
+
+    def check_together(self, layer: nn.Module) -> Verdict | None:
+        """Refuses grouped convolutions, whose channels are interleaved in a wide layer."""
         if isinstance(layer.groups, int) and layer.groups > 1:
             return Reason.GROUPED, f"groups={layer.groups}"
-        return super().check(layer)
+        return None
+
+
+def _around(settings: dict[str, Any], kernel: tuple[int, ...]) -> tuple[int, ...]:
+    """The padding before and after each dimension, the last one first, as `F.pad` wants it."""
+    padding = settings["padding"]
+    if settings["padding_mode"] != "zeros" or padding == "valid":
+        return (0, 0) * len(kernel)
+    if padding != "same":
+        return tuple(number for number in reversed(padding) for _ in range(2))
+    steps = zip(settings["dilation"], kernel, strict=False)
+    totals = [step * (size - 1) for step, size in steps]
+    return tuple(part for t in reversed(totals) for part in (t // 2, t - t // 2))
 
 
 class _Conv(_Convolution):
@@ -52,11 +88,21 @@ class _Conv(_Convolution):
     )
 
     def key(self, layer: nn.Module) -> dict[str, object]:
-        """The settings, with the padding in numbers, and as `F.pad` wants it."""
-        around: Any = layer._reversed_padding_repeated_twice
-        found = {**super().key(layer), "_reversed_padding": tuple(around)}
-        if isinstance(layer.padding, str) and tuple(around[::2]) == tuple(around[1::2]):
+        """The settings, in one spelling, with the padding also as `F.pad` wants it."""
+        found: dict[str, Any] = super().key(layer)
+        weight: Any = layer.weight
+        kernel = tuple(weight.shape[2:])
+        found["padding"] = _for_each(found["padding"], len(kernel))
+        if len(found["dilation"]) == len(kernel):
+            steps = zip(found["dilation"], kernel, strict=True)
+            found["dilation"] = tuple(step if size > 1 else 1 for step, size in steps)
+        around: Any = tuple(layer._reversed_padding_repeated_twice)  # type: ignore[arg-type]
+        if found["padding_mode"] == "zeros" or not any(around):
+            around = _around(found, kernel)
+            found["padding_mode"] = "zeros"
+        if around[::2] == around[1::2]:
             found["padding"] = tuple(reversed(around[::2]))
+        found["_reversed_padding"] = around
         return found
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
@@ -76,7 +122,7 @@ class _Conv(_Convolution):
         return type(self).function(
             input,
             wide.weight,
-            wide.bias,
+            self.biases(wide),
             settings["stride"],
             padding,
             settings["dilation"],
@@ -114,6 +160,8 @@ class _ConvTranspose(_Convolution):
             input,
             weight,
             wide.bias,
+            self.joined(wide),
+            self.biases(wide),
             settings["stride"],
             settings["padding"],
             settings["output_padding"],

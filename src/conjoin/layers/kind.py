@@ -56,7 +56,45 @@ FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {}
 
 
 class Kind(ABC):
-    """One kind of layer; stateless, so that one instance serves all layers of the kind."""
+    """One kind of layer; stateless, so that one instance serves all layers of the kind.
+
+    For layers of your own, write one and pass it along. Such a layer is called with one tensor,
+    changes nothing, and gives a tensor that depends on that tensor, on Parameters named `weight`
+    and, where it has one, `bias`, and on attributes that `settings` names. Give the kind
+
+    - `layer`, `settings`, `weight_dim` and `output_dim`, as below,
+    - `run`, which computes from the wide layer what the layer's `forward` computes from one: with
+      `self.joined(wide)` for the weight (or `wide.weight`, where `weight_dim` is 0),
+      `self.biases(wide)` for the bias, and `wide.settings[name]` for the settings,
+    - if some layers cannot be merged, `check`, which may go on to `super().check(layer)`.
+
+    The weight has as many dimensions as the output from `output_dim` on and one more, the output
+    channels among them; two where `output_dim` is -1. Define the class at the top level of a
+    module where the model is to be pickled. `conjoin.verify` tells whether `run` is right.
+
+    Example:
+        >>> import torch, conjoin
+        >>> from torch.nn import functional as F
+        >>> class Equalized(torch.nn.Linear):
+        ...     def __init__(self, in_features, out_features):
+        ...         super().__init__(in_features, out_features)
+        ...         self.scale = in_features**-0.5
+        ...     def forward(self, x):
+        ...         return F.linear(x, self.weight * self.scale, self.bias)
+        >>> class OfEqualized(conjoin.Kind):
+        ...     layer = Equalized
+        ...     settings = ("in_features", "scale")
+        ...     def run(self, wide, input):
+        ...         weight = self.joined(wide) * wide.settings["scale"]
+        ...         return F.linear(input, weight, self.biases(wide))
+        >>> model = conjoin.nn.Parallel(Equalized(8, 2), Equalized(8, 3))
+        >>> x = torch.randn(4, 8)
+        >>> fused = conjoin.optimize(model, (x,), kinds=(*conjoin.KINDS, OfEqualized()))
+        >>> [tuple(p.shape) for p in fused.parameters()]
+        [(5, 8), (5,)]
+        >>> bool(conjoin.verify(model, fused, (x,)))
+        True
+    """
 
     layer: ClassVar[type[nn.Module]]
     """The class of the layers."""
@@ -70,6 +108,9 @@ class Kind(ABC):
     output_dim: ClassVar[int] = -1
     """The dimension of the output, counted from the end, that runs over the output channels."""
 
+    bias_on_some: ClassVar[bool] = False
+    """Whether `run` takes the bias from `biases`, so that some siblings may have none."""
+
     stacked: ClassVar[bool | None] = None
     """Whether siblings on different inputs read and give a stack (n, ...), or tensors side by side
     along `output_dim`; None where they cannot run at once."""
@@ -82,8 +123,18 @@ class Kind(ABC):
 
     def __init_subclass__(cls) -> None:
         """Keeps the forward of the layers, to notice when somebody replaces it."""
-        if layer := vars(cls).get("layer"):
-            FORWARDS[layer] = layer.forward
+        layer = vars(cls).get("layer")
+        if isinstance(layer, type) and issubclass(layer, nn.Module):
+            FORWARDS.setdefault(layer, layer.forward)
+        if "run" in vars(cls) and "apart" not in vars(cls):
+            cls.stacked = None  # What a base class does with several inputs is something else.
+
+    def __eq__(self, other: object) -> bool:
+        """Whether it is of the same class with the same attributes, as a copy is."""
+        return type(other) is type(self) and vars(other) == vars(self)
+
+    def __hash__(self) -> int:
+        return hash(type(self))
 
     @property
     def name(self) -> str:
@@ -92,7 +143,7 @@ class Kind(ABC):
 
     def key(self, layer: nn.Module) -> dict[str, object]:
         """What must be equal for layers to be siblings, by the name that a user knows it by."""
-        return {name: getattr(layer, name) for name in self.settings}
+        return {name: _hashable(getattr(layer, name)) for name in self.settings}
 
     def check(self, layer: nn.Module) -> Verdict | None:
         """Why this layer, looked at by itself, cannot be merged; None where it can."""
@@ -102,7 +153,12 @@ class Kind(ABC):
             or _unhooked(layer)
             or _ordinary(layer)
             or self._shaped(layer)
+            or self._settled(layer)
         )
+
+    def check_together(self, layer: nn.Module) -> Verdict | None:
+        """Why this layer cannot be merged with others that read the same tensor."""
+        return None
 
     def _shaped(self, layer: nn.Module) -> Verdict | None:
         held = tensors(layer)
@@ -111,6 +167,15 @@ class Kind(ABC):
             return Reason.UNSUPPORTED_OPTION, f"weight has the shape {tuple(weight)}"
         if bias not in (None, (weight[self.weight_dim],)):
             return Reason.UNSUPPORTED_OPTION, f"bias has the shape {tuple(bias)}"
+        return None
+
+    def _settled(self, layer: nn.Module) -> Verdict | None:
+        if missing := [name for name in self.settings if not hasattr(layer, name)]:
+            return Reason.UNSUPPORTED_OPTION, f"it has no {', '.join(missing)}"
+        for name, value in self.key(layer).items():
+            if isinstance(value, Tensor) or not _is_hashable(value):
+                kind = type(value).__name__
+                return Reason.UNSUPPORTED_OPTION, f"{name} is a {kind}, not a value to compare"
         return None
 
     def shapes(self, layers: Sequence[nn.Module]) -> tuple[torch.Size, ...]:
@@ -133,13 +198,14 @@ class Kind(ABC):
             wide: the wide layer.
             name: `"weight"` or `"bias"`.
             tensor: that tensor, or one of the same shape such as its gradient.
-            index: which sibling.
+            index: which sibling; one that has such a tensor.
         """
         if name == "weight" and self.weight_dim != 0:
             sizes = [shape.numel() for shape in wide.shapes]
             block = tensor.narrow(0, sum(sizes[:index]), sizes[index])
             return self._as_weight(wide, block, wide.shapes[index])
-        return tensor.narrow(0, sum(wide.widths[:index]), wide.widths[index])
+        before = sum(width for i, width in enumerate(wide.widths[:index]) if wide.holds(name, i))
+        return tensor.narrow(0, before, wide.widths[index])
 
     def joined(self, wide: Wide) -> Tensor:
         """The weight that computes all parts at once.
@@ -150,6 +216,19 @@ class Kind(ABC):
         if self.weight_dim == 0:
             return wide.weight
         return torch.cat(self._blocks(wide, wide.weight), dim=self.weight_dim)
+
+    def biases(self, wide: Wide) -> Tensor | None:
+        """The bias of all parts at once, or None.
+
+        It is the Parameter itself where every part has a bias, or none has; otherwise zeros fill
+        the gaps at each call, which costs one copy.
+        """
+        bias = wide.bias
+        if bias is None or all(wide.biased):
+            return bias
+        held = iter(torch.split(bias, [size for held, size in wide.bias_runs if held]))
+        zeros = wide.zeros_beside(bias)
+        return torch.cat([next(held) if holds else zeros[:size] for holds, size in wide.bias_runs])
 
     def _blocks(self, wide: Wide, weight: Tensor) -> list[Tensor]:
         """The siblings' weights, from the tensor (numbers, 1) that holds them as blocks."""
@@ -221,7 +300,11 @@ def common(kind: Kind, layer: nn.Module, held: Mapping[str, nn.Parameter]) -> di
         values = {name: getattr(tensor, attribute) for name, tensor in held.items()}
         uniform = len(set(values.values())) == 1
         found[attribute] = next(iter(values.values())) if uniform else tuple(values.items())
-    found["memory_format"] = memory_format(held["weight"])
+    # Any other order than these is lost in a wide weight, and counts as contiguous.
+    format = memory_format(held["weight"])
+    found["memory_format"] = "contiguous" if format == "strided" else format
+    weight: Any = layer.weight
+    found["_shape"] = (*weight.shape[: kind.weight_dim], *weight.shape[kind.weight_dim + 1 :])
     found["attributes"] = tuple(
         (name, attribute, id(value))
         for name, tensor in held.items()
@@ -229,6 +312,19 @@ def common(kind: Kind, layer: nn.Module, held: Mapping[str, nn.Parameter]) -> di
         for attribute, value in vars(tensor).items()
     )
     return found
+
+
+def _hashable(value: Any) -> Any:
+    """A setting as siblings' are compared: a list, which somebody may have assigned, as a tuple."""
+    return tuple(map(_hashable, value)) if isinstance(value, (list, tuple)) else value
+
+
+def _is_hashable(value: object) -> bool:
+    try:
+        hash(value)
+    except TypeError:
+        return False
+    return True
 
 
 def memory_format(weight: Tensor) -> str:

@@ -27,18 +27,20 @@ class Linear(Kind):
     layer = nn.Linear
     settings = ("in_features",)
     stacked = True
+    bias_on_some = True
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(..., in) -> (..., sum out_i)."""
-        return F.linear(input, wide.weight, wide.bias)
+        return F.linear(input, wide.weight, self.biases(wide))
 
     def apart(self, wide: Wide, input: Tensor) -> Tensor:
         """(n, ..., in) -> (n, ..., out)."""
         count, (out, width) = len(wide.widths), wide.shapes[0]
         rows = input.reshape(count, -1, width)
         weight = wide.weight.view(count, out, width).transpose(1, 2)
-        if wide.bias is None:
+        bias = self.biases(wide)
+        if bias is None:
             product = torch.bmm(rows, weight)
         else:
-            product = torch.baddbmm(wide.bias.view(count, 1, out), rows, weight)
+            product = torch.baddbmm(bias.view(count, 1, out), rows, weight)
         return product.view(*input.shape[:-1], out)

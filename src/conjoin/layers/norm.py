@@ -29,7 +29,7 @@ if TYPE_CHECKING:
     from conjoin.layers.wide import Wide
 
 
-class _Norm(Kind):
+class Norm(Kind):
     """A kind whose wide layer reads the branches' tensors side by side."""
 
     def _shaped(self, layer: nn.Module) -> Verdict | None:
@@ -64,7 +64,7 @@ class _Norm(Kind):
         """(batch, channels, *space) -> the same, with the tensors that are `held`."""
 
 
-class _BatchNorm(_Norm):
+class _BatchNorm(Norm):
     settings = ("eps", "momentum", "affine", "track_running_stats")
     running = ("running_mean", "running_var", "num_batches_tracked")
     counters = frozenset({"num_batches_tracked"})
@@ -123,7 +123,7 @@ class BatchNorm3d(_BatchNorm):
     layer = nn.BatchNorm3d
 
 
-class GroupNorm(_Norm):
+class GroupNorm(Norm):
     """`nn.GroupNorm`."""
 
     layer = nn.GroupNorm

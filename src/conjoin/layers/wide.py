@@ -16,6 +16,7 @@ from __future__ import annotations
 import copy
 import functools
 import inspect
+import itertools
 import operator
 import threading
 import uuid
@@ -55,7 +56,9 @@ class Wide(nn.Module):
         together: whether the siblings are called on one tensor, and so can share a run.
         running: the buffers that a call updates, the siblings' one after another, by name.
         weight: the siblings' weights as contiguous blocks, one after another.
-        bias: the siblings' biases likewise, or None.
+        bias: the biases of those that have one likewise, or None.
+        biased: which of them have a bias.
+        bias_runs: those with and without one in turn, each run of them with its number of channels.
     """
 
     weight: nn.Parameter
@@ -74,6 +77,9 @@ class Wide(nn.Module):
         self.settings = kind.key(layers[0])
         self.shapes = kind.shapes(layers)
         self.widths = [shape[kind.weight_dim] for shape in self.shapes]
+        self.biased = tuple("bias" in tensors(layer) for layer in layers)
+        runs = itertools.groupby(zip(self.biased, self.widths, strict=True), lambda each: each[0])
+        self.bias_runs = [(held, sum(width for _, width in run)) for held, run in runs]
         self.contiguous = contiguous
         self.together = together
         self.channels_last = memory_format(tensors(layers[0])["weight"]) == "channels_last"
@@ -83,6 +89,7 @@ class Wide(nn.Module):
         self._forget()
         self.register_parameter("weight", self._merge("weight", layers))
         self.register_parameter("bias", self._merge("bias", layers))
+        self._zeros: Tensor | None = self._new_zeros()
         self.running = {name: _row([layer._buffers[name] for layer in layers]) for name in kind.running}
         self._lent = self._cut_running()
 
@@ -180,10 +187,12 @@ class Wide(nn.Module):
         """A wide layer of the `index`-th sibling only, on the same memory."""
         one = copy.copy(self)
         one.shapes, one.widths = self.shapes[index : index + 1], self.widths[index : index + 1]
+        one.biased = self.biased[index : index + 1]
         one._parameters = {}
         for name in TENSORS:
             whole: Tensor | None = getattr(self, name)
-            part = None if whole is None else self.part(name, whole, index)
+            held = whole is not None and self.holds(name, index)
+            part = self.part(name, whole, index) if whole is not None and held else None
             if name == "weight" and self.kind.weight_dim != 0 and part is not None:
                 part = part.reshape(-1, 1)
             # Parameters, since errors may tell the types of what they are about.
@@ -203,6 +212,25 @@ class Wide(nn.Module):
             for i, part in enumerate(parts)
         )
 
+    def holds(self, name: str, index: int) -> bool:
+        """Whether the `index`-th sibling has a tensor of this name."""
+        return self.biased[index] if name == "bias" else getattr(self, name) is not None
+
+    def zeros_beside(self, bias: Tensor) -> Tensor:
+        """As many zeros as the longest gap between biases, as a tensor that goes with `bias`."""
+        zeros = self._zeros
+        if zeros is not None and _fits(zeros, bias):
+            return zeros
+        return bias.new_zeros(max(size for held, size in self.bias_runs if not held))
+
+    def _new_zeros(self) -> Tensor | None:
+        """Zeros that are kept, so that no call has to make them."""
+        self._zeros = None
+        if self.bias is None or all(self.biased):
+            return None
+        with torch.inference_mode(False):
+            return self.zeros_beside(self.bias.detach())
+
     def collect(self, index: int, values: dict[str, nn.Parameter]) -> None:
         """Keeps tensors for the `index`-th part of a wide layer on the meta device.
 
@@ -211,9 +239,10 @@ class Wide(nn.Module):
         for name, tensor in values.items():
             blocks = self._collected.setdefault(name, {})
             blocks[index] = tensor.detach()
-            if len(blocks) == len(self.widths):
-                merged = self.kind.merge(self, name, [blocks[i] for i in range(len(blocks))])
+            if len(blocks) == sum(self.holds(name, i) for i in range(len(self.widths))):
+                merged = self.kind.merge(self, name, [blocks[i] for i in sorted(blocks)])
                 setattr(self, name, _like(merged, getattr(self, name)))
+                self._zeros = self._new_zeros()
                 del self._collected[name]
 
     def lend(self, view: View, name: str) -> Part:
@@ -235,6 +264,7 @@ class Wide(nn.Module):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self._zeros = self._new_zeros()  # Not converted: `to_empty` makes them anything.
         for part in list(self._parts.values()):
             part.bound()
         self.running = {name: fn(whole) for name, whole in self.running.items()}
@@ -279,15 +309,19 @@ class View(nn.Module):
         return self._part("bias")
 
     def _part(self, name: str) -> Tensor | None:
-        whole = getattr(self.wide_layer, name)
+        wide = self.wide_layer
+        whole = getattr(wide, name)
+        if whole is None or not wide.holds(name, self.conjoin_index):
+            return None
         if type(whole) is not nn.Parameter or torch.compiler.is_compiling() or in_transform():
             return self._slice(name)
-        return self.wide_layer.lend(self, name)
+        return wide.lend(self, name)
 
     def _slice(self, name: str) -> Tensor | None:
         wide = self.wide_layer
         tensor: Tensor | None = getattr(wide, name)
-        return None if tensor is None else wide.part(name, tensor, self.conjoin_index)
+        held = tensor is not None and wide.holds(name, self.conjoin_index)
+        return wide.part(name, tensor, self.conjoin_index) if tensor is not None and held else None
 
     def __new__(cls, *args: Any, **kwargs: Any) -> Any:
         """A layer of the sibling's own class, where somebody makes another one like it."""
@@ -520,7 +554,7 @@ def fuse(
     """
     wide = Wide(kind, layers, contiguous, together).train(layers[0].training)
     for index, layer in enumerate(layers):
-        for name, _ in wide.named_parameters(recurse=False):
+        for name in tensors(layer):
             del layer._parameters[name]
         layer.__class__ = view_class(type(layer))
         layer._modules[WIDE] = wide
@@ -751,6 +785,8 @@ def release(view: View) -> nn.Module:
     lent = [part for part in wide._parts.values() if part.conjoin_view is view]
     restored: dict[str, nn.Parameter | None] = {}
     for name, source in wide.named_parameters(recurse=False):
+        if not wide.holds(name, view.conjoin_index):
+            continue
         restored[name] = own = _like(
             wide.part(name, source, view.conjoin_index).detach().clone(), source
         )
