@@ -20,6 +20,7 @@ from equivalence import (
 )
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from zoo import ZOO
 
 import conjoin
 
@@ -59,6 +60,15 @@ class Case:
         return copy.deepcopy(self.optimized), copy.deepcopy(self.plain)
 
 
+@pytest.fixture(scope="module", autouse=True)
+def one_thread():
+    """More threads than one are slower on models of this size."""
+    threads = torch.get_num_threads()
+    torch.set_num_threads(1)
+    yield
+    torch.set_num_threads(threads)
+
+
 @pytest.fixture(scope="module", params=MODELS)
 def case(request):
     return make(MODELS[request.param])
@@ -94,11 +104,11 @@ def test_operations_of_the_optimized_model(case, training):
 
 @MODES
 def test_as_many_operations_with_another_batch(case, training):
-    counts = [
+    first, *others = (
         count(case.optimized, case.deep.call(batch), training=training)
-        for batch in (EXAMPLE_BATCH, *OTHER_BATCHES)
-    ]
-    assert all(other == counts[0] for other in counts)
+        for batch in (EXAMPLE_BATCH, *OTHER_BATCHES[:2])
+    )
+    assert others == [first, first]
 
 
 @OPTIMIZERS
@@ -115,7 +125,7 @@ def test_three_steps(case, optimizer):
     assert_close(conjoin.unfuse(models[0]).state_dict(), models[1].state_dict())
 
 
-@pytest.mark.parametrize("batch", [1, *OTHER_BATCHES])
+@pytest.mark.parametrize("batch", [1, 3])
 def test_evaluation(case, batch):
     args = case.deep.call(batch)
     assert_same_step(*(step(model, args, training=False) for model in case.both()))
@@ -279,3 +289,63 @@ def test_one_branch_is_frozen_after_optimizing():
             optimizer.step()
         outcomes.append(conjoin.unfuse(model).state_dict())
     assert_close(*outcomes)
+
+
+# Models of packages, by what they run less than before, in evaluation mode.
+PUBLIC = {
+    # Three critics of three layers, as many products as one has.
+    "critics": {"products": 6, "activations": 4},
+    "critics_of_quantiles": {"products": 6, "activations": 4},
+    # The two hidden layers of policy and value. The heads have different widths.
+    "policy_actor_critic": {"products": 2, "activations": 2},
+    "policy_masked": {"products": 2, "activations": 2},
+    # Three experts and two gates on one tensor, all of one layer with a norm; two towers of a
+    # hidden layer with a norm, and an output.
+    "rec_mmoe": {"products": 4 + 1 + 1, "norms": 4 + 1},
+    # Two towers of a hidden layer with a norm, and an output.
+    "rec_shared_bottom": {"products": 2, "norms": 1},
+    # Two less in each of three A units, four B units and two C units, of three 1x1 on one tensor;
+    # one less in the second reduction, of two.
+    "inception_v3": {"convolutions": 2 * 9 + 1, "norms": 2 * 9 + 1, "activations": 2 * 9 + 1},
+    # Two less in each of eight units, one less in each of two reductions; and in three of the
+    # units, 3b, 4b and 4c, the 3x3 behind two of the 1x1 have equal widths.
+    "bn_inception": {"convolutions": 2 * 8 + 2 + 3, "norms": 2 * 8 + 2 + 3},
+}
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", PUBLIC)
+def test_operations_of_a_public_model(name):
+    specimen = ZOO[name]
+    pytest.importorskip(specimen.package)
+    plain = specimen.model()
+    args, kwargs = specimen.call()
+    optimized = conjoin.optimize(plain, args, example_kwargs=kwargs)
+    before, after = (count(model, args, kwargs) for model in (plain, optimized))
+    fewer = {group: getattr(before, group) - getattr(after, group) for group in PUBLIC[name]}
+    assert fewer == PUBLIC[name]
+
+
+# In the two networks, BatchNorm over a batch of two makes 1e-15 in a weight a difference of 1e-4
+# after two steps, also without conjoin. What they do in one step is compared in test_zoo.py.
+TRAINED = [name for name in PUBLIC if "inception" not in name]
+
+
+@pytest.mark.zoo
+@OPTIMIZERS
+@pytest.mark.parametrize("name", TRAINED)
+def test_three_steps_of_a_public_model(name, optimizer):
+    specimen = ZOO[name]
+    pytest.importorskip(specimen.package)
+    plain = specimen.model()
+    args, kwargs = specimen.call()
+    models = conjoin.optimize(plain, args, example_kwargs=kwargs), plain
+    optimizers = [optimizer(model.parameters()) for model in models]
+    for number in range(3):
+        assert_same_step(*(step(model, args, kwargs, seed=number) for model in models))
+        for each in optimizers:
+            each.step()
+    assert_same_step(*(step(model, args, kwargs, training=False) for model in models))
+    # Some hold what cannot be copied by now.
+    unfused = conjoin.unfuse(models[0], inplace=True)
+    assert_close(unfused.state_dict(), plain.state_dict())

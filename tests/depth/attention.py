@@ -175,7 +175,7 @@ class ResnetBlock(nn.Module):
 
 
 class Unet(nn.Module):
-    """denoising-diffusion-pytorch: modules in lists of lists, and a stack of what is to be joined."""
+    """denoising-diffusion-pytorch: modules in lists of lists, and a stack of what to join."""
 
     def __init__(self, dim: int = 4, dim_mults: tuple[int, ...] = (1, 2), channels: int = 3):
         super().__init__()
