@@ -1,4 +1,4 @@
-"""Policies and critics of stable_baselines3, and modules of torchrl."""
+"""Policies and critics of stable_baselines3 and sb3_contrib, and modules of torchrl."""
 
 from __future__ import annotations
 
@@ -70,6 +70,27 @@ def twins() -> nn.Module:
     )
 
 
+def quantiles() -> nn.Module:
+    """Three critics that give seven quantiles each of what an action is worth."""
+    flatten = named("stable_baselines3.common.torch_layers:FlattenExtractor")(box(6))
+    return named("sb3_contrib.tqc.policies:Critic")(
+        box(6), box(3), [12, 12], flatten, 6, n_quantiles=7, n_critics=3
+    )
+
+
+def masked() -> nn.Module:
+    """A policy some of whose actions may be forbidden."""
+    policy_class = named("sb3_contrib.common.maskable.policies:MaskableActorCriticPolicy")
+    made = policy_class(
+        box(6),
+        named("gymnasium.spaces:Discrete")(3),
+        lr_schedule=schedule,
+        net_arch={"pi": [12, 12], "vf": [12, 12]},
+        features_extractor_class=doubled("FlattenExtractor"),
+    )
+    return without_optimizers(made)
+
+
 def combined() -> nn.Module:
     """A policy that reads a picture and two vectors."""
     spaces = named("gymnasium.spaces:Dict")({"speed": box(3), "place": box(5)})
@@ -110,6 +131,10 @@ MODELS = {
     "policy_deterministic": policy("td3.policies:TD3Policy", net_arch=[12, 12], fuses=False),
     "policy_values": policy("dqn.policies:DQNPolicy", discrete=True, net_arch=[12], fuses=False),
     "critics": specimen(twins, lambda: (randn(6), randn(3)), package="stable_baselines3"),
+    "critics_of_quantiles": specimen(
+        quantiles, lambda: (randn(6), randn(3)), package="sb3_contrib"
+    ),
+    "policy_masked": specimen(masked, lambda: (randn(6),), package="sb3_contrib"),
     "dueling": public(
         "torchrl.modules:DuelingCnnDQNet",
         lambda: (image(16, 2),),

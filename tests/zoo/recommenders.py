@@ -1,4 +1,4 @@
-"""Recommenders of the package `torch_rechub`: ranking, retrieval, several tasks at once."""
+"""Recommenders of `torch_rechub`: ranking, retrieval, several tasks at once; and of `torchfm`."""
 
 from __future__ import annotations
 
@@ -258,5 +258,19 @@ MODELS = {
         dv=4,
         max_seq_len=8,
         fuses=False,
+    ),
+    "factors_by_field": public(
+        "torchfm.model.ffm:FieldAwareFactorizationMachineModel",
+        lambda: (torch.randint(9, (BATCH, 3)),),
+        [9, 9, 9],
+        4,
+    ),
+    "factors_by_field_deep": public(
+        "torchfm.model.fnfm:FieldAwareNeuralFactorizationMachineModel",
+        lambda: (torch.randint(9, (BATCH, 3)),),
+        [9, 9, 9],
+        4,
+        (8, 6),
+        (0.1, 0.1),
     ),
 }
