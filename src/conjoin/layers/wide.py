@@ -119,7 +119,7 @@ class Wide(nn.Module):
         for name, whole in self.running.items():
             single = name in self.kind.counters
             for index, held in enumerate(cut):
-                held[name] = whole[index] if single else self.part(name, whole, index)
+                held[name] = whole[index] if single else self.part("weight", whole, index)
         return cut
 
     def lend_running(self, view: nn.Module, index: int) -> None:
