@@ -22,7 +22,7 @@ from conjoin.graph import bundles, congruence, edit, elementwise, hazards, order
 from conjoin.graph.bundles import Bundle
 from conjoin.layers import Kind
 from conjoin.layers.wide import WIDE
-from conjoin.merging import Merger, merger_of
+from conjoin.merging import Merger, layer_key, merger_of
 
 
 class Towers(PassBase):
@@ -142,17 +142,3 @@ def _fits(kind: Kind, bundle: Bundle) -> bool:
     if bundle.dim is None:
         return bool(kind.stacked)
     return bundle.dim == kind.output_dim
-
-
-def layer_key(
-    node: fx.Node, input: fx.Node, modules: Mapping[str, nn.Module], merger: Merger
-) -> tuple[Kind, Hashable] | None:
-    """What a layer that reads `input` is; equal for layers that can run at once."""
-    if node.op != "call_module" or edit.only_input(node) is not input:
-        return None
-    layer = modules[str(node.target)]
-    kind = merger.kind_of(layer)
-    if kind is None or kind.stacked is None or isinstance(layer.weight, type(None)):
-        return None
-    shape = tuple(layer.weight.shape)  # type: ignore[union-attr, arg-type]
-    return kind, (shape, tuple(kind.key(layer).items()))

@@ -8,15 +8,26 @@ stood, so what is done to x between the siblings must leave it as it is.
 
 from __future__ import annotations
 
-from torch import fx
+from collections import Counter
+from collections.abc import Hashable, Iterator, Mapping
+from typing import cast
+
+from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from conjoin.graph import edit, hazards
+from conjoin.graph import edit, elementwise, hazards
+from conjoin.graph.siblings import candidates
+from conjoin.graph.site import Sightings, Site
+from conjoin.layers import kind_of
 from conjoin.layers.wide import WIDE, View, Wide
+from conjoin.merging import Merger, layer_key, merger_of
+
+FORESIGHT = 8
+"""How many operations behind siblings are looked at, to put those that go on alike together."""
 
 
 class Widen(PassBase):
-    """Merges the calls of views that make up whole wide layers.
+    """Merges layers that read one tensor, and runs each wide layer once.
 
     A wide layer is left to its views where some of them are not called on the same tensor, or
     where something stands between them that might change it: what the views compute is the same,
@@ -24,17 +35,90 @@ class Widen(PassBase):
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Changes the graph in place; modules that stand between siblings must stay pure."""
-        modules = edit.called_modules(graph_module)
-        calls: dict[tuple[Wide, fx.Node, int], dict[int, fx.Node]] = {}
-        for node, epoch in hazards.epochs(graph_module.graph, modules).items():
-            if node.op == "call_module" and not hazards.is_opaque(modules[str(node.target)]):
-                view = modules[str(node.target)]
-                if isinstance(view, View) and (input := edit.only_input(node)) is not None:
-                    key = view.wide_layer, input, epoch
-                    calls.setdefault(key, {}).setdefault(view.conjoin_index, node)
-        whole = {key: group for key, group in calls.items() if len(group) == len(key[0].widths)}
-        for (wide, _, _), group in whole.items():
-            siblings = [group[index] for index in range(len(group))]
-            edit.replace(graph_module.graph, siblings, f"{min(siblings).target}.{WIDE}", wide)
+        """Changes the graph in place; the layers are merged."""
+        graph, modules = graph_module.graph, edit.called_modules(graph_module)
+        merger = merger_of(graph_module)
+        epochs = hazards.epochs(graph, modules)
+        _merge_siblings(graph_module, modules, epochs, merger)
+        whole = list(_whole(modules, epochs))
+        for siblings in whole:
+            siblings, wide = _in_order(siblings, modules, merger)
+            edit.replace(graph, siblings, f"{min(siblings).target}.{WIDE}", wide)
         return PassResult(graph_module, bool(whole))
+
+
+def _merge_siblings(
+    graph_module: fx.GraphModule,
+    modules: Mapping[str, nn.Module],
+    epochs: Mapping[fx.Node, int],
+    merger: Merger,
+) -> None:
+    """Merges the layers that are seen to be siblings in this graph only."""
+    sites: list[Site] = []
+    readers: Counter[fx.Node] = Counter()
+    strided: dict[str, str] = {}
+    for node in graph_module.graph.nodes:
+        input = edit.only_input(node) if node.op == "call_module" else None
+        layer = modules.get(str(node.target))
+        if input is None or isinstance(layer, View) or kind_of(layer, merger.kinds) is None:
+            continue
+        sites.append(Site(str(node.target), input, epochs[node]))
+        readers[input] += 1
+        if why := hazards.reads_strides(node, modules, escapes=merger.escapes):
+            strided[str(node.target)] = why
+    if max(readers.values(), default=0) < 2:
+        return
+    seen = Sightings(tuple(sites), strided)
+    for candidate in candidates(graph_module, seen, merger.kinds):
+        if candidate.refusal is None:
+            layers = [modules[name] for name in candidate.layers if name in modules]
+            merger.wide(candidate.kind, layers, contiguous=candidate.contiguous, together=True)
+
+
+def _whole(
+    modules: Mapping[str, nn.Module], epochs: Mapping[fx.Node, int]
+) -> Iterator[list[fx.Node]]:
+    """The calls, on one tensor, of all views of a wide layer, in their order."""
+    calls: dict[tuple[Wide, fx.Node, int], dict[int, fx.Node]] = {}
+    for node, epoch in epochs.items():
+        view = modules[str(node.target)] if node.op == "call_module" else None
+        if isinstance(view, View) and not hazards.is_opaque(view) and view.wide_layer.together:
+            input = edit.only_input(node)
+            if input is not None:
+                key = view.wide_layer, input, epoch
+                calls.setdefault(key, {}).setdefault(view.conjoin_index, node)
+    for (wide, _, _), group in calls.items():
+        if len(group) == len(wide.widths):
+            yield [group[index] for index in range(len(group))]
+
+
+def _in_order(
+    siblings: list[fx.Node], modules: Mapping[str, nn.Module], merger: Merger
+) -> tuple[list[fx.Node], Wide]:
+    """Siblings in an order in which those that go on alike are neighbours, and their wide layer."""
+    sequels = [_sequel(sibling, modules, merger) for sibling in siblings]
+    numbers: dict[Hashable, int] = {}
+    for sequel in sequels:
+        for step in sequel:
+            numbers.setdefault(step, len(numbers))
+    order = sorted(range(len(siblings)), key=lambda i: [numbers[step] for step in sequels[i]])
+    merger.reorder([modules[str(sibling.target)] for sibling in siblings], order)
+    views = [modules[str(sibling.target)] for sibling in siblings]
+    wide = cast(View, views[0]).wide_layer
+    place = [cast(View, view).conjoin_index for view in views]
+    return [siblings[place.index(index)] for index in range(len(siblings))], wide
+
+
+def _sequel(
+    node: fx.Node, modules: Mapping[str, nn.Module], merger: Merger
+) -> tuple[Hashable, ...]:
+    """What happens to the output of a layer, as long as it is read by one node that is known."""
+    steps: list[Hashable] = []
+    while len(node.users) == 1 and len(steps) < FORESIGHT:
+        user = next(iter(node.users))
+        step = elementwise.key(user, node, modules) or layer_key(user, node, modules, merger)
+        named = modules[str(user.target)] if user.op == "call_module" else user.target
+        step = step or (user.op, type(named) if user.op == "call_module" else named)
+        steps.append((len(steps), step))
+        node = user
+    return tuple(steps)

@@ -219,7 +219,7 @@ class _Counts:
 
     Attributes:
         plain: those of the plain model, also by layer.
-        optimized: those of the optimized model, also by the first layer of each wide layer.
+        optimized: those of the optimized model, also by wide layer, under the least name of a layer.
         apart: those of the optimized model without its rewritten forwards, by layer.
         levels: the groups that were merged beyond those that were found.
     """
@@ -234,7 +234,7 @@ class _Counts:
         if self.plain.by_layer is None or self.optimized.by_layer is None:
             return None
         before = sum(self.plain.by_layer.get(name, 0) for name in layers)
-        after = self.optimized.by_layer.get(layers[0], 0)
+        after = self.optimized.by_layer.get(min(layers), 0)
         if not after and self.apart.by_layer is not None:  # Its layers were called, or left apart.
             after = sum(self.apart.by_layer.get(name, 0) for name in layers)
         return before, after
@@ -271,7 +271,7 @@ def _count_on(
     Merger(apart.model, kinds, sightings, found).merge_all(found)
     groups = [candidate.layers for candidate in found] + [level.layers for level in merger.levels]
     names = [name for layers in groups for name in layers]
-    wide = {members[0][0]: wide for wide, members in wides(optimized.model).items()}
+    wide = {min(name for name, _ in members): wide for wide, members in wides(optimized.model).items()}
     with undisturbed(plain.model):
         return _Counts(
             plain.count(call, {name: plain.model.get_submodule(name) for name in names}),

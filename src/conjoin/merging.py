@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterable, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
 
+from conjoin.graph import edit
 from conjoin.graph.siblings import Candidate, held_elsewhere, overlaps
 from conjoin.graph.site import Sightings
 from conjoin.layers import KINDS, NORMS, Kind, kind_of
@@ -39,6 +40,7 @@ class Merger:
     Attributes:
         kinds: the kinds of layer that siblings are looked for in.
         levels: what it has merged beyond the siblings that were found at first.
+        escapes: whether something beyond the graphs reads their outputs.
     """
 
     def __init__(
@@ -49,6 +51,7 @@ class Merger:
         found: Iterable[Candidate] = (),
         *,
         frozen: bool = False,
+        escapes: bool = True,
     ) -> None:
         """Looks at the model's parameters once.
 
@@ -58,8 +61,10 @@ class Merger:
             sightings: what was seen of it; what its code does with parameters keeps them apart.
             found: its siblings; those that were refused are left alone.
             frozen: merge nothing, and know what is merged.
+            escapes: whether something beyond the graphs reads their outputs.
         """
         self._frozen = frozen
+        self.escapes = escapes
         self.kinds = kinds
         self.levels: list[Level] = []
         self._model = model
@@ -114,6 +119,20 @@ class Merger:
         self.levels.append(Level(kind, names, tuple(wide.widths)))
         return wide
 
+    def reorder(self, views: Sequence[nn.Module], order: Sequence[int]) -> None:
+        """Puts the parts of a wide layer in another order.
+
+        Args:
+            views: all its views, in the order of the parts.
+            order: the positions of the parts, in the order that they are to have.
+        """
+        wide = _wide_of(views)
+        if self._frozen or wide is None or list(order) == sorted(order):
+            return
+        contiguous = frozenset(new for new, old in enumerate(order) if old in wide.contiguous)
+        layers = [views[old] for old in order]
+        self._merge(wide.kind, layers, contiguous, together=wide.together)
+
     def may_merge(self, kind: Kind, layers: Sequence[nn.Module], *, together: bool) -> bool:
         """Whether layers may become one wide layer."""
         if len(set(layers)) < len(layers) or any(isinstance(layer, View) for layer in layers):
@@ -127,6 +146,8 @@ class Merger:
             if held_elsewhere(name, layer, self._shared) is not None:
                 return False
         keys = [common(kind, layer, tensors(layer)) for layer in layers]
+        if together and kind.bias_on_some:  # Whether that pays has been looked at.
+            keys = [{**key, "bias": None} for key in keys]
         return all(key == keys[0] for key in keys)
 
     def _merge(
@@ -146,11 +167,25 @@ class Merger:
         return fuse(kind, layers, enclosing, contiguous, leader, together=together)
 
 
+def layer_key(
+    node: fx.Node, input: fx.Node, modules: Mapping[str, nn.Module], merger: Merger
+) -> tuple[Kind, Hashable] | None:
+    """What a layer that reads `input` is; equal for layers that can run at once."""
+    if node.op != "call_module" or edit.only_input(node) is not input:
+        return None
+    layer = modules[str(node.target)]
+    kind = merger.kind_of(layer)
+    if kind is None or kind.stacked is None or isinstance(layer.weight, type(None)):
+        return None
+    shape = tuple(layer.weight.shape)  # type: ignore[union-attr, arg-type]
+    return kind, (shape, tuple(kind.key(layer).items()))
+
+
 def merger_of(graph_module: fx.GraphModule) -> Merger:
     """The merger of the model that a graph is of; by default that of the graph's own modules."""
     found = graph_module.meta.get(MERGER)
     if not isinstance(found, Merger):
-        found = graph_module.meta[MERGER] = Merger(graph_module)
+        found = graph_module.meta[MERGER] = Merger(graph_module, escapes=False)
     return found
 
 
