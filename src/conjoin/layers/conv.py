@@ -11,7 +11,7 @@ With groups > 1 the wide output has, within each group, the channels of one sibl
 the other. A part of it is a tensor whose channels lie apart, so that `.view(batch, -1)`, which the
 sibling's output and every plain slice allow, raises; and with a copy of each part, n launches
 become n + 2. Repeating the input n times instead keeps the parts together in 2 launches, for widths
-that are equal, but has n times the input to write, read and keep for backward. So these are refused.
+that are equal, but has n times the input to write, read and keep for backward. So they are refused.
 """
 
 from __future__ import annotations
