@@ -62,7 +62,7 @@ class _Convolution(Kind):
 def _around(settings: dict[str, Any], kernel: tuple[int, ...]) -> tuple[int, ...]:
     """The padding before and after each dimension, the last one first, as `F.pad` wants it."""
     padding = settings["padding"]
-    if settings["padding_mode"] != "zeros" or padding == "valid":
+    if padding == "valid":
         return (0, 0) * len(kernel)
     if padding != "same":
         return tuple(number for number in reversed(padding) for _ in range(2))
@@ -92,9 +92,8 @@ class _Conv(_Convolution):
             steps = zip(found["dilation"], kernel, strict=True)
             found["dilation"] = tuple(step if size > 1 else 1 for step, size in steps)
         around: Any = tuple(layer._reversed_padding_repeated_twice)  # type: ignore[arg-type]
-        if found["padding_mode"] == "zeros" or not any(around):
+        if found["padding_mode"] == "zeros":
             around = _around(found, kernel)
-            found["padding_mode"] = "zeros"
         if around[::2] == around[1::2]:
             found["padding"] = tuple(reversed(around[::2]))
         found["_reversed_padding"] = around

@@ -105,7 +105,7 @@ class Kind(ABC):
     """The dimension of the output, counted from the end, that runs over the output channels."""
 
     bias_on_some: ClassVar[bool] = False
-    """Whether `run` takes the bias from `biases`, so that some siblings may have none."""
+    """Whether `run` takes the bias from `biases`, so that some of the siblings may have none."""
 
     def __init_subclass__(cls) -> None:
         """Keeps the forward of the layers, to notice when somebody replaces it."""
