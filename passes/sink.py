@@ -64,9 +64,7 @@ def _softmax_key(
     return None if found is None else (*found, bundle.sizes[bundle.parts.index(part)])
 
 
-def _norm_key(
-    node: fx.Node, part: fx.Node, modules: Mapping[str, nn.Module]
-) -> Hashable | None:
+def _norm_key(node: fx.Node, part: fx.Node, modules: Mapping[str, nn.Module]) -> Hashable | None:
     """A normalization with a weight, whose blocks become one."""
     if node.op != "call_module" or edit.only_input(node) is not part:
         return None

@@ -271,7 +271,9 @@ def _count_on(
     Merger(apart.model, kinds, sightings, found).merge_all(found)
     groups = [candidate.layers for candidate in found] + [level.layers for level in merger.levels]
     names = [name for layers in groups for name in layers]
-    wide = {min(name for name, _ in members): wide for wide, members in wides(optimized.model).items()}
+    wide = {
+        min(name for name, _ in members): wide for wide, members in wides(optimized.model).items()
+    }
     with undisturbed(plain.model):
         return _Counts(
             plain.count(call, {name: plain.model.get_submodule(name) for name in names}),

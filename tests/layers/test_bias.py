@@ -244,6 +244,19 @@ def test_two_layers_gain_nothing(x):
     assert group.reason is Reason.BIAS_ON_SOME
 
 
+@pytest.mark.parametrize("number", [3, 4])
+def test_weights_that_are_joined_cost_a_launch_more(number):
+    case = EVERY_KIND["ConvTranspose1d"]
+    plain = family(case, (True, False, True, False)[:number])
+    x = case.input()
+    wide = count_step(fused(plain), (x,))
+    assert wide.forward == 3
+    groups = conjoin.report(plain, (x,)).groups
+    assert [group.layers for group in groups if group.fused] == [
+        tuple(f"layers.{i}" for i in ((0, 2) if number == 3 else range(4)))
+    ]
+
+
 def test_another_difference_is_what_is_told(x):
     plain = family(LINEAR, (True, True, True, False))
     plain.layers[3].requires_grad_(False)

@@ -272,11 +272,13 @@ ONE_SETTING = {
         conv(padding=2, dilation=2),
         assigned(conv(padding="same"), dilation=(2, 2)),
     ),
-    "assigned padding": (assigned(conv(padding_mode="reflect"), padding=1), conv()),
-    "no padding": (conv(padding_mode="circular"), conv()),
+    "without effect": (
+        assigned(conv(padding_mode="reflect"), padding=1),
+        conv(padding_mode="reflect"),
+    ),
     "dilation of 1x1": (conv(1, dilation=2), conv(1)),
     "dilation of 1x3": (conv((1, 3), dilation=(2, 1)), conv((1, 3))),
-    "same 1x1": (conv(1, padding="same", padding_mode="reflect", dilation=2), conv(1)),
+    "same 1x1": (conv(1, padding="same", dilation=2), conv(1)),
     "transposed": (
         nn.ConvTranspose2d(2, 3, 3, stride=2),
         assigned(nn.ConvTranspose2d(2, 3, 3), stride=[2], output_padding=0, dilation=1),

@@ -149,8 +149,14 @@ def readers(bundle: Bundle, positions: range) -> list[fx.Node]:
     return [next(iter(bundle.parts[i].users)) for i in positions]
 
 
-def replace(graph: fx.Graph, bundle: Bundle, users: Sequence[fx.Node], whole: fx.Node,
-            sizes: Sequence[int], dim: int | None) -> None:
+def replace(
+    graph: fx.Graph,
+    bundle: Bundle,
+    users: Sequence[fx.Node],
+    whole: fx.Node,
+    sizes: Sequence[int],
+    dim: int | None,
+) -> None:
     """Puts the parts of another wide tensor in the place of what is made of each part.
 
     Args:

@@ -75,9 +75,7 @@ def is_random_module(module: nn.Module) -> bool:
     )
 
 
-def depths(
-    graph: fx.Graph, edges: Edges, counts: Callable[[fx.Node], bool]
-) -> dict[fx.Node, int]:
+def depths(graph: fx.Graph, edges: Edges, counts: Callable[[fx.Node], bool]) -> dict[fx.Node, int]:
     """The largest number of nodes that count on a way to each node.
 
     Of two nodes that count and are of one depth, neither depends on the other.

@@ -31,9 +31,6 @@ DIFFERENCE = {
 }
 """The reason where siblings differ in this; any other difference is one of settings."""
 
-LAUNCHES_WITH_GAPS = 2
-"""A wide layer some of whose parts have no bias runs, and has its bias laid out, in this many."""
-
 
 @dataclass(frozen=True, slots=True)
 class Candidate:
@@ -139,7 +136,8 @@ def _resolve(
         if isinstance(layer, View)
         else kind.check(layer)
         or kind.check_together(layer)
-        or held_elsewhere(name, layer, shared) or _touched(name, layers, sightings)
+        or held_elsewhere(name, layer, shared)
+        or _touched(name, layers, sightings)
         for name, layer in layers.items()
     }
     keys = {
@@ -171,7 +169,8 @@ def _alike(kind: Kind, keys: dict[str, dict[str, object]]) -> Iterator[list[str]
         name: tuple(item for item in key.items() if item[0] != "bias") for name, key in keys.items()
     }
     for names in _equal(but_bias):
-        if kind.bias_on_some and len(names) > LAUNCHES_WITH_GAPS:
+        launches = 2 if kind.weight_dim == 0 else 3  # The layer, its bias laid out, weights joined.
+        if kind.bias_on_some and len(names) > launches:
             yield names
         else:
             yield from _equal({name: keys[name]["bias"] for name in names})

@@ -11,7 +11,7 @@ With groups > 1 the wide output has, within each group, the channels of one sibl
 the other. A part of it is a tensor whose channels lie apart, so that `.view(batch, -1)`, which the
 sibling's output and every plain slice allow, raises; and with a copy of each part, n launches
 become n + 2. Repeating the input n times instead keeps the parts together in 2 launches, for widths
-that are equal, but has n times the input to write, read and keep for backward. So these are refused.
+that are equal, but has n times the input to write, read and keep for backward. So they are refused.
 
 On different inputs x_i, with n equal shapes, the same blocks are the weight of a grouped
 convolution, of x (batch, n * in, *space) in n groups: (batch, n * out, *space').
@@ -67,7 +67,7 @@ class _Convolution(Kind):
 def _around(settings: dict[str, Any], kernel: tuple[int, ...]) -> tuple[int, ...]:
     """The padding before and after each dimension, the last one first, as `F.pad` wants it."""
     padding = settings["padding"]
-    if settings["padding_mode"] != "zeros" or padding == "valid":
+    if padding == "valid":
         return (0, 0) * len(kernel)
     if padding != "same":
         return tuple(number for number in reversed(padding) for _ in range(2))
@@ -97,9 +97,8 @@ class _Conv(_Convolution):
             steps = zip(found["dilation"], kernel, strict=True)
             found["dilation"] = tuple(step if size > 1 else 1 for step, size in steps)
         around: Any = tuple(layer._reversed_padding_repeated_twice)  # type: ignore[arg-type]
-        if found["padding_mode"] == "zeros" or not any(around):
+        if found["padding_mode"] == "zeros":
             around = _around(found, kernel)
-            found["padding_mode"] = "zeros"
         if around[::2] == around[1::2]:
             found["padding"] = tuple(reversed(around[::2]))
         found["_reversed_padding"] = around
@@ -149,8 +148,10 @@ class _ConvTranspose(_Convolution):
 
     def apart(self, wide: Wide, input: Tensor) -> Tensor:
         """(batch, n * in, *space) -> (batch, n * out, *space')."""
-        blocks = torch.cat(self._blocks(wide, wide.weight)) if wide.channels_last else (
-            wide.weight.view(len(wide.widths) * wide.shapes[0][0], *wide.shapes[0][1:])
+        blocks = (
+            torch.cat(self._blocks(wide, wide.weight))
+            if wide.channels_last
+            else (wide.weight.view(len(wide.widths) * wide.shapes[0][0], *wide.shapes[0][1:]))
         )
         return self._convolve(wide, input, blocks, wide.settings["groups"] * len(wide.widths))
 

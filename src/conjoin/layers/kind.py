@@ -109,7 +109,7 @@ class Kind(ABC):
     """The dimension of the output, counted from the end, that runs over the output channels."""
 
     bias_on_some: ClassVar[bool] = False
-    """Whether `run` takes the bias from `biases`, so that some siblings may have none."""
+    """Whether `run` takes the bias from `biases`, so that some of the siblings may have none."""
 
     stacked: ClassVar[bool | None] = None
     """Whether siblings on different inputs read and give a stack (n, ...), or tensors side by side

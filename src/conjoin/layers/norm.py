@@ -58,9 +58,7 @@ class Norm(Kind):
         return torch.cat(each, dim)
 
     @abstractmethod
-    def normalize(
-        self, wide: Wide, input: Tensor, held: dict[str, Any], channels: int
-    ) -> Tensor:
+    def normalize(self, wide: Wide, input: Tensor, held: dict[str, Any], channels: int) -> Tensor:
         """(batch, channels, *space) -> the same, with the tensors that are `held`."""
 
 
@@ -85,9 +83,7 @@ class _BatchNorm(Norm):
             "running": tuple((t.dtype, t.device) for t in running if t is not None),
         }
 
-    def normalize(
-        self, wide: Wide, input: Tensor, held: dict[str, Any], channels: int
-    ) -> Tensor:
+    def normalize(self, wide: Wide, input: Tensor, held: dict[str, Any], channels: int) -> Tensor:
         """As `nn.BatchNorm1d.forward` does."""
         settings: dict[str, Any] = wide.settings
         self.layer._check_input_dim(wide, input)  # type: ignore[operator]
@@ -133,9 +129,7 @@ class GroupNorm(Norm):
         """Also the number of channels that are normalized together."""
         return {**super().key(layer), "channels_per_group": layer.num_channels // layer.num_groups}  # type: ignore[operator]
 
-    def normalize(
-        self, wide: Wide, input: Tensor, held: dict[str, Any], channels: int
-    ) -> Tensor:
+    def normalize(self, wide: Wide, input: Tensor, held: dict[str, Any], channels: int) -> Tensor:
         """No group straddles branches, since each has a whole number of groups."""
         settings: dict[str, Any] = wide.settings
         groups = channels // settings["channels_per_group"]

@@ -90,7 +90,9 @@ class Wide(nn.Module):
         self.register_parameter("weight", self._merge("weight", layers))
         self.register_parameter("bias", self._merge("bias", layers))
         self._zeros: Tensor | None = self._new_zeros()
-        self.running = {name: _row([layer._buffers[name] for layer in layers]) for name in kind.running}
+        self.running = {
+            name: _row([layer._buffers[name] for layer in layers]) for name in kind.running
+        }
         self._lent = self._cut_running()
 
     def _forget(self) -> None:
@@ -516,7 +518,9 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         input = args[0] if args else kwargs.get("input")
         plain = len(args) + len(kwargs) == 1 and base.forward is known
-        if plain and isinstance(self, View) and self.wide_layer.together:  # It is no view for a bound method that was kept.
+        if (
+            plain and isinstance(self, View) and self.wide_layer.together
+        ):  # It is no view for a bound method that was kept.
             shared = lockstep.take(self.wide_layer, self.conjoin_index, input)
             if shared is not None:
                 return shared
