@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from conjoin.graph.siblings import Candidate, candidates
 from conjoin.graph.site import Sightings, Untraced
 from conjoin.launches import UNCOUNTED, Counted, Launches
-from conjoin.layers import KINDS
+from conjoin.layers import KINDS, activation
 from conjoin.layers.wide import ENCLOSES, View, fuse, release, views
 from conjoin.report import Group, Report
 from conjoin.tracing import regions
@@ -94,6 +94,7 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
     for _, view in list(views(plain)):
         release(view)
     for module in plain.modules():
+        activation.forget(module)
         vars(module).pop(ENCLOSES, None)
     return plain
 
@@ -206,7 +207,10 @@ def _fuse_all(model: nn.Module, found: Sequence[Candidate]) -> bool:
         for view in fused:
             release(view)
         enclosing = model.get_submodule(_common(candidate.layers))
-        fuse(candidate.kind, layers, enclosing, candidate.contiguous, leader)
+        for name in candidate.activations:
+            activation.listen(modules[name])
+        hidden = bool(candidate.activations)
+        fuse(candidate.kind, layers, enclosing, candidate.contiguous, leader, hidden=hidden)
         changed = True
     return changed
 

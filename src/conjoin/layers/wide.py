@@ -52,6 +52,7 @@ class Wide(nn.Module):
         widths: the numbers of their output channels.
         channels_last: whether the weights are in that memory format.
         contiguous: which parts are handed out contiguous, since what reads them depends on it.
+        hidden: whether the siblings read equal tensors, each an object of its own.
         weight: the siblings' weights as contiguous blocks, one after another.
         bias: the siblings' biases likewise, or None.
     """
@@ -68,6 +69,7 @@ class Wide(nn.Module):
         self.widths = [shape[kind.weight_dim] for shape in self.shapes]
         self.contiguous = contiguous
         self.channels_last = memory_format(tensors(layers[0])["weight"]) == "channels_last"
+        self.hidden = False
         self.wasted = 0
         self.identity = uuid.uuid4().hex
         self._collected: dict[str, dict[int, Tensor]] = {}
@@ -438,6 +440,8 @@ def fuse(
     enclosing: nn.Module,
     contiguous: frozenset[int] = frozenset(),
     leader: int = 0,
+    *,
+    hidden: bool = False,
 ) -> Wide:
     """Merges layers that were checked to go together; their old storage is given up at once.
 
@@ -447,11 +451,13 @@ def fuse(
         enclosing: the smallest module that holds them all.
         contiguous: the positions of the layers whose output is handed out contiguous.
         leader: the position of the layer that comes first among the model's modules.
+        hidden: whether each reads an object of its own, see `conjoin.layers.activation`.
 
     Returns:
         The wide layer.
     """
     wide = Wide(kind, layers, contiguous).train(layers[0].training)
+    wide.hidden = hidden
     for index, layer in enumerate(layers):
         for name, _ in wide.named_parameters(recurse=False):
             del layer._parameters[name]
