@@ -16,12 +16,10 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
+from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers import origin
 from conjoin.layers.lockstep import PLAIN_TENSORS, in_transform
 from conjoin.layers.origin import Step
-
-CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""The attributes of `nn.Module` that hold the hooks that run when the module is called."""
 
 PURE: dict[type[nn.Module], tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     nn.CELU: (F.celu, ("alpha",)),
