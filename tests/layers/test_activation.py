@@ -784,9 +784,23 @@ def test_nothing_outlives_the_embedding(make, frozen, grad, taken):
         del t, outputs
         assert [reference() for reference in references] == [None] * (taken + 1)
         assert not lockstep._thread.runs
+        origin._thread.clear()
         assert not origin._thread.origins
     finally:
         gc.enable()
+
+
+@pytest.mark.usefixtures("_fresh")
+def test_notes_on_tensors_that_are_no_more_do_not_pile_up():
+    act = fused(Blocks()).blocks[0].act
+    kept = [act(torch.ones(2)) for _ in range(3 * origin.LIMIT)]
+    assert len(origin._thread.origins) == len(kept)
+    del kept
+    for _ in range(6 * origin.LIMIT):
+        held = act(torch.ones(3))
+    del held
+    kept = [act(torch.ones(2)) for _ in range(4 * origin.LIMIT)]
+    assert len(origin._thread.origins) < 6 * origin.LIMIT
 
 
 def test_memory_stays_flat_over_many_iterations():

@@ -45,6 +45,14 @@ PURE: dict[type[nn.Module], tuple[Callable[..., Tensor], tuple[str, ...]]] = {
 FORWARDS = {cls: cls.forward for cls in PURE}
 """The forwards of these classes, as they were when conjoin was imported."""
 
+GLOBAL_HOOKS = (
+    nn_module._global_forward_hooks,
+    nn_module._global_forward_pre_hooks,
+    nn_module._global_backward_hooks,
+    nn_module._global_backward_pre_hooks,
+)
+"""The hooks of all modules."""
+
 
 class Noting(nn.Module):
     """An activation that notes; always together with its own class, see `noting_class`."""
@@ -61,13 +69,14 @@ class Noting(nn.Module):
 def step_of(module: nn.Module) -> Step | None:
     """The function that an activation computes; None where it need not be one of its input."""
     base = getattr(type(module), "conjoin_base", type(module))
-    if base not in PURE or base.forward is not FORWARDS[base] or getattr(module, "inplace", False):
+    if base not in PURE or base.forward is not FORWARDS[base] or any(GLOBAL_HOOKS):
         return None
-    if any(getattr(module, hooks) for hooks in CALL_HOOKS):
-        return None
-    if nn_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+    own = vars(module)
+    if own.get("inplace") or any(map(own.__getitem__, CALL_HOOKS)):
         return None
     function, names = PURE[base]
+    if not names:
+        return function, ()
     settings = tuple((name, getattr(module, name)) for name in names)
     return (function, settings) if all(map(_is_constant, settings)) else None
 
@@ -126,7 +135,9 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
 def _note(module: nn.Module, input: Any, output: Any) -> None:
     if type(input) not in PLAIN_TENSORS or type(output) not in PLAIN_TENSORS:
         return
-    if output is input or input.is_inference() or output.is_inference() or in_transform():
+    if output is input or output.dtype is not input.dtype or in_transform():
+        return
+    if input.is_inference() or output.is_inference():
         return
     if torch._C._autograd._top_saved_tensors_default_hooks(False) is not None:
         return  # A note would keep the hooks alive, and all that they hold.

@@ -105,8 +105,6 @@ def take(wide: Wide, index: int, input: Any) -> Tensor | None:
         if found is None:
             return None
         source, steps = found
-        if not _shareable(source):
-            return None
     key = id(wide), id(source)
     state = _state(wide, source, steps, input)
     run = _thread.runs.get(key)
@@ -133,6 +131,8 @@ def _start(
 ) -> Tensor | None:
     try:
         alias = _alias(*read)
+        if alias.dtype is not read[0].dtype:
+            return None  # Autocast is on, and was not when the input was computed.
         output = wide.forward(alias)  # No call of a module that hooks of all modules would see.
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None  # The sibling's own computation raises the error in the sibling's own words.
@@ -213,7 +213,10 @@ def _state(
     wide: Wide, source: Tensor, steps: tuple[Step, ...], input: Tensor
 ) -> tuple[object, ...]:
     """All that a call's result depends on besides the values of tensors that nobody changed."""
-    weight, bias = wide.weight, wide.bias
+    device = input.device.type
+    held: dict[str, Any] = wide._parameters  # Much quicker than as attributes.
+    weight, bias = held["weight"], held["bias"]
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
     return (
         source._version,
         steps,
@@ -223,7 +226,12 @@ def _state(
         weight.data_ptr() if type(weight) in REAL_TENSORS else None,
         id(bias),
         None if bias is None else _version(bias),
-        *origin.modes_for(input),
+        torch.is_grad_enabled(),
+        torch.is_inference_mode_enabled(),
+        autocast and torch.get_autocast_dtype(device),
+        torch._C._autograd._top_saved_tensors_default_hooks(False),
+        torch._C._len_torch_function_stack(),
+        torch._C._len_torch_dispatch_stack(),
     )
 
 

@@ -5,7 +5,8 @@ U-Net's time embedding t are: z_i = W_i f(t), where every block computes an f(t)
 activation that stands before such a sibling notes that its output is f of t in this version. As
 long as neither has changed, that says what the output's values are, whichever object it is.
 
-Tensors are referred to weakly, and the notes are kept per thread.
+Tensors are referred to weakly, and the notes are kept per thread. What a mode may do to an
+activation shows in its output: autocast in the dtype, `no_grad` in `requires_grad`.
 """
 
 from __future__ import annotations
@@ -23,28 +24,37 @@ Step = tuple[Callable[..., Tensor], tuple[tuple[str, Any], ...]]
 """A pure function of one tensor, and its settings by name."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
-class _Source:
-    """A tensor, in one version, and the steps that lead from it to the output."""
-
-    tensor: weakref.ref[Tensor]
-    version: int
-    steps: tuple[Step, ...]
+LIMIT = 256
+"""How many notes there may be before those on tensors that are no more are looked for."""
 
 
-@dataclasses.dataclass(frozen=True, slots=True)
+@dataclasses.dataclass(slots=True)
 class _Origin:
-    """Where a tensor comes from; the sources are those before it, the nearest first."""
+    """Where a tensor, the output, comes from: a step from a source in one version of it.
+
+    Attributes:
+        before: where the source comes from.
+        modes: how many modes that may change operations were on.
+    """
 
     output: weakref.ref[Tensor]
     version: int
-    modes: tuple[object, ...]
-    sources: tuple[_Source, ...]
+    step: Step
+    source: weakref.ref[Tensor]
+    source_version: int
+    before: _Origin | None
+    modes: tuple[int, int]
 
 
 class _Thread(threading.local):
     def __init__(self) -> None:
         self.origins: dict[int, _Origin] = {}
+        self.limit = LIMIT
+
+    def clear(self) -> None:
+        """Drops the notes on tensors that are no more; quicker than to watch every one die."""
+        self.origins = {k: o for k, o in self.origins.items() if o.output() is not None}
+        self.limit = max(LIMIT, 2 * len(self.origins))
 
 
 _thread = _Thread()
@@ -52,36 +62,39 @@ _thread = _Thread()
 
 def note(step: Step, input: Tensor, output: Tensor) -> None:
     """Notes that `output`, a new tensor, is what `step` makes of `input`."""
-    modes = modes_for(input)
-    known = _find(input)
-    earlier = known.sources if known is not None and known.modes == modes else ()
-    sources = (
-        _Source(weakref.ref(input), input._version, (step,)),
-        *(_Source(s.tensor, s.version, (*s.steps, step)) for s in earlier),
+    thread = _thread
+    thread.origins[id(output)] = _Origin(
+        weakref.ref(output),
+        output._version,
+        step,
+        weakref.ref(input),
+        input._version,
+        _find(input),
+        _modes(),
     )
-    key = id(output)
-    _thread.origins[key] = _Origin(_watch(output, key), output._version, modes, sources)
+    if len(thread.origins) > thread.limit:
+        thread.clear()
 
 
 def resolve(input: Tensor) -> tuple[Tensor, tuple[Step, ...]] | None:
     """The farthest tensor that `input` is known to be computed from, and the steps in between.
 
     Returns:
-        None where nothing is known, or where running the steps now might be another thing. The
-        steps then lead from the tensor as it is now to the values that `input` has now.
+        None where nothing is known. The steps lead from the tensor as it is now to the values
+        that `input` has now.
     """
-    origin = _find(input)
-    if origin is None or origin.modes != modes_for(input):
-        return None
     found: tuple[Tensor, tuple[Step, ...]] | None = None
-    for source in origin.sources:
-        tensor = source.tensor()
-        if tensor is None:
-            continue
-        if tensor._version == source.version and _leads_to(tensor, input):
-            found = tensor, source.steps
-        if is_watched(tensor):
-            break  # It is no mere step on the way from a tensor before it.
+    steps: tuple[Step, ...] = ()
+    origin, modes = _find(input), _modes()
+    while origin is not None and origin.modes == modes:
+        steps = (origin.step, *steps)
+        source = origin.source()
+        if source is not None:
+            if source._version == origin.source_version and _leads_to(source, input):
+                found = source, steps
+            if is_watched(source):
+                break  # It is no mere step on the way from a tensor before it.
+        origin = origin.before
     return found
 
 
@@ -92,18 +105,8 @@ def _leads_to(tensor: Tensor, input: Tensor) -> bool:
     return not tensor.is_leaf  # A leaf is held by every graph that is built on it.
 
 
-def modes_for(tensor: Tensor) -> tuple[object, ...]:
-    """The modes on which the result of an operation on `tensor` may depend."""
-    device = tensor.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
-    return (
-        torch.is_grad_enabled(),
-        torch.is_inference_mode_enabled(),
-        autocast and torch.get_autocast_dtype(device),
-        torch._C._autograd._top_saved_tensors_default_hooks(False),
-        torch._C._len_torch_function_stack(),
-        torch._C._len_torch_dispatch_stack(),
-    )
+def _modes() -> tuple[int, int]:
+    return torch._C._len_torch_function_stack(), torch._C._len_torch_dispatch_stack()
 
 
 def _find(tensor: Tensor) -> _Origin | None:
@@ -117,14 +120,3 @@ def _find(tensor: Tensor) -> _Origin | None:
 def is_watched(tensor: Tensor) -> bool:
     """Whether somebody is told of the tensor's gradient, which equal tensors do not share."""
     return bool(tensor._backward_hooks) or tensor.retains_grad
-
-
-def _watch(output: Tensor, key: int) -> weakref.ref[Tensor]:
-    origins = _thread.origins  # The output may die on another thread, whose notes are others.
-
-    def forget(reference: weakref.ref[Tensor]) -> None:
-        origin = origins.get(key)
-        if origin is not None and origin.output is reference:
-            del origins[key]
-
-    return weakref.ref(output, forget)
