@@ -225,6 +225,12 @@ def dying(t, *blocks):
     return outputs
 
 
+def changed_before_its_layer(t, a, b, c):
+    y = a.act(t)
+    t.mul_(2)
+    return a.proj(y), b(t), c(t)
+
+
 def two_tensors(t, a, b, c):
     u = t + 1
     return a(t), b(u), a(u), b(t), c(t), c(u)
@@ -271,6 +277,7 @@ SCRIPTS = {
     ),
     "each other's activation": (lambda t, a, b, c: (a.proj(c.act(t)), b(t), c.proj(a.act(t))), 1),
     "dying": (dying, 1),
+    "t changed before its layer": (changed_before_its_layer, None),
     "two tensors": (two_tensors, 2),
     "detached": (detached, None),
     "detached in place": (detached_in_place, None),
@@ -388,7 +395,10 @@ def pre_hooked(block):
 
 
 def hooked_in_place(block):
-    block.act.register_forward_hook(lambda module, args, output: output.data.mul_(2))
+    def hook(module, args, output):
+        output.data.mul_(2)
+
+    block.act.register_forward_hook(hook)
 
 
 def own_forward(block):
@@ -800,6 +810,7 @@ def test_notes_on_tensors_that_are_no_more_do_not_pile_up():
         held = act(torch.ones(3))
     del held
     kept = [act(torch.ones(2)) for _ in range(4 * origin.LIMIT)]
+    assert len(kept) <= len(origin._thread.origins)
     assert len(origin._thread.origins) < 6 * origin.LIMIT
 
 
