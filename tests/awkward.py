@@ -144,6 +144,73 @@ class FrozenHeads(TwoHeads):
         self.requires_grad_(False)
 
 
+class HiddenHeads(TwoHeads):
+    """Each sibling reads the output of an activation of its own"""
+
+    def __init__(self):
+        super().__init__()
+        self.before_a, self.before_b = nn.SiLU(), nn.SiLU()
+
+    def forward(self, x):
+        if x.sum() is None:
+            return None
+        return self.a(self.before_a(x)), self.b(self.before_b(x))
+
+
+class HiddenInputChanged(HiddenHeads):
+    """`x.mul_(2)` between equal activations of x"""
+
+    def __init__(self):
+        super().__init__()
+        self.requires_grad_(False)
+
+    def forward(self, x):
+        with torch.no_grad():
+            y = self.a(self.before_a(x))
+            x.mul_(2)
+            return y, self.b(self.before_b(x))
+
+
+class HiddenOutputChanged(HiddenHeads):
+    """`h.mul_(2)` on what one of two equal activations gave"""
+
+    def forward(self, x):
+        h = self.before_b(x)
+        h.mul_(2)
+        return self.a(self.before_a(x)), self.b(h)
+
+
+class HiddenInPlace(HiddenHeads):
+    """Activations in place, of which the second reads what the first has left"""
+
+    def __init__(self):
+        super().__init__()
+        self.before_a, self.before_b = nn.LeakyReLU(inplace=True), nn.LeakyReLU(inplace=True)
+        self.requires_grad_(False)
+
+
+class HiddenNoGrad(HiddenHeads):
+    """`torch.no_grad()` around one of two equal activations"""
+
+    def forward(self, x):
+        with torch.no_grad():
+            h = self.before_a(x)
+        return self.a(h), self.b(self.before_b(x))
+
+
+class HiddenCheckpointed(HiddenHeads):
+    """Each sibling is checkpointed together with its activation"""
+
+    def forward(self, x):
+        def a(x):
+            return self.a(self.before_a(x))
+
+        def b(x):
+            return self.b(self.before_b(x))
+
+        return checkpoint(a, x, use_reentrant=False), checkpoint(b, x, use_reentrant=False)
+
+
 # What the code of forward decides, remembers or draws.
 
 
@@ -1956,6 +2023,16 @@ class MappedInside(TwoHeads):
 # Life after optimize: each is done to the model and to its original, and gives what is compared.
 
 
+def replace_activation(model, x):
+    """Another activation before one sibling"""
+    model.before_a = nn.Tanh()
+
+
+def hook_activation(model, x):
+    """A hook on the activation before one sibling, which changes what it gives"""
+    model.before_b.register_forward_hook(lambda module, args, output: output + 1)
+
+
 def freeze_one(model, x):
     """`requires_grad_(False)` on one sibling"""
     model.a.requires_grad_(False)
@@ -2620,6 +2697,12 @@ HAZARDS = (
     Hazard(TwoHeads, "nothing: the plain case"),
     Hazard(Undecided, RAISES),
     Hazard(Branches, "no module holds the wide layer and each branch"),
+    Hazard(HiddenHeads, "no two layers read the same tensor"),
+    Hazard(HiddenInputChanged, STALE, Reason.INPUT_MUTATED),
+    Hazard(HiddenOutputChanged, STALE, Reason.INPUT_MUTATED),
+    Hazard(HiddenInPlace, STALE, Reason.INPUT_MUTATED),
+    Hazard(HiddenNoGrad, GONE, Reason.CALLED_APART),
+    Hazard(HiddenCheckpointed, "runs every sibling once for each"),
     Hazard(TrainingBranch, FROZEN),
     Hazard(TrainingFactor, FROZEN),
     Hazard(FunctionalDropout, FROZEN),
@@ -2874,6 +2957,8 @@ LIFE = (
             siblings_after_change,
         )
     ),
+    Hazard(replace_activation, COPY, models=(HiddenHeads,)),
+    Hazard(hook_activation, LOST, models=(HiddenHeads,)),
     *(
         Hazard(subject, SHARED, models=(Branches,))
         for subject in (

@@ -14,7 +14,7 @@ from torch import Tensor, nn
 from conjoin.graph.siblings import Candidate, candidates
 from conjoin.graph.site import Sightings, Untraced
 from conjoin.launches import UNCOUNTED, Counted, Launches
-from conjoin.layers import KINDS, Kind, checked
+from conjoin.layers import KINDS, Kind, activation, checked
 from conjoin.layers.wide import ENCLOSES, release, views, wides
 from conjoin.merging import MERGER, Level, Merger
 from conjoin.report import Group, Report
@@ -99,6 +99,7 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
     for _, view in list(views(plain)):
         release(view)
     for module in plain.modules():
+        activation.forget(module)
         vars(module).pop(ENCLOSES, None)
     return plain
 

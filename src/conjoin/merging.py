@@ -11,7 +11,7 @@ from torch import fx, nn
 from conjoin.graph import edit
 from conjoin.graph.siblings import Candidate, held_elsewhere, overlaps
 from conjoin.graph.site import Sightings
-from conjoin.layers import KINDS, NORMS, Kind, kind_of
+from conjoin.layers import KINDS, NORMS, Kind, activation, kind_of
 from conjoin.layers.kind import common, tensors
 from conjoin.layers.wide import View, Wide, fuse, release
 
@@ -87,7 +87,10 @@ class Merger:
             if candidate.refusal is None:
                 layers = [modules[name] for name in candidate.layers]
                 if _wide_of(layers) is None:
-                    self._merge(candidate.kind, layers, candidate.contiguous, together=True)
+                    for name in candidate.activations:
+                        activation.listen(modules[name])
+                    wide = self._merge(candidate.kind, layers, candidate.contiguous, together=True)
+                    wide.hidden = bool(candidate.activations)
                     changed = True
         return changed
 
@@ -131,7 +134,8 @@ class Merger:
             return
         contiguous = frozenset(new for new, old in enumerate(order) if old in wide.contiguous)
         layers = [views[old] for old in order]
-        self._merge(wide.kind, layers, contiguous, together=wide.together)
+        made = self._merge(wide.kind, layers, contiguous, together=wide.together)
+        made.hidden = wide.hidden
 
     def may_merge(self, kind: Kind, layers: Sequence[nn.Module], *, together: bool) -> bool:
         """Whether layers may become one wide layer."""

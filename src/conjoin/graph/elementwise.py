@@ -108,7 +108,7 @@ def key(node: fx.Node, input: fx.Node, modules: Mapping[str, nn.Module]) -> Hash
 
 def module_key(module: nn.Module) -> Hashable | None:
     """What a module does element by element: its class and settings; None where it does more."""
-    cls = type(module)
+    cls = getattr(type(module), "conjoin_base", type(module))
     if not is_plain(module):
         return None
     if cls in DROPOUTS:

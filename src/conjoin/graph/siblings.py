@@ -8,7 +8,7 @@ Siblings may be merged where the kind says that they are legal and all that must
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -42,6 +42,8 @@ class Candidate:
         widths: their numbers of output channels.
         refusal: why they stay apart; None where they may be merged.
         contiguous: the positions of the layers whose output must be contiguous.
+        activations: the names of the activations behind which the layers are hidden: each layer
+            reads the output of its own, and they are equal.
     """
 
     kind: Kind
@@ -49,6 +51,7 @@ class Candidate:
     widths: tuple[int, ...]
     refusal: Refusal | None = None
     contiguous: frozenset[int] = frozenset()
+    activations: tuple[str, ...] = ()
 
 
 def candidates(
@@ -74,11 +77,29 @@ def candidates(
         for names, refusal in _resolve(kind, layers, calls, shared, sightings):
             widths = tuple(_width(kind, modules[name]) for name in names)
             strided = frozenset(i for i, name in enumerate(names) if name in sightings.strided)
-            found.append(Candidate(kind, names, widths, refusal, strided))
+            activations = _activations(names, sightings.sites)
+            found.append(Candidate(kind, names, widths, refusal, strided, activations))
     found += _unseen(model, {name for candidate in found for name in candidate.layers})
     first = {site.layer: order for order, site in reversed(list(enumerate(sightings.sites)))}
     last = len(first)
     return tuple(sorted(found, key=lambda candidate: first.get(candidate.layers[0], last)))
+
+
+def _activations(layers: Collection[str], sites: Iterable[Site]) -> tuple[str, ...]:
+    """The activations behind which layers are hidden; none where they read the same object."""
+    read: dict[Hashable, list[Site]] = {}
+    for site in sites:
+        if site.layer in layers:
+            read.setdefault(site.input, []).append(site)
+    return tuple(
+        dict.fromkeys(
+            name
+            for together in read.values()
+            if len({site.object for site in together}) > 1
+            for site in together
+            for name in site.activations
+        )
+    )
 
 
 def _unseen(model: nn.Module, seen: set[str]) -> Iterator[Candidate]:

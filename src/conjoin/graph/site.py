@@ -12,15 +12,20 @@ class Site:
 
     Attributes:
         layer: the layer's qualified name.
-        input: which tensor it read; equal for sites that read the very same tensor object.
+        input: which tensor it read; equal for sites that read the very same tensor object, or
+            what equal activations make of the very same tensor object.
         version: changes when that tensor is, or may have been, changed in place.
         modes: the modes that were on (gradients, autocast, inference), so far as known.
+        object: which tensor object it read.
+        activations: the names of the activations that made that object.
     """
 
     layer: str
     input: Hashable
     version: Hashable
     modes: Hashable = None
+    object: Hashable = None
+    activations: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True, slots=True)

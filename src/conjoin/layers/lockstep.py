@@ -27,6 +27,9 @@ from torch._C._functorch import maybe_current_level
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
 
+from conjoin.layers import origin
+from conjoin.layers.origin import Step
+
 if TYPE_CHECKING:
     from conjoin.layers.wide import Wide
 
@@ -50,13 +53,13 @@ class _Run:
     state: tuple[object, ...]
     parts: dict[int, Tensor]
 
-    def is_for(self, wide: Wide, input: Tensor) -> bool:
+    def is_for(self, wide: Wide, input: Tensor, state: tuple[object, ...]) -> bool:
         """Whether this run computed what a call with `input` would compute now."""
         return (
             self.wide() is wide
             and self.input() is input
             and (self.graph is None or self.graph() is not None)
-            and self.state == _state(wide, input)
+            and self.state == state
         )
 
 
@@ -93,9 +96,19 @@ def take(wide: Wide, index: int, input: Any) -> Tensor | None:
     """
     if not _shareable(input):
         return None
-    key = id(wide), id(input)
+    source: Tensor = input
+    steps: tuple[Step, ...] = ()
+    checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
+    if wide.hidden:
+        # Each block of a model may be checkpointed by itself, and must not wait for the others.
+        found = None if checkpointed else origin.resolve(input)
+        if found is None:
+            return None
+        source, steps = found
+    key = id(wide), id(source)
+    state = _state(wide, source, steps, input)
     run = _thread.runs.get(key)
-    if run is not None and run.is_for(wide, input):
+    if run is not None and run.is_for(wide, source, state):
         part = run.parts.pop(index, None)
         if not run.parts:
             wide.wasted = 0
@@ -104,16 +117,22 @@ def take(wide: Wide, index: int, input: Any) -> Tensor | None:
     if run is not None:
         _drop(_thread.runs, key)
     # A checkpoint computes again what it did, so patience must not end between the two.
-    checkpointed = torch._C._autograd._top_saved_tensors_default_hooks(False) is not None
     if wide.wasted >= PATIENCE and not checkpointed:
         return None
-    return _start(key, wide, index, input)
+    return _start(key, wide, index, (input, source, steps), state)
 
 
-def _start(key: tuple[int, int], wide: Wide, index: int, input: Tensor) -> Tensor | None:
-    state = _state(wide, input)
-    alias = _alias(input)
+def _start(
+    key: tuple[int, int],
+    wide: Wide,
+    index: int,
+    read: tuple[Tensor, Tensor, tuple[Step, ...]],
+    state: tuple[object, ...],
+) -> Tensor | None:
     try:
+        alias = _alias(*read)
+        if alias.dtype is not read[0].dtype:
+            return None  # Autocast is on, and was not when the input was computed.
         output = wide.forward(alias)  # No call of a module that hooks of all modules would see.
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None  # The sibling's own computation raises the error in the sibling's own words.
@@ -125,14 +144,23 @@ def _start(key: tuple[int, int], wide: Wide, index: int, input: Tensor) -> Tenso
             graph = _until_backward(output)
     parts = dict(enumerate(wide.split(output)))
     part = parts.pop(index)
-    _thread.runs[key] = _Run(weakref.ref(wide), _watch(input, key), graph, state, parts)
+    _thread.runs[key] = _Run(weakref.ref(wide), _watch(read[1], key), graph, state, parts)
     return part
 
 
-def _alias(input: Tensor) -> Tensor:
+def _alias(input: Tensor, source: Tensor, steps: tuple[Step, ...]) -> Tensor:
+    """The input in a tensor object of its own, with a graph that does not hold the source.
+
+    The graph of an input that was computed from the source may hold it, so the steps run anew.
+    """
     if not torch.is_grad_enabled():
         return input
-    return _Alias.apply(input) if input.requires_grad else input.detach()  # type: ignore[no-untyped-call]
+    if not input.requires_grad:
+        return input.detach()
+    alias: Tensor = _Alias.apply(source)  # type: ignore[no-untyped-call]
+    for function, settings in steps:
+        alias = function(alias, **dict(settings))
+    return alias
 
 
 class _Token:
@@ -181,13 +209,17 @@ def _shareable(input: object) -> bool:
     )
 
 
-def _state(wide: Wide, input: Tensor) -> tuple[object, ...]:
+def _state(
+    wide: Wide, source: Tensor, steps: tuple[Step, ...], input: Tensor
+) -> tuple[object, ...]:
     """All that a call's result depends on besides the values of tensors that nobody changed."""
     device = input.device.type
-    weight, bias = wide.weight, wide.bias
+    held: dict[str, Any] = wide._parameters  # Much quicker than as attributes.
+    weight, bias = held["weight"], held["bias"]
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     return (
-        input._version,
+        source._version,
+        steps,
         input.requires_grad,
         id(weight),
         _version(weight),

@@ -10,11 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import dataclasses
 import functools
 import inspect
 import itertools
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import FunctionType
 from typing import Any
 
@@ -28,8 +29,9 @@ from torch.utils import _pytree as pytree
 from conjoin.graph import hazards
 from conjoin.graph.site import Sightings, Site, Untraced
 from conjoin.launches import Counted, count_layers
-from conjoin.layers import Kind, kind_of
+from conjoin.layers import Kind, activation, kind_of
 from conjoin.layers.lockstep import in_transform
+from conjoin.layers.origin import Step, is_watched
 from conjoin.reachable import functions_of, words
 from conjoin.tracing import regions
 from conjoin.tracing.listings import Listings
@@ -89,6 +91,10 @@ WAYS_AROUND = frozenset(
     }
 )
 """Functions that lead to changes of a tensor that its version counter does not see."""
+
+
+GRADIENT_QUERIES = frozenset({Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad})
+"""Functions that tell of the gradient of a tensor that they are given."""
 
 
 class UncopyableError(ValueError):
@@ -215,7 +221,7 @@ def _observe(copied: Copy, calls: Sequence[Call], kinds: tuple[Kind, ...]) -> Si
         for number, call in enumerate(calls):
             try:
                 with watch.running((mode, number)), watch:
-                    copied.run(call)
+                    watch.claim(copied.run(call))
                 ran = True
             except Exception as error:  # The model's own code, which may raise anything.
                 if copied.fake:
@@ -265,6 +271,16 @@ def _line(error: Exception) -> str:
     return lines[0] if lines else type(error).__name__
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Made:
+    """A tensor by what it was made of; by itself where no activation made it."""
+
+    identity: Hashable
+    version: Hashable
+    modes: Hashable
+    activations: tuple[str, ...]
+
+
 class _Watch(TorchFunctionMode):
     """Notes the calls of layers, and what reads the strides of their outputs."""
 
@@ -274,6 +290,7 @@ class _Watch(TorchFunctionMode):
         self.strided: dict[str, str] = {}
         self._run: object = None
         self._inputs: list[Tensor] = []
+        self._made: dict[int, _Made] = {}
         self._outputs: dict[int, tuple[str, Tensor, int]] = {}
         self._weights: set[int] = set()
         self._unseen = 0
@@ -288,19 +305,23 @@ class _Watch(TorchFunctionMode):
                 module.__dict__["forward"] = functools.partial(
                     self._called, name, kind, module.forward
                 )
+            elif activation.step_of(module) is not None and "forward" not in vars(module):
+                module.__dict__["forward"] = functools.partial(
+                    self._activated, name, module, module.forward
+                )
         self.listings = Listings(model, self._layers)
 
     @contextlib.contextmanager
     def running(self, run: object) -> Iterator[None]:
         """Notes what happens as part of `run`."""
-        self._run, self._inputs, self._outputs = run, [], {}
+        self._run, self._inputs, self._outputs, self._made = run, [], {}, {}
         before = self._versions()
         self.listings.on = True
         try:
             yield
         finally:
             self.listings.on = False
-            self._inputs, self._outputs = [], {}
+            self._inputs, self._outputs, self._made = [], {}, {}
             after = self._versions()
             self.changed |= {name for name in before if before[name] != after[name]}
 
@@ -323,9 +344,7 @@ class _Watch(TorchFunctionMode):
             input = args[0] if args else next(iter(kwargs.values()), None)
             if isinstance(input, Tensor):
                 self._inputs.append(input)  # Alive, so that its id stays its own.
-                run = self._run
-                version = (_version(input), self._unseen)
-                self.sites.append(Site(name, (*run, id(input)), version, _modes(input)))  # type: ignore[misc]
+                self.sites.append(self._site(name, input))
         self._in_layer = True
         try:
             output = forward(*args, **kwargs)
@@ -336,6 +355,59 @@ class _Watch(TorchFunctionMode):
                 channel = output.dim() + kind.output_dim
                 self._outputs[output.untyped_storage()._cdata] = (name, output, channel)
         return output
+
+    def _site(self, name: str, input: Tensor) -> Site:
+        run: Any = self._run
+        made = self._made_of(input)
+        return Site(
+            name,
+            (*run, made.identity),
+            (made.version, self._unseen),
+            (made.modes, _modes(input)),
+            (*run, id(input)),
+            made.activations,
+        )
+
+    def _activated(
+        self, name: str, module: nn.Module, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    ) -> Any:
+        output = forward(*args, **kwargs)
+        if in_transform() or len(args) != 1 or kwargs:
+            return output
+        with torch._C.DisableTorchFunction():
+            step = activation.step_of(module)
+            if step is not None and isinstance(args[0], Tensor) and output is not args[0]:
+                self._note(name, step, args[0], output)
+        return output
+
+    def _note(self, name: str, step: Step, input: Tensor, output: Tensor) -> None:
+        """Notes that `output` is what a step, that of the activation `name`, makes of `input`."""
+        self._inputs += [input, output]
+        made = self._made_of(input)
+        self._made[id(output)] = _Made(
+            (made.identity, step),
+            (made.version, self._unseen),
+            (made.modes, _modes(input)),
+            (*made.activations, name),
+        )
+
+    def claim(self, values: Any) -> None:
+        """Takes tensors, of which somebody may want the gradient, for no others' equals."""
+        run: Any = self._run
+        claimed = {id(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)}
+        for key in claimed & self._made.keys():
+            del self._made[key]
+            own = (*run, key)
+            self.sites = [
+                dataclasses.replace(site, input=own, activations=()) if site.object == own else site
+                for site in self.sites
+            ]
+
+    def _made_of(self, tensor: Tensor) -> _Made:
+        made = self._made.get(id(tensor))
+        if made is None or is_watched(tensor):
+            return _Made(id(tensor), _version(tensor), None, ())
+        return dataclasses.replace(made, version=(made.version, _version(tensor)))
 
     def __torch_function__(
         self,
@@ -348,6 +420,9 @@ class _Watch(TorchFunctionMode):
         result = func(*args, **kwargs)
         if self._in_layer or in_transform():
             return result
+        if func in GRADIENT_QUERIES:
+            with torch._C.DisableTorchFunction():
+                self.claim((args, kwargs))
         operator = isinstance(func, (OpOverload, OpOverloadPacket))
         for tensor in _read(args, kwargs, every=operator):
             if func in WAYS_AROUND and self._concerns_a_layer(tensor):

@@ -10,6 +10,7 @@ whenever it runs, because it shares a call only where the inputs are the very sa
 
 from __future__ import annotations
 
+from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -19,7 +20,7 @@ from torch.utils import _pytree as pytree
 
 from conjoin.graph import hazards
 from conjoin.graph.site import Sightings, Site, Untraced
-from conjoin.layers import Kind, kind_of
+from conjoin.layers import Kind, activation, kind_of
 from conjoin.reachable import functions_of, words
 from conjoin.tracing import regions
 from conjoin.tracing.listings import listed_by_code
@@ -151,9 +152,32 @@ def _note(
         layer = prefix + node.target
         input = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
         if isinstance(input, fx.Node):
-            seen.sites.append(Site(layer, (*run, input.name), versions[node]))
+            identity, version, activations = _made(input, versions, modules)
+            seen.sites.append(
+                Site(
+                    layer,
+                    (*run, identity),
+                    (version, versions[node]),
+                    object=(*run, input.name),
+                    activations=tuple(prefix + name for name in activations),
+                )
+            )
         if why := hazards.reads_strides(node, modules, escapes=bool(prefix)):
             seen.strided.setdefault(layer, why)
+
+
+def _made(
+    node: fx.Node, versions: Mapping[fx.Node, int], modules: Mapping[str, nn.Module]
+) -> tuple[Hashable, Hashable, tuple[str, ...]]:
+    """A tensor by what it was made of: its identity, its version and the activations."""
+    input = node.args[0] if len(node.args) == 1 else None
+    if node.op != "call_module" or node.kwargs or not isinstance(input, fx.Node):
+        return node.name, 0, ()
+    step = activation.step_of(modules[str(node.target)])
+    if step is None:
+        return node.name, 0, ()
+    identity, version, activations = _made(input, versions, modules)
+    return (identity, step), (version, versions[node]), (*activations, str(node.target))
 
 
 def _why(error: Exception) -> str:
