@@ -160,8 +160,6 @@ class _ConvTranspose(_Convolution):
         return type(self).function(
             input,
             weight,
-            wide.bias,
-            self.joined(wide),
             self.biases(wide),
             settings["stride"],
             settings["padding"],
