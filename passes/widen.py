@@ -70,8 +70,8 @@ def _merge_siblings(
         return
     seen = Sightings(tuple(sites), strided)
     for candidate in candidates(graph_module, seen, merger.kinds):
-        if candidate.refusal is None:
-            layers = [modules[name] for name in candidate.layers if name in modules]
+        if candidate.refusal is None and modules.keys() >= {*candidate.layers}:
+            layers = [modules[name] for name in candidate.layers]
             merger.wide(candidate.kind, layers, contiguous=candidate.contiguous, together=True)
 
 
