@@ -66,11 +66,11 @@ def optimize(
         [(4, 8), (4,)]
     """
     with _no_collection():
-        found, _ = _find(model, example_calls(example_inputs, example_kwargs))
+        found, sightings = _find(model, example_calls(example_inputs, example_kwargs))
         optimized = model if inplace else _copy(model)
         if _fuse_all(optimized, found):
             regions.uninstall(optimized)  # They may know wide layers that are no more.
-        regions.install(optimized)
+        regions.install(optimized, sightings.calls)
     return optimized
 
 

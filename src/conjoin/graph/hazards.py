@@ -121,7 +121,7 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node
         module = modules[str(node.target)]
         if _opaque(module):
             yield from node.all_input_nodes
-        elif getattr(module, "inplace", False) and first is not None:
+        elif first is not None and any(getattr(m, "inplace", False) for m in module.modules()):
             yield first
         return
     if node.op == "call_function" and not _of_torch(node.target):
@@ -167,8 +167,11 @@ def is_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 def _opaque(module: nn.Module) -> bool:
     """Whether a module may do anything to its input: it is not PyTorch's, or has hooks."""
-    plain = type(module).__module__.startswith(("torch.nn.", "conjoin."))
-    return not plain or any(getattr(module, hooks) for hooks in CALL_HOOKS)
+    return any(
+        not type(inner).__module__.startswith(("torch.nn.", "conjoin."))
+        or any(getattr(inner, hooks) for hooks in CALL_HOOKS)
+        for inner in module.modules()
+    )
 
 
 def _is_inplace_name(name: str) -> bool:
