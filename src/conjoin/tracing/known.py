@@ -6,6 +6,7 @@ import operator
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -90,5 +91,5 @@ def _gives_tensor(module: nn.Module) -> bool:
 
 
 def _of_torch(target: Any) -> bool:
-    module = getattr(target, "__module__", None) or ""
-    return module.split(".")[0] == "torch" or target in vars(F).values()
+    name = getattr(target, "__name__", "")
+    return any(getattr(space, name, None) is target for space in (torch, F))

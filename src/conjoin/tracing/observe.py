@@ -290,9 +290,11 @@ class _Watch(TorchFunctionMode):
         for name, module in model.named_modules():
             kind = kind_of(module, kinds)
             if kind is None and module._modules:
-                module.__dict__["forward"] = functools.partial(
+                noted = functools.partial(
                     self._noted, self.calls.setdefault(name, {}), module.forward
                 )
+                noted.__wrapped__ = module.forward  # type: ignore[attr-defined]  # For signatures.
+                module.__dict__["forward"] = noted
             if kind is not None:
                 self._layers[module] = name
                 self._weights |= {p.untyped_storage()._cdata for p in module.parameters()}

@@ -180,6 +180,7 @@ def _bound(at: dict[str, nn.Module], traced: Traced, classes: tuple[type, ...]) 
             *((vars(at[path]), "training", flag) for path, flag in traced.modes),
             *((vars(at[path])[h] if h != "__dict__" else vars(at[path]), name, value)
               for path, h, name, value in traced.attributes),
+            *((vars(at[path]), name, vars(at[path])[name]) for path, name, _ in traced.contents),
             *reached,
             *traced.globals,
         ),

@@ -56,7 +56,7 @@ FACTORIES = frozenset(
     getattr(torch, name)
     for name in (
         "zeros ones empty full arange linspace logspace eye rand randn randint randperm tensor "
-        "as_tensor scalar_tensor"
+        "scalar_tensor"
     ).split()
 )
 """Functions that make a tensor of nothing, which a graph repeats."""
@@ -148,6 +148,7 @@ class Sandbox:
     """Runs functions on the modules of one region, and notes what they read.
 
     Attributes:
+        record: puts a call of a function into the graph, whatever the arguments are.
         asks_none: whether any code asks if a value is None.
         stack: the modules whose forward runs, and has not ended.
         modes: paths of modules whose `training` was read, and what it was.
@@ -161,7 +162,8 @@ class Sandbox:
         shared: containers that are globals or attributes of classes, and what is in them.
     """
 
-    def __init__(self, region: nn.Module) -> None:
+    def __init__(self, region: nn.Module, record: Callable[..., Any]) -> None:
+        self.record = record
         self.paths = {module: path for path, module in region.named_modules()}
         self.asks_none = False
         self.stack: list[nn.Module] = [region]
@@ -343,12 +345,13 @@ class Sandbox:
         if isinstance(found, property):
             return self._property(module, name, found, own=own)
         if name in held:
-            self.attributes[path, "__dict__", name] = held[name]
-            if not own and not is_constant(held[name]) and type(held[name]) not in MUTABLE:
-                return held[name]
-            if type(held[name]) in MUTABLE or type(held[name]) is tuple:
-                self.contents[path, name] = self.hold(held[name])
-            return self._given(held[name], name)
+            value = held[name]
+            if type(value) in (*MUTABLE, tuple) and not is_constant(value):
+                if (path, name) not in self.contents:
+                    self.contents[path, name] = self.hold(value)
+                return value
+            self.attributes[path, "__dict__", name] = value
+            return self._given(value, name) if own or is_constant(value) else value
         self.attributes[path, "__dict__", name] = MISSING
         if found is MISSING:
             self._registered(path, held, name)
@@ -413,7 +416,9 @@ class Sandbox:
             return _false
         if isinstance(value, type):
             return value if value in (torch.finfo, torch.iinfo) else Class(self, value)
-        if _is_hashable(value) and (value in functions() or value in FACTORIES):
+        if _is_hashable(value) and value in FACTORIES:
+            return functools.partial(self.record, value)
+        if _is_hashable(value) and value in functions():
             return value
         if type(value) is FunctionType and not _is_trusted(value):
             return self.run(value)
@@ -528,9 +533,9 @@ def is_constant(value: object) -> bool:
     if type(value) is tuple:
         return all(map(is_constant, value))
     if isinstance(value, enum.Enum):
-        own = [vars(base) for base in _foreign(type(value)) if base is not enum.Enum]
-        functions = [v for space in own for v in space.values() if callable(v)]
-        return is_constant(value.value) and not any(type(v) is FunctionType for v in functions)
+        own = [v for base in _foreign(type(value)) for v in vars(base).values()]
+        methods = (v for v in own if type(v) is FunctionType and not _is_trusted(v))
+        return is_constant(value.value) and not any(methods)
     return type(value) in CONSTANTS
 
 

@@ -35,7 +35,6 @@ from conjoin.tracing.known import is_not_none
 from conjoin.tracing.proxies import Proxy, UnsoundError
 from conjoin.tracing.sandbox import (
     CONTAINERS,
-    FACTORIES,
     MISSING,
     Sandbox,
     operations,
@@ -85,9 +84,10 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, sandbox: Sandbox, structure: Structure, opaque: set[nn.Module]) -> None:
+    def __init__(self, region: nn.Module, structure: Structure, opaque: set[nn.Module]) -> None:
         super().__init__()
-        self.sandbox, self.structure, self.opaque = sandbox, structure, opaque
+        self.structure, self.opaque = structure, opaque
+        self.sandbox = sandbox = Sandbox(region, self._record)
         self.tensors: dict[int, list[str]] = {}
         for module, path in sandbox.paths.items():
             for name, tensor in itertools.chain(
@@ -95,6 +95,9 @@ class _Tracer(fx.Tracer):
             ):
                 if tensor is not None:
                     self.tensors.setdefault(id(tensor), []).append(f"{path}.{name}".lstrip("."))
+
+    def _record(self, function: Any, *args: Any, **kwargs: Any) -> Any:
+        return self.create_proxy("call_function", function, args, kwargs)
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Proxy(node, self)
@@ -150,7 +153,7 @@ class _Tracer(fx.Tracer):
             for value in (*args, *kwargs.values()):
                 if not isinstance(value, fx.Proxy):
                     self.sandbox.hold(value)
-            with self.sandbox.entered(), _NothingReal(self):
+            with self.sandbox.entered(), _NothingReal():
                 output = self.sandbox.forward_of(root)(root, *args, **kwargs)
             self._refuse_held(output)
             return output
@@ -170,10 +173,6 @@ class _Tracer(fx.Tracer):
 class _NothingReal(TorchFunctionMode):
     """Stops a trace when an operation runs that does not depend on the forward's arguments."""
 
-    def __init__(self, tracer: _Tracer) -> None:
-        super().__init__()
-        self.tracer = tracer
-
     def __torch_function__(
         self,
         func: Any,
@@ -182,12 +181,9 @@ class _NothingReal(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        leaves = pytree.tree_leaves((args, kwargs))
-        if any(isinstance(leaf, fx.Proxy) for leaf in leaves):
-            return func(*args, **kwargs)
-        if func in FACTORIES and not any(isinstance(leaf, Tensor) for leaf in leaves):
-            return self.tracer.create_proxy("call_function", func, args, kwargs)
-        raise UnsoundError(f"{getattr(func, '__name__', func)} runs without the input")
+        if not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
+            raise UnsoundError(f"{getattr(func, '__name__', func)} runs without the input")
+        return func(*args, **kwargs)
 
 
 def trace(
@@ -244,11 +240,12 @@ def _soundly(region: nn.Module, structure: Structure) -> tuple[fx.Graph, Sandbox
     left = {module for module in region.modules() if module not in needed and module not in opaque}
     while True:
         try:
-            sandbox = Sandbox(region)
+            tracer = _Tracer(region, structure, opaque)
         except UnsoundError:
             return None
+        sandbox = tracer.sandbox
         try:
-            return _traced(region, sandbox, structure, opaque), sandbox
+            return _traced(region, tracer), sandbox
         except (Exception, UnsoundError):  # noqa: BLE001 - The region's code may raise anything.
             if not left:
                 return None
@@ -264,11 +261,10 @@ def _of_class(modules: set[nn.Module], cls: type) -> Iterator[nn.Module]:
     return (module for module in modules if plain_class(module) is cls)
 
 
-def _traced(
-    region: nn.Module, sandbox: Sandbox, structure: Structure, opaque: set[nn.Module]
-) -> fx.Graph:
+def _traced(region: nn.Module, tracer: _Tracer) -> fx.Graph:
     with letting_go():
-        graph = _Tracer(sandbox, structure, opaque).trace(region)
+        graph = tracer.trace(region)
+    sandbox = tracer.sandbox
     registered = {f"{path}.{name}".lstrip(".") for path, _, name in sandbox.present}
     for node in graph.nodes:
         if node.op == "get_attr" and node.target not in registered:
