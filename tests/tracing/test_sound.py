@@ -341,6 +341,8 @@ LEFT = [
     frozen_dtype,
     decorated(plain),
 ]
+
+
 def formats(self, x):
     name = f"{self.scale:.1f}-{'b'}"
     layers = {"0.5-b": self.b, "other": self.a}
@@ -674,6 +676,10 @@ class Module(nn.Module):
 CHANGES = {
     "flag on the instance": (branch, reset("flag", False)),
     "flag on the class": (branch, set_class("flag", False)),
+    "flag on the class of the optimized model": (
+        branch,
+        lambda model: setattr(type(model), "flag", False),
+    ),
     "constant": (formats, reset("scale", 0.75)),
     "equal constant of another type": (constants, reset("scale", True)),
     "constant out of range": (asserts_a_constant, reset("scale", 2)),
@@ -699,7 +705,7 @@ CHANGES = {
     "missing attribute": (by_name, reset("missing", None)),
     "missing attribute of the class": (by_name, set_class("missing", 1)),
     "missing child": (by_name, lambda model: model.add_module("gone", nn.Tanh())),
-    "missing buffer": (by_name, lambda model: model.register_buffer("gone", torch.ones(4).double())),
+    "missing buffer": (by_name, lambda model: model.register_buffer("gone", X[0])),
     "class of a layer": (by_class, lambda model: model.tail.__setitem__(0, Module())),
     "layer that is only asked for": (by_class, lambda model: setattr(model.tail[2], "p", 0.95)),
     "more layers": (loops_by_index, lambda model: model.tail.append(nn.Sigmoid())),

@@ -6,7 +6,7 @@ import dis
 from collections.abc import Iterator
 from types import CodeType, FunctionType
 
-from conjoin.tracing.proxies import UnsoundError
+from conjoin.tracing.proxies import INNARDS, UnsoundError
 
 FORBIDDEN = frozenset(
     "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL DELETE_DEREF IMPORT_NAME IMPORT_FROM "
@@ -52,6 +52,8 @@ def _check(code: CodeType) -> bool:
             raise UnsoundError("a variable of an enclosing function")
         if operation.startswith(("YIELD", "ASYNC_GEN")) and code.co_name != "<genexpr>":
             raise UnsoundError(operation)
+        if operation in ("LOAD_ATTR", "LOAD_METHOD") and _is_inner(step.argval):
+            raise UnsoundError(f"it reads .{step.argval}")
         if operation == "IS_OP":
             known = before is not None and before.opname == "LOAD_CONST"
             if before is None or not known or before.argval is not None:
@@ -61,3 +63,8 @@ def _check(code: CodeType) -> bool:
             asks_none = True
         before = step
     return asks_none
+
+
+def _is_inner(name: str) -> bool:
+    """Whether an attribute leads to what a value is made of."""
+    return name in INNARDS or (name.startswith("__") and name.endswith("__"))

@@ -11,6 +11,10 @@ from typing import Any, NoReturn
 from torch import fx
 
 
+INNARDS = frozenset({"node", "tracer", "root", "attr", "_node"})
+"""What a proxy has and a tensor has not."""
+
+
 class UnsoundError(BaseException):
     """The trace would not be the original forward on every call.
 
@@ -70,7 +74,7 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 
 for _name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split():
     setattr(Proxy, f"__i{_name}__", _recorded(getattr(operator, f"i{_name}")))
-Proxy.__setitem__ = _recorded(operator.setitem)  # type: ignore[attr-defined]
+setattr(Proxy, "__setitem__", _recorded(operator.setitem))  # noqa: B010 - It is no attribute to mypy.
 
 
 def arguments(tracer: fx.Tracer) -> list[Any]:

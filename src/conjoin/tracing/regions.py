@@ -178,8 +178,10 @@ def _bound(at: dict[str, nn.Module], traced: Traced, classes: tuple[type, ...]) 
         tuple(vars(module)[kind] for module in dict.fromkeys(modules) for kind in CALL_HOOKS),
         (
             *((vars(at[path]), "training", flag) for path, flag in traced.modes),
-            *((vars(at[path])[h] if h != "__dict__" else vars(at[path]), name, value)
-              for path, h, name, value in traced.attributes),
+            *(
+                (vars(at[path])[h] if h != "__dict__" else vars(at[path]), name, value)
+                for path, h, name, value in traced.attributes
+            ),
             *((vars(at[path]), name, vars(at[path])[name]) for path, name, _ in traced.contents),
             *reached,
             *traced.globals,
@@ -187,9 +189,14 @@ def _bound(at: dict[str, nn.Module], traced: Traced, classes: tuple[type, ...]) 
         tuple(zip(modules, classes, strict=True)),
         tuple((vars(at[path])[holder], name) for path, holder, name in traced.present),
         tuple((at[path]._modules, names) for path, names in traced.children),
-        traced.classes,
+        tuple((_last_class(cls, name), name, value) for cls, name, value in traced.classes),
         (*traced.shared, *_contents(at, traced)),
     )
+
+
+def _last_class(cls: type, name: str) -> type:
+    """The class that regions of a class have, on which somebody may set an attribute as well."""
+    return cls if name == "forward" else _region_classes.get(cls, cls)
 
 
 def _contents(at: dict[str, nn.Module], traced: Traced) -> Iterator[tuple[Any, tuple[Any, ...]]]:

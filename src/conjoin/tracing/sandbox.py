@@ -29,7 +29,8 @@ from torch.overrides import get_overridable_functions
 from conjoin.layers.wide import View
 from conjoin.reachable import OF_MODULES, TRUSTED
 from conjoin.tracing import bytecode
-from conjoin.tracing.proxies import UnsoundError
+from conjoin.tracing.known import is_tensor
+from conjoin.tracing.proxies import INNARDS, UnsoundError
 
 BUILTINS: dict[str, Any] = {
     name: getattr(builtins, name)
@@ -202,7 +203,7 @@ class Sandbox:
                 self._busy = False
             return found.function(module) if type(found) is Getter else found
 
-        nn.Module.__getattribute__ = __getattribute__  # type: ignore[method-assign]
+        nn.Module.__getattribute__ = __getattribute__  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
@@ -224,9 +225,7 @@ class Sandbox:
 
     def is_held(self, value: object) -> bool:
         """Whether a container is one that is not made anew on every call."""
-        return any(
-            value is inner for held, _ in self._held for inner, _ in snapshots(held)
-        )
+        return any(value is inner for held, _ in self._held for inner, _ in snapshots(held))
 
     def run(self, function: FunctionType) -> FunctionType:
         """A copy of a function that runs here."""
@@ -332,8 +331,10 @@ class Sandbox:
                 return raw(name)
             return MethodType(self.forward_of(module), module)
         if name == "training":
-            self.modes[path] = held.get(name, True)
-            return self.modes[path]
+            if type(held.get(name)) is not bool:
+                self.refuse("its training is no flag")
+            self.modes[path] = held[name]
+            return held[name]
         if name in OF_MODULES or name.startswith("__") or name == "_compiled_call_impl":
             if own:
                 self.refuse(f"it reads .{name}")
@@ -412,7 +413,7 @@ class Sandbox:
             return Package(self, value)
         if value is torch.is_tensor:
             return functools.partial(self._isinstance, info=Tensor)
-        if value is torch.jit.is_scripting:
+        if value is vars(torch.jit)["is_scripting"]:
             return _false
         if isinstance(value, type):
             return value if value in (torch.finfo, torch.iinfo) else Class(self, value)
@@ -441,7 +442,7 @@ class Sandbox:
     def _getattr(self, value: Any, name: str, *default: Any) -> Any:
         if default:
             self._check_object(value)
-        if isinstance(name, str) and name.startswith("__"):
+        if name in INNARDS or name.startswith("__"):
             self.refuse(f"it reads {name}")
         if isinstance(value, nn.Module):
             self._busy = True
@@ -472,8 +473,6 @@ class Sandbox:
             self.refuse("it asks for the class of something that is no value")
         if not isinstance(value, fx.Proxy):
             return isinstance(value, tuple(classes))
-        from conjoin.tracing.known import is_tensor
-
         if not is_tensor(value.node, self.paths):
             self.refuse("it asks for the class of a value")
         return issubclass(Tensor, tuple(classes))

@@ -278,9 +278,7 @@ def _on_the_way(region: nn.Module) -> Iterator[nn.Module]:
     """The modules in a region on the way to a view, or to siblings written by hand."""
     for module in region.modules():
         inner = module.modules()
-        if not isinstance(module, View) and any(
-            isinstance(m, (View, *OF_CONJOIN)) for m in inner
-        ):
+        if not isinstance(module, View) and any(isinstance(m, (View, *OF_CONJOIN)) for m in inner):
             yield module
 
 
@@ -314,7 +312,7 @@ def _watch_leaf(sandbox: Sandbox, path: str, module: nn.Module) -> None:
 
 
 @functools.cache
-def _reads_mode(cls: type) -> bool:
+def _reads_mode(cls: Any) -> bool:
     """Whether the code of a class asks for `training`."""
     return any(
         "training" in words(value.__code__)
@@ -332,4 +330,3 @@ def _compile(graph: fx.Graph) -> Callable[..., Any]:
     function: Callable[..., Any] = namespace["forward"]
     function.__conjoin_source__ = code.src  # type: ignore[attr-defined]
     return function
-
