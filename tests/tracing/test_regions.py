@@ -609,3 +609,11 @@ def test_structures_survive_a_pickle(protocol):
     loaded = pickle.loads(pickle.dumps(optimized, protocol))
     assert vars(loaded)[PLAN].find((x,), {"factor": 2.0}) is not None
     same_outputs(loaded, model, x, factor=2.0)
+
+
+@pytest.mark.parametrize(("name", "count"), [("heads", 1), ("attention", 1)])
+def test_one_variant_where_nothing_asks_for_the_mode(name, count):
+    model = build(name)
+    optimized = conjoin.optimize(model, (vector(model),))
+    [variants] = vars(optimized)[PLAN].variants.values()
+    assert len(variants) == count

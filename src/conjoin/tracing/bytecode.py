@@ -31,7 +31,8 @@ def check(function: FunctionType) -> bool:
         raise UnsoundError("a closure")
     if vars(function).keys() - MARKS:
         raise UnsoundError("a function with attributes")
-    return any([_check(code) for code in _nested(function.__code__)])
+    asks_none = [_check(code) for code in _nested(function.__code__)]
+    return any(asks_none)
 
 
 def _nested(code: CodeType) -> Iterator[CodeType]:

@@ -10,7 +10,6 @@ from typing import Any, NoReturn
 
 from torch import fx
 
-
 INNARDS = frozenset({"node", "tracer", "root", "attr", "_node"})
 """What a proxy has and a tensor has not."""
 

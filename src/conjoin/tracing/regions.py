@@ -13,7 +13,7 @@ import contextlib
 import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -68,9 +68,37 @@ class Variant:
     children: tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]
     classes: tuple[tuple[type, str, Any], ...]
     contents: tuple[tuple[Any, tuple[Any, ...]], ...]
+    looked_up: tuple[tuple[Any, ...], ...] = field(init=False)
+    expected: tuple[Any, ...] = field(init=False)
+    reached: tuple[nn.Module, ...] = field(init=False)
+    types: tuple[type, ...] = field(init=False)
+    inherited: tuple[tuple[Any, ...], ...] = field(init=False)
+    defined: tuple[Any, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """The same as columns, with a default beside each name."""
+        missing = [MISSING] * (len(self.values) + len(self.classes))
+        mappings, names, self.expected = _columns(self.values, 3)
+        self.looked_up = mappings, names, tuple(missing[: len(names)])
+        self.reached, self.types = _columns(self.kinds, 2)
+        classes, names, self.defined = _columns(self.classes, 3)
+        self.inherited = classes, names, tuple(missing[: len(names)])
 
     def holds(self) -> bool:
         """Whether nothing has happened that makes the new forward another function."""
+        if torch.compiler.is_compiling():
+            return self._holds_one_by_one()
+        # In C from end to end: this runs on every call.
+        return (
+            all(map(operator.is_, map(dict.get, *self.looked_up), self.expected))
+            and not any(self.hooks)
+            and all(map(operator.is_, map(type, self.reached), self.types))
+            and all(map(operator.is_, map(getattr, *self.inherited), self.defined))
+            and self._contents_hold()
+        )
+
+    def _holds_one_by_one(self) -> bool:
+        """The same for Dynamo, which does not know all that the other uses."""
         for mapping, name, value in self.values:
             if mapping.get(name, MISSING) is not value:
                 return False
@@ -79,16 +107,23 @@ class Variant:
         for module, cls in self.kinds:
             if module.__class__ is not cls:
                 return False
-        for mapping, names in self.children:
-            if tuple(mapping) != names:
-                return False
         for cls, name, value in self.classes:
             if getattr(cls, name, MISSING) is not value:
+                return False
+        return self._contents_hold()
+
+    def _contents_hold(self) -> bool:
+        for mapping, names in self.children:
+            if tuple(mapping) != names:
                 return False
         for mapping, name in self.present:
             if mapping.get(name) is None:
                 return False
         return all(_is_as_before(container, before) for container, before in self.contents)
+
+
+def _columns(rows: Sequence[tuple[Any, ...]], count: int) -> list[tuple[Any, ...]]:
+    return [tuple(row[column] for row in rows) for column in range(count)]
 
 
 def _is_as_before(container: Any, before: tuple[Any, ...]) -> bool:

@@ -186,13 +186,14 @@ class Sandbox:
                 self.refuse(f"{cls.__name__} defines a method that Python runs by itself")
 
     def refuse(self, why: str) -> NoReturn:
+        """Ends the trace."""
         raise UnsoundError(why)
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
         """Reads the attributes of modules here for a while."""
 
-        def __getattribute__(module: nn.Module, name: str) -> Any:
+        def read(module: nn.Module, name: str) -> Any:
             if self._busy:
                 return object.__getattribute__(module, name)
             own = type(sys._getframe(1).f_globals) is Globals
@@ -203,7 +204,7 @@ class Sandbox:
                 self._busy = False
             return found.function(module) if type(found) is Getter else found
 
-        nn.Module.__getattribute__ = __getattribute__  # type: ignore[method-assign,assignment]
+        nn.Module.__getattribute__ = read  # type: ignore[method-assign,assignment]
         try:
             yield
         finally:
@@ -303,7 +304,7 @@ class Sandbox:
                     return MethodType(found, module)
             if found is not MISSING:
                 break
-        self.refuse(f"it reads super().{name}")
+        return self.refuse(f"it reads super().{name}")
 
     def forward_of(self, module: nn.Module) -> Callable[..., Any]:
         """The forward of a module's class."""
@@ -353,16 +354,18 @@ class Sandbox:
                 return value
             self.attributes[path, "__dict__", name] = value
             return self._given(value, name) if own or is_constant(value) else value
-        self.attributes[path, "__dict__", name] = MISSING
         if found is MISSING:
-            self._registered(path, held, name)
-            self.classes[plain_class(module), name] = MISSING
+            if not self._registered(path, held, name):
+                self.attributes[path, "__dict__", name] = MISSING
+                self.classes[plain_class(module), name] = MISSING
             return raw(name)
+        self.attributes[path, "__dict__", name] = MISSING
         return self._inherited(module, name, found, own=own)
 
-    def _registered(self, path: str, held: dict[str, Any], name: str) -> None:
-        """Notes a child, a parameter or a buffer, or that there is none."""
-        for holder in REGISTERED:
+    def _registered(self, path: str, held: dict[str, Any], name: str) -> bool:
+        """Notes a child, a parameter or a buffer, or that there is none; whether there is one."""
+        holders = [holder for holder in REGISTERED if name in held[holder]]
+        for holder in holders or REGISTERED:
             value = held[holder].get(name, MISSING)
             if value is MISSING or value is None:
                 self.attributes[path, holder, name] = value
@@ -370,6 +373,7 @@ class Sandbox:
                 self.places[path, name] = None
             else:
                 self.present[path, holder, name] = None
+        return bool(holders)
 
     def _property(self, module: nn.Module, name: str, found: property, *, own: bool) -> Any:
         self.classes[plain_class(module), name] = found

@@ -306,8 +306,8 @@ def _watch_leaf(sandbox: Sandbox, path: str, module: nn.Module) -> None:
     sandbox.classes[plain_class(module), "forward"] = plain_class(module).forward
     if "inplace" in own:
         sandbox.attributes[path, "__dict__", "inplace"] = own["inplace"]
-    for inner in module.modules():
-        if _reads_mode(type(inner)):
+    for inner in () if isinstance(module, View) else module.modules():
+        if _reads_mode(plain_class(inner)):  # type: ignore[arg-type]  # A class has a hash.
             sandbox.modes[sandbox.paths[inner]] = inner.training
 
 
