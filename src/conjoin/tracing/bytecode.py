@@ -68,4 +68,5 @@ def _check(code: CodeType) -> bool:
 
 def _is_inner(name: str) -> bool:
     """Whether an attribute leads to what a value is made of."""
-    return name in INNARDS or (name.startswith("__") and name.endswith("__"))
+    special = name.startswith("__") and name.endswith("__") and name != "__getattr__"
+    return special or name in INNARDS

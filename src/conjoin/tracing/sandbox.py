@@ -18,7 +18,7 @@ import sys
 from abc import ABCMeta
 from collections import OrderedDict
 from collections.abc import Callable, Iterator
-from types import FunctionType, MethodType, ModuleType
+from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -336,12 +336,15 @@ class Sandbox:
                 self.refuse("its training is no flag")
             self.modes[path] = held[name]
             return held[name]
+        if own and name == "__getattr__":
+            return functools.partial(self._child, module)
         if name in OF_MODULES or name.startswith("__") or name == "_compiled_call_impl":
-            if own:
+            if own and name != "_modules":
                 self.refuse(f"it reads .{name}")
             if name == "_modules":
                 self.children[path] = tuple(held[name])
                 self.places |= dict.fromkeys((path, child) for child in held[name])
+                return MappingProxyType(held[name]) if own else held[name]
             return raw(name)
         found = _static(plain_class(module), name)
         if isinstance(found, property):
@@ -361,6 +364,12 @@ class Sandbox:
             return raw(name)
         self.attributes[path, "__dict__", name] = MISSING
         return self._inherited(module, name, found, own=own)
+
+    def _child(self, module: nn.Module, name: str) -> Any:
+        """What `module.__getattr__(name)` gives, which does not look at plain attributes."""
+        if name not in object.__getattribute__(module, "_modules"):
+            self.refuse(f"it reads {name}")
+        return self._getattr(module, name)
 
     def _registered(self, path: str, held: dict[str, Any], name: str) -> bool:
         """Notes a child, a parameter or a buffer, or that there is none; whether there is one."""
