@@ -165,7 +165,7 @@ def is_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         known
         and not any(True for _ in written(node, modules))
         and not name.startswith(("_foreach", "__i"))
-        and name not in ("setattr", "apply", "backward")
+        and name not in ("setattr", "apply", "backward", "_set_grad_enabled")
     )
 
 

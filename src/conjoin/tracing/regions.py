@@ -242,9 +242,10 @@ def _last_class(cls: type, name: str) -> type:
 
 
 def _contents(at: dict[str, nn.Module], traced: Traced) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    paths = {module: path for path, module in reversed(at.items())}
     for path, name, before in traced.contents:
         value = vars(at[path])[name]
-        if frozen(value) != before:
+        if frozen(value, paths) != before:
             raise KeyError(name)
         yield from snapshots(value)
 

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -331,5 +332,20 @@ def _compile(graph: fx.Graph) -> Callable[..., Any]:
     namespace: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, "<conjoin>", "exec"), namespace)
     function: Callable[..., Any] = namespace["forward"]
+    if any(node.target is torch._C._set_grad_enabled for node in graph.nodes):
+        function = _restoring_mode(function)
     function.__conjoin_source__ = code.src  # type: ignore[attr-defined]
     return function
+
+
+def _restoring_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that leaves the gradient mode as it was also where it breaks off."""
+
+    def restoring(*args: Any) -> Any:
+        enabled = torch.is_grad_enabled()
+        try:
+            return function(*args)
+        finally:
+            torch._C._set_grad_enabled(enabled)
+
+    return restoring
