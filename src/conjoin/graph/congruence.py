@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 
 from conjoin.graph import channelwise, elementwise, hazards
 from conjoin.layers import KINDS, NORMS, kind_of
-from conjoin.layers.wide import View
+from conjoin.layers.wide import View, Wide
 
 NAMES = elementwise.NAMES | frozenset(
     "view reshape flatten unflatten permute transpose t movedim squeeze unsqueeze expand "
@@ -69,6 +69,8 @@ def _key(
 
 
 def _module_key(module: nn.Module) -> Hashable | None:
+    if isinstance(module, Wide):
+        return Wide, module.kind, repr(module.settings), tuple(module.widths), module.weight.dtype
     if not elementwise.is_plain(module):
         return None
     cls = module.conjoin_base if isinstance(module, View) else type(module)
