@@ -11,7 +11,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
 from conjoin.layers.kind import FORWARDS
-from conjoin.layers.wide import Wide
+from conjoin.layers.wide import View, Wide
 
 VIEW_METHODS = frozenset(
     "view view_as expand expand_as permute transpose t swapaxes swapdims movedim moveaxis squeeze "
@@ -125,7 +125,7 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node
         module = modules[str(node.target)]
         if is_opaque(module):
             yield from node.all_input_nodes
-        elif first is not None and any(getattr(m, "inplace", False) for m in module.modules()):
+        elif first is not None and _works_in_place(module):
             yield first
         return
     if node.op == "call_function" and not of_torch(node.target):
@@ -146,6 +146,12 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node
     )
     if inplace and first is not None:
         yield first
+
+
+def _works_in_place(module: nn.Module) -> bool:
+    if isinstance(module, View):
+        return False
+    return any(getattr(inner, "inplace", False) for inner in module.modules())
 
 
 def is_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -250,6 +256,8 @@ def _allocates(module: nn.Module) -> bool:
 
 def is_opaque(module: nn.Module) -> bool:
     """Whether a module may do anything to its input: it is not known, or has hooks."""
+    if isinstance(module, View):  # Its wide layer is conjoin's own.
+        return not _is_known(module)
     return any(not _is_known(inner) for inner in module.modules())
 
 

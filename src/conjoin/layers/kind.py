@@ -201,11 +201,11 @@ class Kind(ABC):
             index: which sibling; one that has such a tensor.
         """
         if name == "weight" and self.weight_dim != 0:
-            sizes = [shape.numel() for shape in wide.shapes]
-            block = tensor.narrow(0, sum(sizes[:index]), sizes[index])
-            return self._as_weight(wide, block, wide.shapes[index])
-        before = sum(width for i, width in enumerate(wide.widths[:index]) if wide.holds(name, i))
-        return tensor.narrow(0, before, wide.widths[index])
+            shape = wide.shapes[index]
+            return self._as_weight(
+                wide, tensor.narrow(0, wide.starts["blocks"][index], shape.numel()), shape
+            )
+        return tensor.narrow(0, wide.starts[name][index], wide.widths[index])
 
     def joined(self, wide: Wide) -> Tensor:
         """The weight that computes all parts at once.

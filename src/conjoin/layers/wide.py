@@ -59,6 +59,7 @@ class Wide(nn.Module):
         weight: the siblings' weights as contiguous blocks, one after another.
         bias: the biases of those that have one likewise, or None.
         biased: which of them have a bias.
+        starts: where each part begins, in the weight, in the bias and among blocks of numbers.
         bias_runs: those with and without one in turn, each run of them with its number of channels.
     """
 
@@ -81,6 +82,11 @@ class Wide(nn.Module):
         self.biased = tuple("bias" in tensors(layer) for layer in layers)
         runs = itertools.groupby(zip(self.biased, self.widths, strict=True), lambda each: each[0])
         self.bias_runs = [(held, sum(width for _, width in run)) for held, run in runs]
+        self.starts = {
+            "weight": _starts(self.widths),
+            "bias": _starts([w * has for w, has in zip(self.widths, self.biased, strict=True)]),
+            "blocks": _starts([shape.numel() for shape in self.shapes]),
+        }
         self.contiguous = contiguous
         self.together = together
         self.channels_last = memory_format(tensors(layers[0])["weight"]) == "channels_last"
@@ -810,6 +816,10 @@ def release(view: View) -> nn.Module:
     for part in lent:
         part.bound()
     return layer
+
+
+def _starts(sizes: Sequence[int]) -> list[int]:
+    return [0, *itertools.accumulate(sizes)]
 
 
 def _holds(view: nn.Module, buffers: dict[str, Tensor]) -> bool:
