@@ -8,6 +8,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 
 from conjoin.passes.cancel import Cancel
+from conjoin.passes.separate import Separate
 from conjoin.passes.share import Share
 from conjoin.passes.sink import Sink
 from conjoin.passes.towers import Towers
@@ -37,4 +38,4 @@ def _run_all(graph_module: fx.GraphModule) -> bool:
     return any(result is not None and result.modified for result in results)
 
 
-__all__ = ["PIPELINE", "Cancel", "Share", "Sink", "Towers", "Widen", "rewrite"]
+__all__ = ["PIPELINE", "Cancel", "Separate", "Share", "Sink", "Towers", "Widen", "rewrite"]
