@@ -16,7 +16,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from conjoin.graph import bundles, channelwise, edit, elementwise, hazards
 from conjoin.graph.bundles import Bundle
-from conjoin.layers import NORMS, kind_of
+from conjoin.layers import norm_of
 
 from conjoin.layers.wide import WIDE
 from conjoin.merging import merger_of
@@ -69,7 +69,7 @@ def _norm_key(node: fx.Node, part: fx.Node, modules: Mapping[str, nn.Module]) ->
     if node.op != "call_module" or edit.only_input(node) is not part:
         return None
     module = modules[str(node.target)]
-    kind = kind_of(module, NORMS)
+    kind = norm_of(module)
     return None if kind is None else (kind, module.training, tuple(kind.key(module).items()))
 
 
@@ -84,7 +84,7 @@ def _move(
     users = bundles.readers(bundle, positions)
     part = bundle.parts[positions.start]
     layers = [modules[str(user.target)] for user in users if user.op == "call_module"]
-    kind = kind_of(layers[0], NORMS) if layers else None
+    kind = norm_of(layers[0]) if layers else None
     sizes: Sequence[int] = [bundle.sizes[i] for i in positions]
     if kind is not None:
         widths = [layer.weight.shape[0] for layer in layers]  # type: ignore[union-attr]

@@ -36,7 +36,7 @@ from branching import Pair, doubled, scaled
 from conjoin.nn import Parallel
 """
 
-DECISION = "if x0 is None:\n    return None"
+DECISION = "if x0 is True:\n    return None"
 
 Pair = collections.namedtuple("Pair", "first second")
 

@@ -210,7 +210,7 @@ def _merge(
     merger = Merger(model, kinds, sightings, found)
     if merger.merge_all(found):
         regions.uninstall(model)  # They may know wide layers that are no more.
-    regions.install(model, {MERGER: merger})
+    regions.install(model, sightings.calls, {MERGER: merger})
     return merger
 
 

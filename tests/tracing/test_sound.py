@@ -1,16 +1,18 @@
 """Which forwards are traced soundly, and that all are right, whatever becomes of them."""
 
+import copy
+import enum
 import math
 
 import pytest
 import torch
-from equivalence import assert_equivalent
+from equivalence import assert_close, assert_equivalent, tensors
 from torch import nn
 from torch.nn import functional as F
 
 import conjoin
 from conjoin.nn import Parallel
-from conjoin.tracing.regions import Region
+from conjoin.tracing.regions import PLAN, Region
 
 SCALE = 2.0
 CACHE = {}
@@ -32,11 +34,25 @@ def decorated(forward):
     return wrapped
 
 
+FACTORS = {"b": 2.0}
+
+
+class Kind(enum.Enum):
+    ONE = 1
+    TWO = 2
+
+
+class Noise(nn.Module):
+    def forward(self, x):
+        return x + torch.randn_like(x) if self.training else x
+
+
 class Pair(nn.Module):
     """Two siblings, and what a forward may need."""
 
     flag = True
     factor = 3.0
+    factors = [2.0, 3.0]  # noqa: RUF012
 
     def __init__(self):
         super().__init__()
@@ -49,6 +65,9 @@ class Pair(nn.Module):
         self.register_buffer("count", torch.zeros(()))
         self.scale, self.sizes, self.seen, self.options = 0.5, (2, 2), [], {"p": 1}
         self.nothing = None
+        self.activation, self.kind = F.relu, Kind.ONE
+        self.config = {"heads": [2, (3, {4})], "scale": 1.5}
+        self.noise = Noise()
 
     def heads(self, x):
         return self.a(x), self.b(x)
@@ -130,25 +149,6 @@ def submodules(self, x):
 
 def dictionaries(self, x):
     return {"a": self.a(x), "rest": [self.b(x), {"sum": x.sum()}]}
-
-
-REWRITTEN = [
-    plain,
-    loop,
-    loop_over_pairs,
-    loop_over_names,
-    methods,
-    helpers,
-    constants,
-    tuples,
-    optional,
-    shapes,
-    buffers,
-    dropped,
-    changed_in_place,
-    submodules,
-    dictionaries,
-]
 
 
 def branch(self, x):
@@ -323,38 +323,188 @@ def frozen_dtype(self, x):
 
 
 LEFT = [
-    branch,
-    branch_on_mode,
-    is_none,
-    required_is_none,
-    while_loop,
     no_grad,
     set_grad_enabled,
     autocast,
     tries,
     asserts,
     raises,
-    by_type,
-    random_without_input,
     stores,
     counts,
     appends,
-    option,
-    global_number,
     global_cache,
-    deletes,
     imports,
     writes_an_item,
     prints,
-    comprehension_with_a_condition,
-    either_or,
     seeds,
     asks_the_mode,
+    frozen_dtype,
+    decorated(plain),
+]
+
+
+def formats(self, x):
+    name = f"{self.scale:.1f}-{'b'}"
+    layers = {"0.5-b": self.b, "other": self.a}
+    return self.a(x), layers[name](x)
+
+
+def asserts_a_constant(self, x):
+    assert self.scale < 1, "too large"
+    if len(self.sizes) > 5:
+        raise ValueError(self.sizes)
+    return self.a(x), self.b(x)
+
+
+def membership(self, x):
+    y = self.a(x) if "p" in self.options and self.scale in {0.5, 1.5} else x
+    return y, self.b(x)
+
+
+def by_class(self, x):
+    y = self.a(x) + self.b(x)
+    for layer in self.tail:
+        if isinstance(layer, (nn.Linear, nn.Tanh)):
+            y = layer(y)
+        if isinstance(layer, nn.Dropout) and layer.p > 0.9:
+            y = y * 2
+    return y
+
+
+def by_name(self, x):
+    y = getattr(self, "a")(x) + getattr(self, "b")(x)  # noqa: B009
+    return y * 2 if hasattr(self, "missing") else y * getattr(self, "gone", 3)
+
+
+def builtin_functions(self, x):
+    biggest = max(self.sizes) + min(1, int(self.scale)) + round(abs(-1.2)) + len(self.tail)
+    if any(size > 1 for size in self.sizes) and all(map(bool, sorted(self.sizes))):
+        return self.a(x) * biggest, self.b(x) * float(sum(self.sizes))
+    return x
+
+
+def loops_by_index(self, x):
+    y = self.a(x) + self.b(x)
+    for i in range(len(self.tail)):
+        y = self.tail[i](y)
+    return self.tail[:2][0](y)
+
+
+def chooses_an_activation(self, x):
+    return self.activation(self.a(x)), torch.nn.functional.relu(self.b(x))
+
+
+def nested_options(self, x):
+    if self.config["heads"][0] == 2:
+        return self.a(x) * self.config["scale"], self.b(x)
+    return self.a(x), self.b(x) * 5
+
+
+def class_list(self, x):
+    return self.a(x) * self.factors[1], self.b(x) * FACTORS["b"]
+
+
+def enums(self, x):
+    return (self.a(x) if self.kind == Kind.ONE else x), self.b(x)
+
+
+def dropout_by_mode(self, x):
+    y = F.dropout(self.a(x), 0.5, training=self.training)
+    return y if self.training else y * 3, self.b(x)
+
+
+def of_class(self, x):
+    return Pair.added(self.a(x), 1), self.b(x)
+
+
+def augmented(self, x):
+    y = self.a(x)
+    y += self.b(x)
+    y *= 2
+    y -= 1
+    y /= 3
+    n = 1
+    n += 1
+    sizes = [1]
+    sizes += [2]
+    return y * n * sum(sizes)
+
+
+def fills(self, x):
+    y = x * torch.ones(4) + torch.arange(4)
+    y[:, 0] = 1.5
+    return y + self.a(x), self.b(x)
+
+
+def made_of_shape(self, x):
+    noise = torch.randn(x.shape[0], 4, dtype=x.dtype, device=x.device)
+    return torch.zeros(len(self.sizes) + 2) + self.a(x) + noise, self.b(x)
+
+
+def sorts_by_parameter(self, x):
+    if self.weight is not None and self.nothing is None:
+        return self.a(x) * self.weight, self.b(x)
+    return x
+
+
+def leaf_with_a_flag(self, x):
+    return self.noise(self.a(x)), self.b(x)
+
+
+def local_functions(self, x):
+    twice = lambda y: y * 2  # noqa: E731
+    y = self.b(x)
+    return twice(self.a(x)), [f(y) * self.scale for f in (twice, torch.tanh)]
+
+
+REWRITTEN = [
+    plain,
+    loop,
+    loop_over_pairs,
+    loop_over_names,
+    methods,
+    helpers,
+    constants,
+    tuples,
+    optional,
+    shapes,
+    buffers,
+    dropped,
+    changed_in_place,
+    submodules,
+    dictionaries,
+    branch,
+    branch_on_mode,
+    is_none,
+    required_is_none,
+    while_loop,
+    random_without_input,
+    option,
+    global_number,
+    deletes,
+    comprehension_with_a_condition,
+    either_or,
     class_constant,
     adds_to_the_input,
     adds_to_a_view,
-    frozen_dtype,
-    decorated(plain),
+    formats,
+    asserts_a_constant,
+    membership,
+    by_class,
+    by_name,
+    builtin_functions,
+    loops_by_index,
+    chooses_an_activation,
+    nested_options,
+    class_list,
+    enums,
+    dropout_by_mode,
+    of_class,
+    augmented,
+    fills,
+    sorts_by_parameter,
+    leaf_with_a_flag,
+    local_functions,
 ]
 X = torch.randn(5, 4, dtype=torch.float64)
 
@@ -374,6 +524,15 @@ def test_rewritten(forward, inputs):
     optimized = conjoin.optimize(model, inputs)
     assert isinstance(optimized, Region)
     assert_equivalent(optimized, model, (X,))
+
+
+def test_tensors_of_the_inputs_shape_are_made():
+    """Observed only: a trace alone finds no siblings here."""
+    model = with_forward(made_of_shape)
+    optimized = conjoin.optimize(model, (X,))
+    assert isinstance(optimized, Region)
+    assert_equivalent(optimized, model, (X,))
+    assert_equivalent(optimized, model, (X[:2],))
 
 
 @pytest.mark.parametrize("inputs", [None, (X,)], ids=["traced", "observed"])
@@ -486,12 +645,134 @@ class Ambiguous(Pair):
 
 
 @pytest.mark.parametrize("model_class", [Mean, Ambiguous])
-def test_names_that_stand_for_something_else_are_left(model_class):
+def test_names_that_stand_for_something_else(model_class):
     model = model_class().double()
     optimized = conjoin.optimize(model, (X,))
-    assert not isinstance(optimized, Region)
+    assert isinstance(optimized, Region) == (model_class is Mean)
     for _ in range(3):
         for ours, theirs in zip(optimized(X), model(X), strict=True):
             torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
     type(model).mean = 3.0
     torch.testing.assert_close(optimized(X)[0], model(X)[0], rtol=0, atol=1e-9)
+
+
+def reset(name, value):
+    return lambda model: setattr(model, name, value)
+
+
+def set_global(name, value):
+    return lambda model: globals().__setitem__(name, value)
+
+
+def set_class(name, value):
+    return lambda model: setattr(Pair, name, value)
+
+
+class Module(nn.Module):
+    def forward(self, x):
+        return x * 7
+
+
+CHANGES = {
+    "flag on the instance": (branch, reset("flag", False)),
+    "flag on the class": (branch, set_class("flag", False)),
+    "flag on the class of the optimized model": (
+        branch,
+        lambda model: setattr(type(model), "flag", False),
+    ),
+    "constant": (formats, reset("scale", 0.75)),
+    "equal constant of another type": (constants, reset("scale", True)),
+    "constant out of range": (asserts_a_constant, reset("scale", 2)),
+    "item of a dict": (option, lambda model: model.options.update(p=4)),
+    "dict": (membership, lambda model: model.options.clear()),
+    "nested list": (nested_options, lambda model: model.config["heads"].insert(0, 1)),
+    "nested dict": (nested_options, lambda model: model.config.update(scale=9.0)),
+    "nested set": (nested_options, lambda model: model.config["heads"][1][1].add(9)),
+    "list of a class": (class_list, lambda model: Pair.factors.append(1.0)),
+    "item of a list of a class": (class_list, lambda model: Pair.factors.__setitem__(1, 8.0)),
+    "list that hides that of the class": (class_list, reset("factors", [7.0, 7.0])),
+    "global dict": (class_list, lambda model: FACTORS.update(b=8.0)),
+    "global number": (global_number, set_global("SCALE", 8.0)),
+    "global function": (helpers, set_global("doubled", lambda x: x * 9)),
+    "global that hides a built-in function": (builtin_functions, set_global("len", lambda x: 9)),
+    "method of the class": (methods, set_class("heads", lambda self, x: (x, x))),
+    "method of the instance": (methods, reset("heads", lambda x: (x, x))),
+    "property": (methods, set_class("doubled_weight", property(lambda self: 5))),
+    "static method": (methods, set_class("added", staticmethod(lambda x, y: x - y))),
+    "called on the class": (of_class, set_class("added", staticmethod(lambda x, y: x - y))),
+    "activation": (chooses_an_activation, reset("activation", torch.tanh)),
+    "enum": (enums, reset("kind", Kind.TWO)),
+    "missing attribute": (by_name, reset("missing", None)),
+    "missing attribute of the class": (by_name, set_class("missing", 1)),
+    "missing child": (by_name, lambda model: model.add_module("gone", nn.Tanh())),
+    "missing buffer": (by_name, lambda model: model.register_buffer("gone", X[0])),
+    "class of a layer": (by_class, lambda model: model.tail.__setitem__(0, Module())),
+    "layer that is only asked for": (by_class, lambda model: setattr(model.tail[2], "p", 0.95)),
+    "more layers": (loops_by_index, lambda model: model.tail.append(nn.Sigmoid())),
+    "None becomes a tensor": (sorts_by_parameter, reset("nothing", torch.ones(4))),
+    "parameter becomes None": (sorts_by_parameter, reset("weight", None)),
+    "training": (dropout_by_mode, lambda model: model.train()),
+    "evaluation": (dropout_by_mode, lambda model: model.eval()),
+    "mixed modes": (leaf_with_a_flag, lambda model: model.train().noise.eval()),
+    "mixed modes of dropout": (loop, lambda model: model.eval().tail.train()),
+    "forward of the class": (plain, lambda model: setattr(type(model), "forward", doubling)),
+    "forward of an inlined class": (
+        leaf_with_a_flag, lambda model: setattr(Noise, "forward", lambda self, x: x * 3)
+    ),
+    "forward of an inlined module": (leaf_with_a_flag, lambda model: setattr(
+        model.noise, "forward", lambda x: x * 3)),
+    "hook on an inlined module": (leaf_with_a_flag, lambda model: model.noise.
+        register_forward_hook(lambda module, args, output: output * 2)),
+    "inlined module replaced": (leaf_with_a_flag, reset("noise", Module())),
+}  # fmt: skip
+
+
+def doubling(self, x):
+    return self.a(x) * 2, self.b(x)
+
+
+@pytest.fixture
+def restored():
+    """Puts globals and classes back after they were changed."""
+    held = copy.deepcopy((FACTORS, Pair.factors))
+    mine, classes = dict(globals()), {cls: dict(vars(cls)) for cls in (Pair, Noise)}
+    yield
+    for name in globals().keys() - mine.keys():
+        del globals()[name]
+    globals().update(mine)
+    for cls, before in classes.items():
+        for name in vars(cls).keys() - before.keys():
+            delattr(cls, name)
+        for name, value in before.items():
+            if vars(cls)[name] is not value:
+                setattr(cls, name, value)
+    FACTORS.clear()
+    FACTORS.update(held[0])
+    Pair.factors[:] = held[1]
+
+
+@pytest.mark.usefixtures("restored")
+@pytest.mark.parametrize(("forward", "change"), CHANGES.values(), ids=CHANGES)
+@pytest.mark.parametrize("copied", [False, True], ids=["itself", "copy"])
+def test_changed_afterwards(forward, change, copied):
+    model = with_forward(forward)
+    optimized = conjoin.optimize(model, (X,))
+    assert isinstance(optimized, Region)
+    if copied:
+        optimized = copy.deepcopy(optimized)
+        assert rewritten(optimized, X)
+    for each in (optimized, model):
+        change(each)
+    outcomes = []
+    for each in (optimized, model):
+        torch.manual_seed(0)
+        try:
+            outcomes.append(dict(tensors(each(X))))
+        except (AssertionError, TypeError, AttributeError, KeyError) as error:
+            outcomes.append({"error": torch.tensor(0.0), type(error).__name__: torch.tensor(0.0)})
+    assert_close(*outcomes)
+
+
+def rewritten(model, *args, **kwargs):
+    """Whether a call takes the new forward."""
+    return vars(model)[PLAN].find(args, kwargs) is not None

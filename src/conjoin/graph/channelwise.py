@@ -50,6 +50,9 @@ SOFTMAX: dict[Any, bool] = {
 }
 """Softmax in all its spellings, and whether its logarithm is taken."""
 
+MODULES: frozenset[type[nn.Module]] = SPATIAL_MODULES | {nn.Softmax, nn.LogSoftmax}
+"""All modules that are known here."""
+
 
 def key(
     node: fx.Node, part: fx.Node, dim: int | None, modules: Mapping[str, nn.Module]

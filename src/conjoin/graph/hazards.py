@@ -125,7 +125,7 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node
         module = modules[str(node.target)]
         if is_opaque(module):
             yield from node.all_input_nodes
-        elif getattr(module, "inplace", False) and first is not None:
+        elif first is not None and any(getattr(m, "inplace", False) for m in module.modules()):
             yield first
         return
     if node.op == "call_function" and not of_torch(node.target):
@@ -250,9 +250,13 @@ def _allocates(module: nn.Module) -> bool:
 
 def is_opaque(module: nn.Module) -> bool:
     """Whether a module may do anything to its input: it is not known, or has hooks."""
+    return any(not _is_known(inner) for inner in module.modules())
+
+
+def _is_known(module: nn.Module) -> bool:
     cls = getattr(type(module), "conjoin_base", type(module))
-    plain = cls in FORWARDS or cls.__module__.startswith(("torch.nn.", "conjoin."))
-    return not plain or any(getattr(module, hooks) for hooks in CALL_HOOKS)
+    known = cls in FORWARDS or cls.__module__.startswith(("torch.nn.", "conjoin."))
+    return known and not any(getattr(module, hooks) for hooks in CALL_HOOKS)
 
 
 def _is_inplace_name(name: str) -> bool:

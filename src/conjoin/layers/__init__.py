@@ -47,6 +47,12 @@ def kind_of(layer: object, kinds: tuple[Kind, ...] = KINDS) -> Kind | None:
     return next((kind for cls in classes for kind in kinds if kind.layer is cls), None)
 
 
+def norm_of(layer: object) -> Norm | None:
+    """The kind of a normalization; None where `layer` is none."""
+    kind = kind_of(layer, NORMS)
+    return kind if isinstance(kind, Norm) else None
+
+
 def checked(kinds: object) -> tuple[Kind, ...]:
     """`kinds` as a tuple.
 
@@ -119,4 +125,4 @@ def _are_names(settings: object) -> bool:
     return isinstance(settings, tuple) and all(isinstance(name, str) for name in settings)
 
 
-__all__ = ["KINDS", "NORMS", "Kind", "checked", "kind_of"]
+__all__ = ["KINDS", "NORMS", "Kind", "checked", "kind_of", "norm_of"]

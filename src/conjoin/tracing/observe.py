@@ -35,6 +35,7 @@ from conjoin.layers.origin import Step, is_watched
 from conjoin.reachable import functions_of, words
 from conjoin.tracing import regions
 from conjoin.tracing.listings import Listings
+from conjoin.tracing.structures import Structure, structure_of
 from conjoin.tracing.undisturbed import letting_go, undisturbed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -95,6 +96,9 @@ WAYS_AROUND = frozenset(
 
 GRADIENT_QUERIES = frozenset({Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad})
 """Functions that tell of the gradient of a tensor that they are given."""
+
+MOST_STRUCTURES = 4
+"""How many structures of calls are noted for each module: each is traced, in both modes."""
 
 
 class UncopyableError(ValueError):
@@ -241,6 +245,7 @@ def _observe(copied: Copy, calls: Sequence[Call], kinds: tuple[Kind, ...]) -> Si
         untraced,
         watch.listings.found,
         frozenset(watch.changed),
+        {name: tuple(structures) for name, structures in watch.calls.items()},
     )
 
 
@@ -297,8 +302,15 @@ class _Watch(TorchFunctionMode):
         self._in_layer = False
         self._layers: dict[nn.Module, str] = {}
         self.changed: set[str] = set()
+        self.calls: dict[str, dict[Structure, None]] = {}
         for name, module in model.named_modules():
             kind = kind_of(module, kinds)
+            if kind is None and module._modules:
+                noted = functools.partial(
+                    self._noted, self.calls.setdefault(name, {}), module.forward
+                )
+                noted.__wrapped__ = module.forward  # type: ignore[attr-defined]  # For signatures.
+                module.__dict__["forward"] = noted
             if kind is not None:
                 self._layers[module] = name
                 self._weights |= {p.untyped_storage()._cdata for p in module.parameters()}
@@ -334,6 +346,20 @@ class _Watch(TorchFunctionMode):
     def discard(self, run: tuple[bool, int]) -> None:
         """Forgets what was noted as part of `run`."""
         self.sites = [site for site in self.sites if site.input[:2] != run]  # type: ignore[index]
+
+    def _noted(
+        self,
+        seen: dict[Structure, None],
+        forward: Callable[..., Any],
+        *args: Any,
+        **kwargs: Any,
+    ) -> Any:
+        """Notes the structure of a call, without those that each call has anew, as a counter."""
+        with torch._C.DisableTorchFunction():
+            found = structure_of(args, kwargs)
+        if found is not None and len(seen) < MOST_STRUCTURES:
+            seen[found[0]] = None
+        return forward(*args, **kwargs)
 
     def _called(
         self, name: str, kind: Kind, forward: Callable[..., Any], *args: Any, **kwargs: Any

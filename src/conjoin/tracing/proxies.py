@@ -4,14 +4,21 @@ from __future__ import annotations
 
 import dis
 import inspect
-from collections.abc import Iterator
+import operator
+from collections.abc import Callable, Iterator
 from typing import Any, NoReturn
 
 from torch import fx
 
+INNARDS = frozenset({"node", "tracer", "root", "attr", "_node"})
+"""What a proxy has and a tensor has not."""
 
-class UnsoundError(Exception):
-    """The trace would not be the original forward on every call."""
+
+class UnsoundError(BaseException):
+    """The trace would not be the original forward on every call.
+
+    Not an `Exception`, so that no code that runs during a trace carries on after it.
+    """
 
 
 def unpack(values: Any, count: int) -> tuple[Any, ...]:
@@ -34,8 +41,8 @@ class Proxy(fx.Proxy):
     def _refuse(self, *args: object) -> NoReturn:
         raise UnsoundError("Python looks at the value of a tensor")
 
-    __hash__ = __format__ = __str__ = __bool__ = __index__ = _refuse
-    __len__ = __contains__ = __setitem__ = _refuse
+    __hash__ = __format__ = __str__ = __repr__ = __bool__ = __index__ = _refuse
+    __int__ = __float__ = __complex__ = __len__ = __contains__ = __delitem__ = _refuse
 
     def __iter__(self) -> Iterator[fx.Proxy]:
         """As many items as there are names for them; the graph checks that there are no more."""
@@ -53,6 +60,20 @@ class Proxy(fx.Proxy):
         if name not in ("tracer", "node", "__dict__") and "node" in vars(self):
             raise UnsoundError(f"it assigns the attribute {name} of a tensor")
         super().__setattr__(name, value)
+
+
+def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A method of proxies that records an operator which changes its first argument."""
+
+    def method(self: Proxy, *operands: Any) -> Any:
+        return self.tracer.create_proxy("call_function", function, (self, *operands), {})
+
+    return method
+
+
+for _name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split():
+    setattr(Proxy, f"__i{_name}__", _recorded(getattr(operator, f"i{_name}")))
+setattr(Proxy, "__setitem__", _recorded(operator.setitem))  # noqa: B010 - It is no attribute to mypy.
 
 
 def arguments(tracer: fx.Tracer) -> list[Any]:

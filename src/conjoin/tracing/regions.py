@@ -11,8 +11,9 @@ from __future__ import annotations
 
 import contextlib
 import functools
-from collections.abc import Callable, Iterator, Mapping
-from dataclasses import dataclass
+import operator
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
@@ -20,12 +21,16 @@ from torch import Tensor, nn
 from torch.nn.modules import module as nn_module
 
 from conjoin.graph.hazards import CALL_HOOKS
-from conjoin.layers.lockstep import PLAIN_TENSORS, in_transform
+from conjoin.layers.lockstep import in_transform
 from conjoin.layers.wide import View, views
 from conjoin.merging import MERGER, Merger
+from conjoin.nn import Split, Unite
 from conjoin.passes import rewrite
 from conjoin.tracing import sound
+from conjoin.tracing.proxies import UnsoundError
+from conjoin.tracing.sandbox import MISSING, frozen, snapshots
 from conjoin.tracing.sound import Traced
+from conjoin.tracing.structures import Structure, is_plain, structure_of
 
 PLAN = "conjoin_plan"
 """The attribute of a region that holds its plan."""
@@ -34,74 +39,220 @@ OWN_COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__getattribute__"
 """A class that defines one of these keeps its forward: a region would get in the way of it."""
 
 
+MOST_ROUNDS = 8
+"""How often a region is traced until no pass finds more layers to merge; passes merge and stop."""
+
+
 @dataclass(slots=True)
-class Plan:
-    """A rewritten forward, bound to the modules of one region.
+class Variant:
+    """A rewritten forward for calls of one structure, bound to the modules of one region.
 
     Attributes:
         traced: the forward, and what it takes for granted by path.
-        modules: the children in which a module must stand, its name, the module and its class.
-        hooks: the hooks of these modules, of which there must be none.
-        containers: the children of a module that may have been iterated over, and their names.
-        constants: the attributes of a module, the name and the value.
+        function: the forward.
+        hooks: the hooks of the modules that it calls or goes past, of which there must be none.
+        values: dictionaries, names in them, and the values: flags, constants, functions, modules.
+        kinds: modules, and their classes.
+        present: dictionaries, and the names of what must not be None.
+        children: the children of modules that may have been iterated over, and their names.
+        classes: classes, the names of attributes, and their values.
+        contents: containers, and what is in them.
+        running: views whose wide layers hold their running buffers.
     """
 
     traced: Traced
-    modules: tuple[tuple[dict[str, nn.Module | None], str, nn.Module | None, type], ...]
+    function: Callable[..., Any]
     hooks: tuple[dict[int, Any], ...]
-    containers: tuple[tuple[dict[str, nn.Module | None], tuple[str, ...]], ...]
-    constants: tuple[tuple[Mapping[str, Any], str, Any], ...]
+    values: tuple[tuple[Mapping[str, Any], str, Any], ...]
+    kinds: tuple[tuple[nn.Module, type], ...]
+    present: tuple[tuple[Mapping[str, Any], str], ...]
+    children: tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]
+    classes: tuple[tuple[type, str, Any], ...]
+    contents: tuple[tuple[Any, tuple[Any, ...]], ...]
+    running: tuple[View, ...]
+    looked_up: tuple[tuple[Any, ...], ...] = field(init=False)
+    expected: tuple[Any, ...] = field(init=False)
+    reached: tuple[nn.Module, ...] = field(init=False)
+    types: tuple[type, ...] = field(init=False)
+    inherited: tuple[tuple[Any, ...], ...] = field(init=False)
+    defined: tuple[Any, ...] = field(init=False)
+
+    def __post_init__(self) -> None:
+        """The same as columns, with a default beside each name."""
+        missing = [MISSING] * (len(self.values) + len(self.classes))
+        mappings, names, self.expected = _columns(self.values, 3)
+        self.looked_up = mappings, names, tuple(missing[: len(names)])
+        self.reached, self.types = _columns(self.kinds, 2)
+        classes, names, self.defined = _columns(self.classes, 3)
+        self.inherited = classes, names, tuple(missing[: len(names)])
 
     def holds(self) -> bool:
         """Whether nothing has happened that makes the new forward another function."""
-        if nn_module._has_any_global_hook() or any(self.hooks):  # type: ignore[no-untyped-call]
-            return False
-        if not torch.compiler.is_compiling() and in_transform():
-            return False
-        for children, name, module, cls in self.modules:
-            if children.get(name) is not module or module.__class__ is not cls:
-                return False
-        for children, names in self.containers:
-            if tuple(children) != names:
-                return False
-        for attributes, name, value in self.constants:
-            if attributes.get(name, sound.MISSING) is not value:
-                return False
-        for namespace, name, value in self.traced.globals:
-            if namespace.get(name) is not value:
-                return False
-        return all(cls.forward is forward for cls, forward in self.traced.forwards)
+        if torch.compiler.is_compiling():
+            return self._holds_one_by_one()
+        # In C from end to end: this runs on every call.
+        return (
+            all(map(operator.is_, map(dict.get, *self.looked_up), self.expected))
+            and not any(self.hooks)
+            and all(map(operator.is_, map(type, self.reached), self.types))
+            and all(map(operator.is_, map(getattr, *self.inherited), self.defined))
+            and self._contents_hold()
+        )
 
-    def __deepcopy__(self, memo: dict[int, Any]) -> Traced:
-        """The forward unbound; the copied region binds it to its own modules."""
-        return self.traced
+    def _holds_one_by_one(self) -> bool:
+        """The same for Dynamo, which does not know all that the other uses."""
+        for mapping, name, value in self.values:
+            if mapping.get(name, MISSING) is not value:
+                return False
+        if any(self.hooks):
+            return False
+        for module, cls in self.kinds:
+            if module.__class__ is not cls:
+                return False
+        for cls, name, value in self.classes:
+            if getattr(cls, name, MISSING) is not value:
+                return False
+        return self._contents_hold()
+
+    def _contents_hold(self) -> bool:
+        for mapping, names in self.children:
+            if tuple(mapping) != names:
+                return False
+        for mapping, name in self.present:
+            if mapping.get(name) is None:
+                return False
+        for view in self.running:
+            if not view.wide_layer.holds_running(view, view.conjoin_index):
+                return False
+        return all(_is_as_before(container, before) for container, before in self.contents)
+
+
+def _columns(rows: Sequence[tuple[Any, ...]], count: int) -> list[tuple[Any, ...]]:
+    return [tuple(row[column] for row in rows) for column in range(count)]
+
+
+def _is_as_before(container: Any, before: tuple[Any, ...]) -> bool:
+    now = (*container, *container.values()) if isinstance(container, dict) else tuple(container)
+    return len(now) == len(before) and all(map(operator.is_, now, before))
+
+
+@dataclass(slots=True)
+class Plan:
+    """The rewritten forwards of one region.
+
+    Attributes:
+        variants: by the structure of the call; of those for one structure, the first that holds.
+    """
+
+    variants: dict[Structure, tuple[Variant, ...]]
+
+    def find(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Variant, tuple[Tensor, ...]] | None:
+        """The forward for a call, and the call's tensors; None where the original must run."""
+        if not kwargs and all(map(is_plain, args)):
+            structure: Structure = len(args)
+        elif torch.compiler.is_compiling():
+            return None
+        else:
+            found = structure_of(args, kwargs)
+            if found is None:
+                return None
+            structure, args = found
+        variants = self.variants.get(structure)
+        if variants is None or nn_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+            return None
+        if not torch.compiler.is_compiling() and in_transform():
+            return None
+        for variant in variants:
+            if variant.holds():
+                return variant, args
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> _Unbound:
+        """The forwards unbound; the copied region binds them to its own modules."""
+        return self.unbound()
+
+    def unbound(self) -> _Unbound:
+        """The forwards, for other modules than those that they are bound to."""
+        return [
+            (variant.traced, tuple(cls for _, cls in variant.kinds))
+            for variants in self.variants.values()
+            for variant in variants
+        ]
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle holds no code: the loaded region is traced anew."""
-        return _nothing, ()
+        return _traced_anew, (tuple(self.variants),)
 
 
-def _nothing() -> None:
-    return None
+def _traced_anew(structures: tuple[Structure, ...]) -> tuple[Structure, ...]:
+    """What a pickle holds: the structures of the calls."""
+    return structures
 
 
-def _bind(region: nn.Module, traced: Traced) -> Plan:
-    """The plan of a region for what was traced of it, or of the module that it is a copy of."""
+_Unbound = list[tuple[Traced, tuple[type, ...]]]
+"""What was traced, and the classes of the modules that it reached."""
+
+
+def _bind(region: nn.Module, unbound: _Unbound) -> Plan:
+    """The plan of a region for what was traced of it, or of the module that it is a copy of.
+
+    Raises:
+        KeyError: the region is not as it was when it was traced.
+    """
     at = dict(region.named_modules())
-    modules = [
-        (at[path]._modules, name, at[path]._modules.get(name), cls)
-        for path, name, cls in traced.modules
-    ]
-    hooks = [vars(m)[kind] for _, _, m, _ in modules if m is not None for kind in CALL_HOOKS]
-    return Plan(
+    variants: dict[Structure, tuple[Variant, ...]] = {}
+    for traced, classes in unbound:
+        bound = _bound(at, traced, classes)
+        variants[traced.structure] = (*variants.get(traced.structure, ()), bound)
+    return Plan(variants)
+
+
+def _bound(at: dict[str, nn.Module], traced: Traced, classes: tuple[type, ...]) -> Variant:
+    reached = [(at[path]._modules, name, at[path]._modules[name]) for path, name in traced.places]
+    modules = [module for _, _, module in reached if module is not None]
+    return Variant(
         traced,
-        tuple(modules),
-        tuple(hooks),
-        tuple((at[path]._modules, names) for path, names in traced.containers),
-        tuple(
-            (vars(at[path]), name, value) for path, name, value in traced.constants if path in at
+        traced.function,
+        tuple(vars(module)[kind] for module in dict.fromkeys(modules) for kind in CALL_HOOKS),
+        (
+            *((vars(at[path]), "training", flag) for path, flag in traced.modes),
+            *(
+                (vars(at[path])[h] if h != "__dict__" else vars(at[path]), name, value)
+                for path, h, name, value in traced.attributes
+            ),
+            *((vars(at[path]), name, vars(at[path])[name]) for path, name, _ in traced.contents),
+            *reached,
+            *traced.globals,
         ),
+        tuple(zip(modules, classes, strict=True)),
+        tuple((vars(at[path])[holder], name) for path, holder, name in traced.present),
+        tuple((at[path]._modules, names) for path, names in traced.children),
+        tuple((_last_class(cls, name), name, value) for cls, name, value in traced.classes),
+        (*traced.shared, *_contents(at, traced)),
+        tuple(m for m in modules if isinstance(m, View) and m.wide_layer.running),
     )
+
+
+def _last_class(cls: type, name: str) -> type:
+    """The class that regions of a class have, on which somebody may set an attribute as well."""
+    return cls if name == "forward" else _region_classes.get(cls, cls)
+
+
+def _contents(at: dict[str, nn.Module], traced: Traced) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    for path, name, before in traced.contents:
+        value = vars(at[path])[name]
+        if frozen(value) != before:
+            raise KeyError(name)
+        yield from snapshots(value)
+
+
+def _classes(region: nn.Module, traced: Traced) -> tuple[type, ...]:
+    """The classes of the modules that were reached."""
+    at = dict(region.named_modules())
+    reached = [at[path]._modules[name] for path, name in traced.places]
+    return tuple(type(module) for module in reached if module is not None)
 
 
 class Region(nn.Module):
@@ -119,14 +270,14 @@ class Region(nn.Module):
         """A copy is bound to its own modules; what comes out of a pickle is traced anew."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         held = vars(self).pop(PLAN, None)
-        traced = held.traced if isinstance(held, Plan) else held
-        if traced is None:
+        held = held.unbound() if isinstance(held, Plan) else held
+        if not isinstance(held, list):
             self.__class__ = self.conjoin_base  # type: ignore[assignment]
-            install(self)
+            _install(self, held or (None,), {MERGER: Merger(self, frozen=True)})
             return
         try:
-            vars(self)[PLAN] = _bind(self, traced)
-        except KeyError:  # It has other modules than when it was traced.
+            vars(self)[PLAN] = _bind(self, held)
+        except (KeyError, UnsoundError):  # It is not as it was when it was traced.
             self.__class__ = self.conjoin_base  # type: ignore[assignment]
 
 
@@ -153,18 +304,12 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: Region, *args: Any, **kwargs: Any) -> Any:
         plan: Plan | None = vars(self).get(PLAN)
-        if plan is None or kwargs or len(args) != plan.traced.arity or not plan.holds():
+        found = None if plan is None else plan.find(args, kwargs)
+        if found is None:
             return base.forward(self, *args, **kwargs)
-        if not all(map(_is_plain, args)):
-            return base.forward(self, *args)
-        return plan.traced.function(self, *args)
+        return found[0].function(self, *found[1])
 
     return forward
-
-
-def _is_plain(value: object) -> bool:
-    """Whether an argument is no tensor of another class, which may not know all operations."""
-    return not isinstance(value, Tensor) or (type(value) in PLAIN_TENSORS and not value.is_nested)
 
 
 def _new_region(base: type[nn.Module]) -> Region:
@@ -172,17 +317,26 @@ def _new_region(base: type[nn.Module]) -> Region:
     return cls.__new__(cls)
 
 
-def install(model: nn.Module, meta: Mapping[str, Any] | None = None) -> None:
+def install(
+    model: nn.Module,
+    calls: Mapping[str, Sequence[Structure]] | None = None,
+    meta: dict[str, Any] | None = None,
+) -> None:
     """Rewrites the forward of every region of `model` that is traced soundly.
 
     Args:
-        model: the model, whose siblings have been merged.
-        meta: for the passes; with a `Merger` of the model they merge what follows the siblings.
+        model: the model, whose siblings are views.
+        calls: the structures of the calls of each module, by its name, where they were observed.
+        meta: what the passes find in the `meta` of the graph modules that they rewrite; with a
+            `Merger` of the model they merge what follows the siblings.
     """
     meta = {MERGER: Merger(model, frozen=True)} if meta is None else meta
-    for module in {id(m): m for m in _enclosing(model)}.values():
+    names = {module: name for name, module in model.named_modules()}
+    found = [module for module in dict.fromkeys(_enclosing(model)) if module in names]
+    # The inner ones first: their class is then what it will be when an outer one is traced.
+    for module in sorted(found, key=lambda m: -len(names[m].split("."))):
         if not isinstance(module, Region):
-            _install(module, meta)
+            _install(module, (calls or {}).get(names[module]) or (None,), meta)
 
 
 def uninstall(model: nn.Module) -> None:
@@ -206,26 +360,70 @@ def suspended(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
 
 
-def _install(module: nn.Module, meta: Mapping[str, Any]) -> None:
+def _install(
+    module: nn.Module, structures: Sequence[Structure | None], meta: dict[str, Any]
+) -> None:
     before = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
     if any(name in vars(cls) for cls in before for name in OWN_COPYING):
         return
-    traced = sound.trace(module, rewrite, meta)
-    if traced is None:
+    traced = _trace(module, structures, meta)
+    if not traced:
         return
     try:
         cls = region_class(type(module))
+        plan = _bind(module, [(each, _classes(module, each)) for each in traced])
     except Exception:  # noqa: BLE001 - A metaclass of the user's, which may refuse a subclass.
         return
-    vars(module)[PLAN] = _bind(module, traced)
+    vars(module)[PLAN] = plan
     module.__class__ = cls
 
 
+def _trace(
+    module: nn.Module, structures: Sequence[Structure | None], meta: dict[str, Any] | None
+) -> list[Traced]:
+    """What is traced of a module, for calls of all structures and in both modes.
+
+    A pass may merge more layers while it rewrites one trace, so all is traced again until the
+    modules stay what they are.
+    """
+    for _ in range(MOST_ROUNDS):
+        classes = [type(inner) for inner in module.modules()]
+        traced = [each for of in structures for each in _in_both_modes(module, of, meta)]
+        if [type(inner) for inner in module.modules()] == classes:
+            return traced
+    return []
+
+
+def _in_both_modes(
+    module: nn.Module, structure: Structure | None, meta: dict[str, Any] | None
+) -> Iterator[Traced]:
+    """A trace in training and one in evaluation mode, or one where nothing asks for the mode."""
+    flags = [(vars(inner), inner.training) for inner in module.modules()]
+    try:
+        for mode in (True, False):
+            for own, _ in flags:
+                own["training"] = mode
+            traced = sound.trace(module, rewrite, structure, meta)
+            if traced is not None:
+                yield traced
+                if not traced.modes:
+                    return
+    finally:
+        for own, flag in flags:
+            own["training"] = flag
+
+
 def _enclosing(model: nn.Module) -> Iterator[nn.Module]:
-    """For each wide layer, the smallest module with a forward that encloses all of its views."""
+    """The smallest modules with a forward that enclose what the passes may rewrite.
+
+    That is, all the views of a wide layer, or siblings that somebody wrote by hand.
+    """
     paths: dict[nn.Module, list[list[str]]] = {}
     for name, view in views(model):
         paths.setdefault(view.wide_layer, []).append(name.split(".")[:-1])
+    for name, module in model.named_modules():
+        if isinstance(module, (Split, Unite)):
+            paths[module] = [name.split(".")[:-1]]
     for found in paths.values():
         common = 0
         while all(len(p) > common and p[common] == found[0][common] for p in found):

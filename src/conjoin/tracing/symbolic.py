@@ -24,7 +24,7 @@ from conjoin.layers import Kind, activation, kind_of
 from conjoin.reachable import functions_of, words
 from conjoin.tracing import regions
 from conjoin.tracing.listings import listed_by_code
-from conjoin.tracing.proxies import Proxy, arguments
+from conjoin.tracing.proxies import Proxy, UnsoundError, arguments
 from conjoin.tracing.undisturbed import letting_go, undisturbed
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -123,7 +123,7 @@ def _trace(model: nn.Module, kinds: tuple[Kind, ...], mode: bool | None, seen: _
             try:
                 with letting_go():
                     graph = _Tracer(kinds).trace(module)
-            except Exception as error:  # noqa: BLE001 - The model's own code, which may raise anything.
+            except (Exception, UnsoundError) as error:  # noqa: BLE001 - The model's own code.
                 seen.untraced[Untraced(name, _why(error))] = None
             else:
                 _note(graph, (mode, name), module, kinds, seen)
@@ -180,6 +180,6 @@ def _made(
     return (identity, step), (version, versions[node]), (*activations, str(node.target))
 
 
-def _why(error: Exception) -> str:
+def _why(error: BaseException) -> str:
     lines = str(error).strip().splitlines()
     return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

@@ -104,7 +104,7 @@ def letting_go() -> Iterator[None]:
     """
     try:
         yield
-    except Exception as error:
+    except BaseException as error:
         traceback.clear_frames(error.__traceback__)
         raise
 
