@@ -7,6 +7,7 @@ gives a `PassResult`. So each works alone, and in a `PassManager` beside passes 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 
+from conjoin.merging import merger_of
 from conjoin.passes.cancel import Cancel
 from conjoin.passes.separate import Separate
 from conjoin.passes.share import Share
@@ -30,6 +31,7 @@ def rewrite(graph_module: fx.GraphModule) -> bool:
     if changed:
         graph_module.graph.lint()
         graph_module.recompile()
+        merger_of(graph_module).rewritten(graph_module)
     return changed
 
 

@@ -10,13 +10,12 @@ each, and what was cut off a joint is joined again. It is in no pipeline, and un
 
 from __future__ import annotations
 
-import copy
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from conjoin.graph import edit
+from conjoin.graph import parts
 from conjoin.graph.parts import Separation
 from conjoin.layers import activation
 from conjoin.layers.wide import ENCLOSES, View, Wide, release, wides
@@ -32,10 +31,8 @@ class Separate(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Changes the graph in place, and makes views plain layers; lints and recompiles."""
-        graph = graph_module.graph
-        modules = dict(graph_module.named_modules(remove_duplicate=False))
-        modules |= edit.called_modules(graph_module)
-        names = _separable(graph, modules, targets(graph_module))
+        graph, modules = graph_module.graph, parts.reachable(graph_module)
+        names = parts.separable(graph_module, modules)
         if not names:
             return PassResult(graph_module, False)
         Separation(graph, modules, names).run()
@@ -47,28 +44,6 @@ class Separate(PassBase):
         graph.lint()
         graph_module.recompile()
         return PassResult(graph_module, True)
-
-
-def targets(graph_module: fx.GraphModule) -> dict[Wide, list[str]]:
-    """The wide layers all of whose views stand in a graph's module, and the views' names."""
-    return {
-        wide: [name for name, _ in members]
-        for wide, members in wides(graph_module).items()
-        if [view.conjoin_index for _, view in members] == [*range(len(wide.widths))]
-    }
-
-
-def _separable(
-    graph: fx.Graph, modules: Mapping[str, object], names: dict[Wide, list[str]]
-) -> dict[Wide, list[str]]:
-    """Those of the wide layers of which every call is understood, tried on copies of the graph."""
-    while names:
-        trial = Separation(copy.deepcopy(graph), modules, names)  # type: ignore[arg-type]
-        trial.run()
-        if not trial.failed:
-            break
-        names = {wide: found for wide, found in names.items() if wide not in trial.failed}
-    return names
 
 
 def _release(graph_module: fx.GraphModule, wide: Wide, names: Iterable[str]) -> None:

@@ -62,15 +62,15 @@ class Experts(nn.Module):
         self.experts = nn.ModuleList(
             nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)) for _ in range(3)
         )
-        self.gates = nn.ModuleList(nn.Linear(6, 3) for _ in range(2))
+        self.gates = nn.ModuleList(nn.Linear(6, 3) for _ in range(3))
         self.towers = nn.ModuleList(
             nn.Sequential(nn.Linear(4, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 1))
-            for _ in range(2)
+            for _ in range(3)
         )
 
     def forward(self, x):
         experts = torch.stack([expert(x) for expert in self.experts], dim=1)
-        gates = [F.softmax(gate(x), dim=-1) for gate in self.gates]
+        gates = [torch.softmax(gate(x), -1) for gate in self.gates]
         mixed = [(gate.unsqueeze(-1) * experts).sum(1) for gate in gates]
         return [tower(each) for tower, each in zip(self.towers, mixed, strict=True)]
 

@@ -11,6 +11,7 @@ how they lie in it; no wide value is computed, but where something unknown reads
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import operator
 from collections.abc import Mapping, Sequence
@@ -21,9 +22,9 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from conjoin.graph import channelwise, elementwise, hazards
+from conjoin.graph import channelwise, edit, elementwise, hazards
 from conjoin.layers.embedding import unstack
-from conjoin.layers.wide import Wide
+from conjoin.layers.wide import Wide, wides
 
 
 @dataclass(frozen=True, slots=True)
@@ -106,12 +107,8 @@ class Separation:
         self._values: dict[fx.Node, Value] = {}
         self._contiguous: set[fx.Node] = set()
 
-    def run(self, *, erase: bool = True) -> None:
-        """Changes the graph in place.
-
-        Args:
-            erase: take out the nodes of the wide values; otherwise they stay, for nobody.
-        """
+    def run(self) -> None:
+        """Changes the graph in place."""
         for node in list(self._graph.nodes):
             with self._graph.inserting_before(node):
                 value = self._value(node)
@@ -120,7 +117,7 @@ class Separation:
                 else:
                     self._values[node] = value
         for node in reversed(self.replaced):
-            if erase and not node.users:
+            if not node.users:
                 self._graph.erase_node(node)
 
     def _value(self, node: fx.Node) -> Value | None:
@@ -289,8 +286,8 @@ class Separation:
         else:
             nodes = [self._copy(node, part) for part in held.nodes]
             if node.op == "call_module":
-                for index, copy in enumerate(nodes):
-                    copy.target = self._twin(str(node.target), held.names, index)
+                for index, made in enumerate(nodes):
+                    made.target = self._twin(str(node.target), held.names, index)
         if held.root is not None:
             self.made.update(dict.fromkeys(nodes, held.root))
         parts = dataclasses.replace(held, nodes=tuple(nodes), path=(*held.path, node))
@@ -336,6 +333,34 @@ class Separation:
             value = self._values[node] = joint
         assert isinstance(value, fx.Node)  # all that reads a split is its items
         return value
+
+
+def reachable(graph_module: fx.GraphModule) -> dict[str, nn.Module]:
+    """All modules that a graph calls or could call, by target."""
+    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    return modules | edit.called_modules(graph_module)
+
+
+def separable(
+    graph_module: fx.GraphModule, modules: Mapping[str, nn.Module]
+) -> dict[Wide, list[str]]:
+    """The wide layers that can be taken apart, and the targets of their views in order.
+
+    All the views stand in the graph's module, and every call of the wide layer is understood; that
+    is tried on copies of the graph.
+    """
+    names = {
+        wide: [name for name, _ in members]
+        for wide, members in wides(graph_module).items()
+        if [view.conjoin_index for _, view in members] == [*range(len(wide.widths))]
+    }
+    while names:
+        trial = Separation(copy.deepcopy(graph_module.graph), modules, names)
+        trial.run()
+        if not trial.failed:
+            break
+        names = {wide: found for wide, found in names.items() if wide not in trial.failed}
+    return names
 
 
 def _layout(wide: Wide, call: fx.Node) -> tuple[int, bool]:
