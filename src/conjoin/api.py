@@ -136,7 +136,7 @@ def report(
     kinds = checked(kinds)
     found, sightings = _find(model, calls, kinds)
     counts = _count(model, calls[0], found, sightings, kinds) if calls else _Counts()
-    groups = tuple(_group(candidate, counts) for candidate in (*found, *counts.beyond(found)))
+    groups = tuple(_group(candidate, counts) for candidate in counts.groups(found))
     launches = Launches(counts.plain.count, counts.optimized.count)
     return Report(groups, launches, sightings.untraced, bool(calls))
 
@@ -253,14 +253,14 @@ class _Counts:
     levels: tuple[Level, ...] = ()
     depths: Mapping[frozenset[str], _Depth] = dataclasses.field(default_factory=dict)
 
-    def beyond(self, found: Sequence[Candidate]) -> Iterator[Candidate]:
-        """What was merged beyond what was found, but for what is behind another group."""
+    def groups(self, found: Sequence[Candidate]) -> Iterator[Candidate]:
+        """What was found, and what was merged beyond, but for what is behind another group."""
         known = {frozenset(names) for depth in self.depths.values() for names in depth.levels}
-        known |= {frozenset(candidate.layers) for candidate in found}
-        for level in self.levels:
-            if frozenset(level.layers) not in known:
-                known.add(frozenset(level.layers))
-                yield Candidate(level.kind, level.layers, level.widths)
+        levels = [Candidate(level.kind, level.layers, level.widths) for level in self.levels]
+        for candidate in (*found, *levels):
+            if frozenset(candidate.layers) not in known:
+                known.add(frozenset(candidate.layers))
+                yield candidate
 
     def chains(self, layers: tuple[str, ...]) -> tuple[Chain, ...]:
         """The chains of a group's branches."""
