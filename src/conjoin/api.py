@@ -120,6 +120,8 @@ def report(
         model: the model, optimized or not.
         example_inputs: as for `optimize`. With them, launches are counted, on fake tensors and in
             the mode (training or evaluation) that the model is in; of several calls, the first is.
+            A group's row counts what its branches run behind the siblings too, as far as that runs
+            for several at once.
         example_kwargs: the keyword arguments that go with them.
         kinds: as for `optimize`. Layers that were merged earlier count also without.
 
