@@ -2,24 +2,25 @@
 
     y_1 = f(x);  y_2 = f(x)        becomes        y = f(x), read by both
 
-for f that acts element by element, or gives a view. It saves launches, and shows siblings that
+for f that acts element by element, joins tensors or gives a view. It saves launches, and shows siblings that
 were hidden behind it: twenty `Linear(SiLU(t))` of a diffusion model read one tensor then.
 """
 
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
+from typing import Any
 
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from conjoin.graph import edit, elementwise, hazards
 
-VIEWS = frozenset(
+PURE = frozenset(
     "view reshape flatten unflatten permute transpose t movedim squeeze unsqueeze expand "
-    "contiguous".split()
+    "contiguous cat concat stack getitem long int float double half bfloat16".split()
 )
-"""Methods, and functions of the same names, that give the same values in another shape."""
+"""Functions and methods that give equal values for equal inputs, beside those of elements."""
 
 
 class Share(PassBase):
@@ -45,16 +46,26 @@ class Share(PassBase):
 
 def _key(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[Hashable, ...] | None:
     """The operation and what it reads; None for what must be done as often as it is written."""
-    inputs = node.all_input_nodes
-    if len(inputs) != 1 or any(True for _ in hazards.written(node, modules)):
+    if not node.all_input_nodes or any(True for _ in hazards.written(node, modules)):
         return None
-    found = elementwise.key(node, inputs[0], modules)
-    if found is None and hazards.called(node) in VIEWS and hazards.is_pure(node, modules):
-        frozen = elementwise.frozen
-        found = (
-            node.op, node.target, frozen(node.args, inputs[0]), frozen(node.kwargs, inputs[0])
-        )  # fmt: skip
-    return None if found is None else (found, inputs[0])
+    first = node.all_input_nodes[0]
+    found = elementwise.key(node, first, modules)
+    if node.op == "call_module":
+        return None if found is None else (found, first)
+    if found is None and hazards.called(node) not in PURE:
+        return None
+    return node.op, node.target, _frozen(node.args), _frozen(node.kwargs)
+
+
+def _frozen(value: Any) -> Hashable:
+    """Arguments as a value that can be compared."""
+    if isinstance(value, slice):
+        return slice, _frozen((value.start, value.stop, value.step))
+    if isinstance(value, dict):
+        return tuple((name, _frozen(item)) for name, item in sorted(value.items()))
+    if isinstance(value, (tuple, list)):
+        return type(value), *map(_frozen, value)
+    return type(value), value
 
 
 def _is_seen(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -18,7 +18,7 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from conjoin.graph import bundles, congruence, edit, elementwise, hazards, order
+from conjoin.graph import bundles, congruence, edit, hazards, order
 from conjoin.graph.bundles import Bundle
 from conjoin.layers import Kind
 from conjoin.layers.wide import WIDE
@@ -121,20 +121,8 @@ def _alike(
         groups.setdefault((found, depths[node], epochs[node], shapes[input]), []).append(node)
     for users in groups.values():
         inputs = {user.all_input_nodes[0] for user in users}
-        if len(users) == len(inputs) > 1 and (len(users) > 2 or _go_on(users, modules, merger)):
+        if len(users) == len(inputs) > 1:
             yield users
-
-
-def _go_on(users: list[fx.Node], modules: Mapping[str, nn.Module], merger: Merger) -> bool:
-    """Whether what follows is alike too, so that two layers pay for the stack that they need."""
-    keys = []
-    for user in users:
-        after = next(iter(user.users), None)
-        if after is None or len(user.users) > 1:
-            return False
-        found = elementwise.key(after, user, modules)
-        keys.append(layer_key(after, user, modules, merger) if found is None else found)
-    return keys[0] is not None and all(key == keys[0] for key in keys)
 
 
 def _fits(kind: Kind, bundle: Bundle) -> bool:

@@ -42,6 +42,7 @@ class Merger:
         levels: what it has merged beyond the siblings that were found at first.
         rewritten: what is called with each graph when all passes are through with it.
         escapes: whether something beyond the graphs reads their outputs.
+        frozen: whether it merges nothing, and only knows what is merged.
     """
 
     def __init__(
@@ -64,12 +65,13 @@ class Merger:
             frozen: merge nothing, and know what is merged.
             escapes: whether something beyond the graphs reads their outputs.
         """
-        self._frozen = frozen
+        self.frozen = frozen
         self.escapes = escapes
         self.kinds = kinds
         self.levels: list[Level] = []
         self.rewritten: Callable[[fx.GraphModule], None] = _leave
         self._model = model
+        self._ordered: set[str] = set()
         self._names = {module: name for name, module in model.named_modules()}
         self._shared = overlaps(dict(model.named_modules()))
         apart = {name for c in found if c.refusal is not None for name in c.layers}
@@ -117,7 +119,7 @@ class Merger:
         """
         if (known := _wide_of(layers)) is not None:
             return known
-        if self._frozen or not self.may_merge(kind, layers, together=together):
+        if self.frozen or not self.may_merge(kind, layers, together=together):
             return None
         wide = self._merge(kind, layers, contiguous, together=together)
         names = tuple(self._names[layer] for layer in layers)
@@ -125,19 +127,23 @@ class Merger:
         return wide
 
     def reorder(self, views: Sequence[nn.Module], order: Sequence[int]) -> None:
-        """Puts the parts of a wide layer in another order.
+        """Puts the parts of a wide layer in another order; the first that asks decides.
 
         Args:
             views: all its views, in the order of the parts.
             order: the positions of the parts, in the order that they are to have.
         """
         wide = _wide_of(views)
-        if self._frozen or wide is None or list(order) == sorted(order):
+        if self.frozen or wide is None or wide.identity in self._ordered:
+            return
+        self._ordered.add(wide.identity)
+        if list(order) == sorted(order):
             return
         contiguous = frozenset(new for new, old in enumerate(order) if old in wide.contiguous)
         layers = [views[old] for old in order]
         made = self._merge(wide.kind, layers, contiguous, together=wide.together)
         made.hidden = wide.hidden
+        self._ordered.add(made.identity)
 
     def may_merge(self, kind: Kind, layers: Sequence[nn.Module], *, together: bool) -> bool:
         """Whether layers may become one wide layer."""

@@ -509,9 +509,9 @@ MODELS = {
         DecoderLayer, lambda batch: (randn(batch, 5, 16),), {"matmuls": (4 + 3, 2 + 2)}
     ),
     # Eleven residual blocks, each with a SiLU and a projection of the same time embedding; and
-    # twice a SiLU and one GELU beside.
+    # twice a SiLU and one GELU beside. The blocks' own SiLUs still run, and one more for all.
     "unet_denoising": Deep(
-        Unet, noisy, {"matmuls": (2 + 11, 2 + 1), "activations": (11 + 22 + 1, 1 + 22 + 1)}
+        Unet, noisy, {"matmuls": (2 + 11, 2 + 1), "activations": (11 + 22 + 1, 11 + 1 + 22 + 1)}
     ),
     # Eight residual blocks, each with a SiLU and a projection of the same time embedding. Three
     # times attention: to itself 4 products, which become 2; to the text 4, of which keys and
@@ -521,7 +521,7 @@ MODELS = {
         described,
         {
             "matmuls": (2 + 8 + 3 * 8, 2 + 1 + 3 * 2 + 3 * 2 + 1),
-            "activations": (8 + 16 + 2, 1 + 16 + 2),
+            "activations": (8 + 16 + 2, 8 + 1 + 16 + 2),
             "attentions": (6, 6),
         },
     ),

@@ -539,7 +539,7 @@ MODELS = {
         DeepCTRMMoE,
         table,
         {
-            "products": (16 + 2 + 2 + 4, 2 + 1 + 2 + 2),
+            "products": (16 + 2 + 2 + 4, 2 + 2 + 2),
             "activations": (16 + 2 + 1, 2 + 1 + 1),
             "embeddings": (3, 3),
         },
@@ -548,7 +548,7 @@ MODELS = {
         lambda: DeepCTRMMoE(use_bn=True),
         table,
         {
-            "products": (16 + 2 + 2 + 4, 2 + 1 + 2 + 2),
+            "products": (16 + 2 + 2 + 4, 2 + 2 + 2),
             "norms": (16 + 2, 2 + 1),
             "activations": (16 + 2 + 1, 2 + 1 + 1),
         },

@@ -699,11 +699,12 @@ MODELS = {
         images(8, 6),
         {"products": (6, 3), "norms": (6, 3), "activations": (6, 3), "joins": (1, 1)},
     ),
-    # Of 1 + 2 + 3 + 1: the three 1x1 are one, the first 3x3 of two branches are one.
+    # Of 1 + 2 + 3 + 1: the three 1x1 are one. The normalizations are of a class of its own, which
+    # counts its batches in place, so that nothing behind them goes together.
     "inception_v4": Deep(
         InceptionV4A,
         images(8, 6),
-        {"products": (7, 4), "norms": (7, 4), "activations": (7, 4), "joins": (1, 1)},
+        {"products": (7, 5), "norms": (7, 7), "activations": (7, 7), "joins": (1, 1)},
     ),
     # cv1 and cv2 are one; the bottleneck's two and cv3 stay.
     "cross_stage": Deep(
@@ -757,17 +758,18 @@ MODELS = {
         {"products": (14, 8), "norms": (8, 4), "activations": (10, 6), "joins": (3, 3)},
     ),
     # On each of two levels a stem, two hidden layers of two towers, the scores, and the boxes with
-    # the objectness, which are one. In evaluation two sigmoids more.
+    # the objectness, which are one. In evaluation two sigmoids more. The forward keeps the sizes of
+    # its levels on the module, so that it is not traced: only layers on one tensor go together.
     "yolox": Deep(
         YOLOXHead,
         pyramid(3, 4),
         {
-            "products": (16, 10),
-            "norms": (10, 6),
-            "activations": (14, 10),
+            "products": (16, 12),
+            "norms": (10, 10),
+            "activations": (14, 14),
             "joins": (3, between(1, 3)),
         },
-        {"activations": (10, 6), "joins": (2, 2)},
+        {"activations": (10, 10), "joins": (2, 2)},
     ),
     "by_hand": Deep(
         by_hand,

@@ -10,11 +10,11 @@ import operator
 from collections.abc import Hashable, Mapping
 from typing import Any
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from conjoin.graph import channelwise, elementwise, hazards
 from conjoin.layers import KINDS, NORMS, kind_of
-from conjoin.layers.wide import View
+from conjoin.layers.wide import View, Wide
 
 NAMES = elementwise.NAMES | frozenset(
     "view reshape flatten unflatten permute transpose t movedim squeeze unsqueeze expand "
@@ -56,6 +56,8 @@ def _key(
         made = name if name.removesuffix("_") in NAMES else None
     elif node.op == "call_function":
         made = _function_key(node)
+    elif node.op == "get_attr":
+        made = _tensor_key(node)
     else:
         return None
     if made is None:
@@ -67,6 +69,8 @@ def _key(
 
 
 def _module_key(module: nn.Module) -> Hashable | None:
+    if isinstance(module, Wide):
+        return Wide, module.kind, repr(module.settings), tuple(module.widths), module.weight.dtype
     if not elementwise.is_plain(module):
         return None
     cls = module.conjoin_base if isinstance(module, View) else type(module)
@@ -77,6 +81,16 @@ def _module_key(module: nn.Module) -> Hashable | None:
     weight = module.weight if layer else None
     types = None if weight is None else (weight.dtype, weight.device)  # type: ignore[union-attr]
     return cls, repr(elementwise.settings(module)), types
+
+
+def _tensor_key(node: fx.Node) -> Hashable | None:
+    """The shape and type of a parameter or buffer."""
+    owner: Any = node.graph.owning_module
+    for name in str(node.target).split("."):
+        owner = getattr(owner, name, None)
+    if not isinstance(owner, Tensor):
+        return None
+    return tuple(owner.shape), owner.dtype, owner.device, owner.stride()
 
 
 def _function_key(node: fx.Node) -> Hashable | None:

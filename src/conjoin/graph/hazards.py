@@ -165,7 +165,7 @@ def is_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         known
         and not any(True for _ in written(node, modules))
         and not name.startswith(("_foreach", "__i"))
-        and name not in ("setattr", "apply", "backward")
+        and name not in ("setattr", "apply", "backward", "_set_grad_enabled")
     )
 
 
@@ -274,6 +274,10 @@ def reads_strides(node: fx.Node, modules: Mapping[str, nn.Module], *, escapes: b
     for user in node.users:
         if user.op == "output" and escapes:
             return "what reads the output is not known"
+        if len(node.users) == 1 and _merges_channels(user, modules):
+            if why := reads_strides(user, modules, escapes=escapes):
+                return why
+            continue
         if user.op == "call_module":
             module = modules[str(user.target)]
             if is_opaque(module) or isinstance(module, (nn.Flatten, nn.Unflatten)):
@@ -285,6 +289,18 @@ def reads_strides(node: fx.Node, modules: Mapping[str, nn.Module], *, escapes: b
         if shares_memory(user, modules) and (why := reads_strides(user, modules, escapes=escapes)):
             return why
     return ""
+
+
+def _merges_channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node flattens all dimensions but the first.
+
+    It gives the same values from a slice as from a tensor of its own; whether it shares memory
+    only a second reader of its input could tell.
+    """
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+    return called(node) == "flatten" and node.args[1:] in ((1,), (1, -1)) and not node.kwargs
 
 
 def called(node: fx.Node) -> str:

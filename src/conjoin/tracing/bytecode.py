@@ -10,12 +10,14 @@ from conjoin.tracing.proxies import INNARDS, UnsoundError
 
 FORBIDDEN = frozenset(
     "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL DELETE_DEREF IMPORT_NAME IMPORT_FROM "
-    "SETUP_WITH SETUP_FINALLY SETUP_ASYNC_WITH BEFORE_WITH BEFORE_ASYNC_WITH LOAD_SPECIAL "
-    "PUSH_EXC_INFO CHECK_EXC_MATCH CHECK_EG_MATCH LOAD_BUILD_CLASS GET_AWAITABLE GET_AITER "
-    "GET_ANEXT SEND YIELD_FROM GET_YIELD_FROM_ITER MATCH_CLASS MATCH_MAPPING MATCH_SEQUENCE "
+    "SETUP_FINALLY SETUP_ASYNC_WITH BEFORE_ASYNC_WITH CHECK_EXC_MATCH CHECK_EG_MATCH "
+    "LOAD_BUILD_CLASS GET_AWAITABLE GET_AITER GET_ANEXT SEND YIELD_FROM GET_YIELD_FROM_ITER MATCH_CLASS MATCH_MAPPING MATCH_SEQUENCE "
     "MATCH_KEYS".split()
 )
-"""Bytecode that has a side effect, enters a context, catches an error, or tells types apart."""
+"""Bytecode that has a side effect, catches an error, or tells types apart.
+
+A `with` may stand there: the sandbox hands out no contexts but those that it knows.
+"""
 
 MARKS = frozenset({"_torchscript_modifier"})
 """Attributes of functions that mean nothing to Python."""
@@ -45,10 +47,14 @@ def _nested(code: CodeType) -> Iterator[CodeType]:
 
 def _check(code: CodeType) -> bool:
     asks_none, before = False, None
-    for step in dis.get_instructions(code):
+    steps = list(dis.get_instructions(code))
+    for step, after in zip(steps, [*steps[1:], None], strict=True):
         operation = step.opname
         if operation in FORBIDDEN:
             raise UnsoundError(operation)
+        ends_with = after is not None and after.opname == "WITH_EXCEPT_START"
+        if operation == "PUSH_EXC_INFO" and not ends_with:
+            raise UnsoundError("it catches an error")
         if operation == "STORE_DEREF" and step.argval not in code.co_cellvars:
             raise UnsoundError("a variable of an enclosing function")
         if operation.startswith(("YIELD", "ASYNC_GEN")) and code.co_name != "<genexpr>":
@@ -68,4 +74,5 @@ def _check(code: CodeType) -> bool:
 
 def _is_inner(name: str) -> bool:
     """Whether an attribute leads to what a value is made of."""
-    return name in INNARDS or (name.startswith("__") and name.endswith("__"))
+    special = name.startswith("__") and name.endswith("__") and name != "__getattr__"
+    return special or name in INNARDS

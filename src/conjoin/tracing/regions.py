@@ -11,13 +11,14 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
 from conjoin.graph.hazards import CALL_HOOKS
@@ -241,9 +242,10 @@ def _last_class(cls: type, name: str) -> type:
 
 
 def _contents(at: dict[str, nn.Module], traced: Traced) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    paths = {module: path for path, module in reversed(at.items())}
     for path, name, before in traced.contents:
         value = vars(at[path])[name]
-        if frozen(value) != before:
+        if frozen(value, paths) != before:
             raise KeyError(name)
         yield from snapshots(value)
 
@@ -330,13 +332,48 @@ def install(
         meta: what the passes find in the `meta` of the graph modules that they rewrite; with a
             `Merger` of the model they merge what follows the siblings.
     """
-    meta = {MERGER: Merger(model, frozen=True)} if meta is None else meta
+    merger: Merger = (meta or {}).get(MERGER) or Merger(model, frozen=True)
+    meta = {**(meta or {}), MERGER: merger}
     names = {module: name for name, module in model.named_modules()}
     found = [module for module in dict.fromkeys(_enclosing(model)) if module in names]
     # The inner ones first: their class is then what it will be when an outer one is traced.
     for module in sorted(found, key=lambda m: -len(names[m].split("."))):
         if not isinstance(module, Region):
-            _install(module, (calls or {}).get(names[module]) or (None,), meta)
+            _install(module, _structures(calls, names[module]), meta)
+    if not merger.frozen:
+        _install_beyond(model, calls, meta)
+
+
+def _structures(
+    calls: Mapping[str, Sequence[Structure]] | None, name: str
+) -> Sequence[Structure | None]:
+    return (calls or {}).get(name) or (None,)
+
+
+def _install_beyond(
+    model: nn.Module, calls: Mapping[str, Sequence[Structure]] | None, meta: dict[str, Any]
+) -> None:
+    """Rewrites forwards that enclose no siblings known so far, where that shows more to merge.
+
+    That is, siblings behind equal operations, and equal towers on different inputs. Where a module
+    is not traced soundly, its children are looked at.
+    """
+    merger: Merger = meta[MERGER]
+    pending = [("", model)]
+    while pending:
+        name, module = pending.pop()
+        layers = (m for m in module.modules() if merger.kind_of(m) is not None)
+        if isinstance(module, (View, Region)) or len([*itertools.islice(layers, 2)]) < 2:
+            continue
+        before = len(merger.levels)
+        sound_traces: list[fx.GraphModule] = []
+        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and _may_be_region(module):
+            traced = _trace(module, _structures(calls, name), meta, sound_traces)
+            if len(merger.levels) > before:
+                _become(module, traced)
+        if not sound_traces:
+            prefix = f"{name}." if name else ""
+            pending += [(prefix + child, inner) for child, inner in module.named_children()]
 
 
 def uninstall(model: nn.Module) -> None:
@@ -363,10 +400,17 @@ def suspended(model: nn.Module) -> Iterator[None]:
 def _install(
     module: nn.Module, structures: Sequence[Structure | None], meta: dict[str, Any]
 ) -> None:
+    if _may_be_region(module):
+        _become(module, _trace(module, structures, meta, []))
+
+
+def _may_be_region(module: nn.Module) -> bool:
     before = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    if any(name in vars(cls) for cls in before for name in OWN_COPYING):
-        return
-    traced = _trace(module, structures, meta)
+    return not any(name in vars(cls) for cls in before for name in OWN_COPYING)
+
+
+def _become(module: nn.Module, traced: list[Traced]) -> None:
+    """Makes a module a region with these forwards; with none it stays what it is."""
     if not traced:
         return
     try:
@@ -379,31 +423,56 @@ def _install(
 
 
 def _trace(
-    module: nn.Module, structures: Sequence[Structure | None], meta: dict[str, Any] | None
+    module: nn.Module,
+    structures: Sequence[Structure | None],
+    meta: dict[str, Any],
+    seen: list[fx.GraphModule],
 ) -> list[Traced]:
     """What is traced of a module, for calls of all structures and in both modes.
 
     A pass may merge more layers while it rewrites one trace, so all is traced again until the
     modules stay what they are.
+
+    Args:
+        module: the module.
+        structures: the structures of its calls.
+        meta: what the passes find.
+        seen: takes the graphs of sound traces, whether there was something to rewrite or not.
     """
     for _ in range(MOST_ROUNDS):
-        classes = [type(inner) for inner in module.modules()]
-        traced = [each for of in structures for each in _in_both_modes(module, of, meta)]
-        if [type(inner) for inner in module.modules()] == classes:
+        before = _state(module)
+        traced = [each for of in structures for each in _in_both_modes(module, of, meta, seen)]
+        if _state(module) == before:
             return traced
     return []
 
 
+def _state(module: nn.Module) -> list[tuple[type, str]]:
+    """The classes of the modules, and which wide layers hold their parameters."""
+    return [
+        (type(inner), inner.wide_layer.identity if isinstance(inner, View) else "")
+        for inner in module.modules()
+    ]
+
+
 def _in_both_modes(
-    module: nn.Module, structure: Structure | None, meta: dict[str, Any] | None
+    module: nn.Module,
+    structure: Structure | None,
+    meta: dict[str, Any],
+    seen: list[fx.GraphModule],
 ) -> Iterator[Traced]:
     """A trace in training and one in evaluation mode, or one where nothing asks for the mode."""
+
+    def noted(graph_module: fx.GraphModule) -> bool:
+        seen.append(graph_module)
+        return rewrite(graph_module)
+
     flags = [(vars(inner), inner.training) for inner in module.modules()]
     try:
         for mode in (True, False):
             for own, _ in flags:
                 own["training"] = mode
-            traced = sound.trace(module, rewrite, structure, meta)
+            traced = sound.trace(module, noted, structure, meta)
             if traced is not None:
                 yield traced
                 if not traced.modes:

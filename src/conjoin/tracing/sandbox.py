@@ -17,8 +17,8 @@ import math
 import sys
 from abc import ABCMeta
 from collections import OrderedDict
-from collections.abc import Callable, Iterator
-from types import FunctionType, MethodType, ModuleType
+from collections.abc import Callable, Iterator, Mapping
+from types import FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -138,6 +138,33 @@ class Super:
         return self._sandbox.of_super(self._cls, self._module, name)
 
 
+class GradMode:
+    """What `torch.no_grad()` and its like give: the change of mode and the way back are recorded."""
+
+    def __init__(self, sandbox: Sandbox, enabled: object) -> None:
+        if type(enabled) is not bool:
+            sandbox.refuse("a mode that a tensor decides")
+        self._sandbox, self._enabled = sandbox, enabled
+        sandbox.waiting.append(self)
+
+    def __enter__(self) -> None:
+        record = self._sandbox.record
+        self._sandbox.waiting.remove(self)
+        self._before = record(torch.is_grad_enabled)
+        record(torch._C._set_grad_enabled, self._enabled)
+
+    def __exit__(self, *error: object) -> None:
+        self._sandbox.record(torch._C._set_grad_enabled, self._before)
+
+
+GRAD_MODES: dict[Any, tuple[bool, ...]] = {
+    torch.no_grad: (False,),
+    torch.enable_grad: (True,),
+    torch.set_grad_enabled: (),
+}
+"""The classes of such contexts, and the mode where it is not an argument of theirs."""
+
+
 class Getter:
     """The function of a property, to be run by whoever reads it."""
 
@@ -151,6 +178,7 @@ class Sandbox:
     Attributes:
         record: puts a call of a function into the graph, whatever the arguments are.
         asks_none: whether any code asks if a value is None.
+        waiting: the contexts that were made and not entered.
         stack: the modules whose forward runs, and has not ended.
         modes: paths of modules whose `training` was read, and what it was.
         attributes: paths of modules, which dictionary of theirs, a name in it, and the value.
@@ -167,6 +195,7 @@ class Sandbox:
         self.record = record
         self.paths = {module: path for path, module in region.named_modules()}
         self.asks_none = False
+        self.waiting: list[GradMode] = []
         self.stack: list[nn.Module] = [region]
         self.modes: dict[str, bool] = {}
         self.attributes: dict[tuple[str, str, str], Any] = {}
@@ -213,16 +242,32 @@ class Sandbox:
 
     def _check_unchanged(self) -> None:
         for value, before in self._held:
-            if frozen(value) != before:
+            if frozen(value, self.paths) != before:
                 self.refuse("it changes a container")
         if any(self._globals.values()):
             self.refuse("it changes a global")
+        if self.waiting:  # `torch.set_grad_enabled(False)` by itself, which lasts.
+            self.refuse("it changes the mode for good")
 
-    def hold(self, value: Any) -> Any:
-        """What is in a container, which has to stay as it is while the functions run."""
-        before = frozen(value)
+    def hold(self, value: Any, *, modules: bool = False) -> Any:
+        """What is in a container, which has to stay as it is while the functions run.
+
+        Args:
+            value: the container.
+            modules: whether it may hold modules of the region.
+        """
+        before = frozen(value, self.paths if modules else {})
         self._held.append((value, before))
         return before
+
+    def _reach(self, value: Any) -> None:
+        """Notes where the modules in a container stand in the region."""
+        for container, _ in snapshots([value]):
+            for item in container.values() if isinstance(container, dict) else container:
+                if isinstance(item, nn.Module):
+                    names = self.paths[item].split(".")
+                    for end in range(len(names)):
+                        self.places[".".join(names[:end]), names[end]] = None
 
     def is_held(self, value: object) -> bool:
         """Whether a container is one that is not made anew on every call."""
@@ -336,12 +381,15 @@ class Sandbox:
                 self.refuse("its training is no flag")
             self.modes[path] = held[name]
             return held[name]
+        if own and name == "__getattr__":
+            return functools.partial(self._child, module)
         if name in OF_MODULES or name.startswith("__") or name == "_compiled_call_impl":
-            if own:
+            if own and name != "_modules":
                 self.refuse(f"it reads .{name}")
             if name == "_modules":
                 self.children[path] = tuple(held[name])
                 self.places |= dict.fromkeys((path, child) for child in held[name])
+                return MappingProxyType(held[name]) if own else held[name]
             return raw(name)
         found = _static(plain_class(module), name)
         if isinstance(found, property):
@@ -350,7 +398,8 @@ class Sandbox:
             value = held[name]
             if type(value) in (*MUTABLE, tuple) and not is_constant(value):
                 if (path, name) not in self.contents:
-                    self.contents[path, name] = self.hold(value)
+                    self.contents[path, name] = self.hold(value, modules=True)
+                    self._reach(value)
                 return value
             self.attributes[path, "__dict__", name] = value
             return self._given(value, name) if own or is_constant(value) else value
@@ -361,6 +410,12 @@ class Sandbox:
             return raw(name)
         self.attributes[path, "__dict__", name] = MISSING
         return self._inherited(module, name, found, own=own)
+
+    def _child(self, module: nn.Module, name: str) -> Any:
+        """What `module.__getattr__(name)` gives, which does not look at plain attributes."""
+        if name not in object.__getattribute__(module, "_modules"):
+            self.refuse(f"it reads {name}")
+        return self._getattr(module, name)
 
     def _registered(self, path: str, held: dict[str, Any], name: str) -> bool:
         """Notes a child, a parameter or a buffer, or that there is none; whether there is one."""
@@ -419,6 +474,8 @@ class Sandbox:
             return functools.partial(self._isinstance, info=Tensor)
         if value is vars(torch.jit)["is_scripting"]:
             return _false
+        if _is_hashable(value) and value in GRAD_MODES:
+            return functools.partial(GradMode, self, *GRAD_MODES[value])
         if isinstance(value, type):
             return value if value in (torch.finfo, torch.iinfo) else Class(self, value)
         if _is_hashable(value) and value in FACTORIES:
@@ -542,17 +599,24 @@ def is_constant(value: object) -> bool:
     return type(value) in CONSTANTS
 
 
-def frozen(value: Any) -> Any:
+def frozen(value: Any, paths: Mapping[nn.Module, str] = MappingProxyType({})) -> Any:
     """A container as nested tuples, which are equal only where trace and call cannot differ.
 
+    Args:
+        value: the container, or something in it.
+        paths: the modules that it may hold, and their paths.
+
     Raises:
-        UnsoundError: it holds something else than constants.
+        UnsoundError: it holds something else than constants and these modules.
     """
     cls = type(value)
     if cls in (list, tuple, set):
-        return (cls, *map(frozen, value))
+        return (cls, *[frozen(item, paths) for item in value])
     if cls in (dict, OrderedDict):
-        return (cls, *[(frozen(key), frozen(item)) for key, item in value.items()])
+        items = value.items()
+        return (cls, *[(frozen(key, paths), frozen(item, paths)) for key, item in items])
+    if isinstance(value, nn.Module) and value in paths:
+        return nn.Module, paths[value]
     if cls is float or cls is complex:
         return cls, repr(value)
     if isinstance(value, fx.Proxy):

@@ -23,6 +23,7 @@ from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
@@ -243,8 +244,7 @@ def trace(
 def _soundly(region: nn.Module, structure: Structure) -> tuple[fx.Graph, Sandbox] | None:
     """A sound trace of a region, as deep as it can be; None where there is none."""
     opaque = {module for module in region.modules() if _is_leaf(module, region)}
-    needed = {region, *_on_the_way(region)}
-    left = {module for module in region.modules() if module not in needed and module not in opaque}
+    left = {module for module in region.modules() if module is not region} - opaque
     while True:
         try:
             tracer = _Tracer(region, structure, opaque)
@@ -279,14 +279,6 @@ def _traced(region: nn.Module, tracer: _Tracer) -> fx.Graph:
         if node.op != "output" and sandbox.asks_none and not is_not_none(node, sandbox.paths):
             raise UnsoundError(f"{node} may be None")
     return graph
-
-
-def _on_the_way(region: nn.Module) -> Iterator[nn.Module]:
-    """The modules in a region on the way to a view, or to siblings written by hand."""
-    for module in region.modules():
-        inner = module.modules()
-        if not isinstance(module, View) and any(isinstance(m, (View, *OF_CONJOIN)) for m in inner):
-            yield module
 
 
 def _is_leaf(module: nn.Module, region: nn.Module) -> bool:
@@ -340,5 +332,20 @@ def _compile(graph: fx.Graph) -> Callable[..., Any]:
     namespace: dict[str, Any] = dict(code.globals)
     exec(compile(code.src, "<conjoin>", "exec"), namespace)
     function: Callable[..., Any] = namespace["forward"]
+    if any(node.target is torch._C._set_grad_enabled for node in graph.nodes):
+        function = _restoring_mode(function)
     function.__conjoin_source__ = code.src  # type: ignore[attr-defined]
     return function
+
+
+def _restoring_mode(function: Callable[..., Any]) -> Callable[..., Any]:
+    """A function that leaves the gradient mode as it was also where it breaks off."""
+
+    def restoring(*args: Any) -> Any:
+        enabled = torch.is_grad_enabled()
+        try:
+            return function(*args)
+        finally:
+            torch._C._set_grad_enabled(enabled)
+
+    return restoring
