@@ -121,7 +121,8 @@ def report(
         example_inputs: as for `optimize`. With them, launches are counted, on fake tensors and in
             the mode (training or evaluation) that the model is in; of several calls, the first is.
             A group's row counts what its branches run behind the siblings too, as far as that runs
-            for several at once.
+            for several at once. What is saved beside the groups, by computing equal operations
+            once, is in the totals only.
         example_kwargs: the keyword arguments that go with them.
         kinds: as for `optimize`. Layers that were merged earlier count also without.
 

@@ -297,6 +297,27 @@ def test_what_is_changed_in_place(change):
     assert_same_step(step(found, args), step(fx.symbolic_trace(plain), args))
 
 
+def test_a_joint_that_is_first_read_without_gradients():
+    """What reads it later has gradients."""
+
+    class Watched(Joined):
+        def forward(self, x):
+            joint = torch.cat([self.a(x), self.b(x)], -1)
+            return joint.sum(0), joint.cumsum(0)
+
+    graph_module = fx.symbolic_trace(Watched().double())
+    assert rewrite(graph_module)
+    (first,) = (node for node in graph_module.graph.nodes if node.target == "sum")
+    with graph_module.graph.inserting_before(first):
+        graph_module.graph.call_function(torch._C._set_grad_enabled, (False,))
+    with graph_module.graph.inserting_after(first):
+        graph_module.graph.call_function(torch._C._set_grad_enabled, (True,))
+    graph_module.recompile()
+    Separate()(graph_module)
+    assert not list(views(graph_module))
+    assert [out.requires_grad for out in graph_module(*flat())] == [False, True]
+
+
 def test_each_branch_has_its_own_activation():
     found = separated(Inception())
     called = [str(node.target) for node in found.graph.nodes if node.op == "call_module"]

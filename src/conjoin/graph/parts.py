@@ -327,7 +327,8 @@ class Separation:
         value = self._values.get(node, node)
         if isinstance(value, Parts):
             function = torch.stack if value.stacked else torch.cat
-            joint = self._graph.call_function(function, (list(value.nodes), value.dim))
+            with self._graph.inserting_before(node):  # Where its reader stands, no_grad may hold.
+                joint = self._graph.call_function(function, (list(value.nodes), value.dim))
             if value.root is not None:
                 self.made[joint] = value.root
             value = self._values[node] = joint
