@@ -7,7 +7,9 @@ gives a `PassResult`. So each works alone, and in a `PassManager` beside passes 
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 
+from conjoin.merging import merger_of
 from conjoin.passes.cancel import Cancel
+from conjoin.passes.separate import Separate
 from conjoin.passes.share import Share
 from conjoin.passes.sink import Sink
 from conjoin.passes.towers import Towers
@@ -29,6 +31,7 @@ def rewrite(graph_module: fx.GraphModule) -> bool:
     if changed:
         graph_module.graph.lint()
         graph_module.recompile()
+        merger_of(graph_module).rewritten(graph_module)
     return changed
 
 
@@ -37,4 +40,4 @@ def _run_all(graph_module: fx.GraphModule) -> bool:
     return any(result is not None and result.modified for result in results)
 
 
-__all__ = ["PIPELINE", "Cancel", "Share", "Sink", "Towers", "Widen", "rewrite"]
+__all__ = ["PIPELINE", "Cancel", "Separate", "Share", "Sink", "Towers", "Widen", "rewrite"]

@@ -12,6 +12,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
+from conjoin.graph.depth import Chain
 from conjoin.launches import Count, Launches
 from conjoin.legality import Reason, Refusal
 from conjoin.report import Group, Report, Untraced, fold
@@ -94,6 +95,30 @@ def unet():
     )
 
 
+def unit(block):
+    """Three branches go on alike, and then two of them."""
+    first = tuple(f"mixed.{block}.{name}" for name in ("one.0", "two.0.0", "three.0.0"))
+    norms = tuple(name.removesuffix("0") + "1" for name in first)
+    second = tuple(f"mixed.{block}.{name}" for name in ("two.1.0", "three.1.0"))
+    common = ("Conv2d", "BatchNorm2d", "ReLU")
+    depth = (Chain(3, common, norms), Chain(2, (*common, "Conv2d", "max_pool2d"), second))
+    return heads(kind="Conv2d", layers=first, widths=(64, 48, 64), launches=(13, 6), depth=depth)
+
+
+def inception():
+    critics = Chain(2, ("Linear", "relu", "Linear"), ("critics.0.2", "critics.1.2"))
+    return Report(
+        groups=(
+            unit(0),
+            unit(1),
+            heads(layers=("critics.0.0", "critics.1.0"), launches=(6, 3), depth=(critics,)),
+        ),
+        launches=Launches(Count(60, 100), Count(43, 80)),
+        untraced=(),
+        observed=True,
+    )
+
+
 def unobserved():
     return Report(
         groups=(heads(launches=None),),
@@ -107,7 +132,7 @@ def nothing():
     return Report(groups=(), launches=NOT_COUNTED, untraced=(), observed=False)
 
 
-REPORTS = [transformer, unet, unobserved, nothing]
+REPORTS = [transformer, unet, inception, unobserved, nothing]
 FORMATS = {"txt": str, "md": Report.to_markdown, "json": Report.to_json}
 
 
@@ -173,6 +198,7 @@ def test_groups_that_repeat_become_one_line_with_their_number():
         {"fused": False, "reason": Reason.HOOKS},
         {"detail": "padded"},
         {"launches": (4, 1)},
+        {"depth": (Chain(3, ("Linear", "relu")),)},
     ],
 )
 def test_groups_that_differ_have_lines_of_their_own(changes):
@@ -222,6 +248,29 @@ def test_json_holds_the_whole_report():
     assert content["groups"][0]["launches"] == {"before": 3, "after": 1}
     assert content["launches"]["before"] == {"forward": 190, "backward": 412}
     assert content["untraced"][0] == {"module": "", "why": "branches on the value of x.shape[1]"}
+
+
+def test_depth_is_in_all_formats():
+    report = inception()
+    text = "2 branches: Linear, relu, Linear"
+    assert text in " ".join(str(report).replace("critics.{0,1}.0", "").split())
+    assert f"6 -> 3; {text}" in report.to_markdown()
+    depth = json.loads(report.to_json())["groups"][0]["depth"]
+    assert [(chain["branches"], len(chain["operations"])) for chain in depth] == [(3, 3), (2, 5)]
+    assert depth[1]["layers"] == ["mixed.0.two.1.0", "mixed.0.three.1.0"]
+
+
+def test_layers_behind_the_siblings_are_counted():
+    assert str(inception()).startswith(
+        "3 groups of sibling layers (8 layers, 12 more behind them): 3 fused."
+    )
+
+
+def test_groups_of_equal_depth_share_a_line():
+    """The launches are those of both; the depth is that of each."""
+    rows = [row for row in inception().to_markdown().splitlines() if "mixed" in row]
+    assert len(rows) == 1
+    assert "26 -> 12; 3 branches: Conv2d, BatchNorm2d, ReLU; 2 branches:" in rows[0]
 
 
 def test_markdown_tables_have_the_same_cells_in_every_row():

@@ -6,16 +6,17 @@ import contextlib
 import copy
 import dataclasses
 import gc
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from conjoin.graph.depth import Chain, Depths
 from conjoin.graph.siblings import Candidate, candidates
 from conjoin.graph.site import Sightings, Untraced
 from conjoin.launches import UNCOUNTED, Counted, Launches
 from conjoin.layers import KINDS, Kind, activation, checked
-from conjoin.layers.wide import ENCLOSES, release, views, wides
+from conjoin.layers.wide import ENCLOSES, Wide, release, views, wides
 from conjoin.merging import MERGER, Level, Merger
 from conjoin.report import Group, Report
 from conjoin.tracing import regions
@@ -119,6 +120,9 @@ def report(
         model: the model, optimized or not.
         example_inputs: as for `optimize`. With them, launches are counted, on fake tensors and in
             the mode (training or evaluation) that the model is in; of several calls, the first is.
+            A group's row counts what its branches run behind the siblings too, as far as that runs
+            for several at once. What is saved beside the groups, by computing equal operations
+            once, is in the totals only.
         example_kwargs: the keyword arguments that go with them.
         kinds: as for `optimize`. Layers that were merged earlier count also without.
 
@@ -135,8 +139,7 @@ def report(
     kinds = checked(kinds)
     found, sightings = _find(model, calls, kinds)
     counts = _count(model, calls[0], found, sightings, kinds) if calls else _Counts()
-    levels = [Candidate(level.kind, level.layers, level.widths) for level in counts.levels]
-    groups = tuple(_group(candidate, counts) for candidate in (*found, *levels))
+    groups = tuple(_group(candidate, counts) for candidate in counts.groups(found))
     launches = Launches(counts.plain.count, counts.optimized.count)
     return Report(groups, launches, sightings.untraced, bool(calls))
 
@@ -204,14 +207,35 @@ def _find(
 
 
 def _merge(
-    model: nn.Module, found: Sequence[Candidate], sightings: Sightings, kinds: tuple[Kind, ...]
+    model: nn.Module,
+    found: Sequence[Candidate],
+    sightings: Sightings,
+    kinds: tuple[Kind, ...],
+    depths: Depths | None = None,
 ) -> Merger:
     """Merges what was found, and what the rewritten forwards can run at once beyond that."""
     merger = Merger(model, kinds, sightings, found)
+    if depths is not None:
+        merger.rewritten = depths.watch
     if merger.merge_all(found):
         regions.uninstall(model)  # They may know wide layers that are no more.
     regions.install(model, sightings.calls, {MERGER: merger})
     return merger
+
+
+@dataclasses.dataclass(frozen=True)
+class _Depth:
+    """What is behind the siblings of a group.
+
+    Attributes:
+        chains: the chains of its branches.
+        levels: the layers behind them that are merged, by level.
+        launches: those of the chains before and after, but for layers.
+    """
+
+    chains: tuple[Chain, ...]
+    levels: tuple[tuple[str, ...], ...]
+    launches: tuple[int, int]
 
 
 @dataclasses.dataclass(frozen=True)
@@ -220,23 +244,48 @@ class _Counts:
 
     Attributes:
         plain: those of the plain model, also by layer.
-        optimized: those of the optimized model, also by wide layer, under the least name of a layer.
+        optimized: those of the optimized model, also by wide layer, by the least name of a layer.
         apart: those of the optimized model without its rewritten forwards, by layer.
-        levels: the groups that were merged beyond those that were found.
+        levels: what was merged beyond what was found at first, or runs in a rewritten forward.
+        depths: what is behind groups, by their layers.
     """
 
     plain: Counted = UNCOUNTED
     optimized: Counted = UNCOUNTED
     apart: Counted = UNCOUNTED
     levels: tuple[Level, ...] = ()
+    depths: Mapping[frozenset[str], _Depth] = dataclasses.field(default_factory=dict)
+
+    def groups(self, found: Sequence[Candidate]) -> Iterator[Candidate]:
+        """What was found, and what was merged beyond, but for what is behind another group."""
+        known = {frozenset(names) for depth in self.depths.values() for names in depth.levels}
+        levels = [Candidate(level.kind, level.layers, level.widths) for level in self.levels]
+        for candidate in (*found, *levels):
+            if frozenset(candidate.layers) not in known:
+                known.add(frozenset(candidate.layers))
+                yield candidate
+
+    def chains(self, layers: tuple[str, ...]) -> tuple[Chain, ...]:
+        """The chains of a group's branches."""
+        depth = self.depths.get(frozenset(layers))
+        return () if depth is None else depth.chains
 
     def of(self, layers: tuple[str, ...]) -> tuple[int, int] | None:
-        """The launches within a group's layers before and after."""
+        """The launches of a group before and after, with all that is behind it."""
         if self.plain.by_layer is None or self.optimized.by_layer is None:
             return None
-        before = sum(self.plain.by_layer.get(name, 0) for name in layers)
-        after = self.optimized.by_layer.get(min(layers), 0)
-        if not after and self.apart.by_layer is not None:  # Its layers were called, or left apart.
+        depth = self.depths.get(frozenset(layers))
+        if depth is None:
+            return self._within(layers)
+        each = [depth.launches, *map(self._within, (layers, *depth.levels))]
+        return sum(before for before, _ in each), sum(after for _, after in each)
+
+    def _within(self, layers: tuple[str, ...]) -> tuple[int, int]:
+        """The launches within layers before and after."""
+        plain, optimized = self.plain.by_layer or {}, self.optimized.by_layer or {}
+        before = sum(plain.get(name, 0) for name in layers)
+        after = optimized.get(min(layers), 0)
+        if not after and self.apart.by_layer is not None:  # They were called, or left apart.
             after = sum(self.apart.by_layer.get(name, 0) for name in layers)
         return before, after
 
@@ -251,10 +300,10 @@ def _count(
     """The launches of a call of the model, plain and optimized."""
     with contextlib.suppress(UncopyableError):
         try:
-            copies = [Copy(model, fake=True) for _ in range(3)]
+            copies = [Copy(model, fake=True) for _ in range(4)]
             return _count_on(copies, call, found, sightings, kinds)
         except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
-            copies = [Copy(model, fake=False) for _ in range(3)]
+            copies = [Copy(model, fake=False) for _ in range(4)]
             return _count_on(copies, call, found, sightings, kinds)
     return _Counts()
 
@@ -266,22 +315,45 @@ def _count_on(
     sightings: Sightings,
     kinds: tuple[Kind, ...],
 ) -> _Counts:
-    plain, optimized, apart = copies
+    plain, optimized, apart, watched = copies
     unfuse(plain.model, inplace=True)
     merger = _merge(optimized.model, found, sightings, kinds)
     Merger(apart.model, kinds, sightings, found).merge_all(found)
-    groups = [candidate.layers for candidate in found] + [level.layers for level in merger.levels]
-    names = [name for layers in groups for name in layers]
-    wide = {
-        min(name for name, _ in members): wide for wide, members in wides(optimized.model).items()
-    }
+    depths = Depths(watched.model)
+    _merge(watched.model, found, sightings, kinds, depths)
+    wide = {min(level.layers): wide for wide, level in _levels(optimized.model).items()}
+    groups = [candidate.layers for candidate in found]
+    groups += [level.layers for level in _levels(optimized.model).values()]
+    names = {name for layers in groups for name in layers}
     with undisturbed(plain.model):
+        watched.count(call, {})
         return _Counts(
             plain.count(call, {name: plain.model.get_submodule(name) for name in names}),
             optimized.count(call, wide),
             apart.count(call, {name: apart.model.get_submodule(name) for name in names}),
-            tuple(merger.levels),
+            (*merger.levels, *map(_levels(watched.model).__getitem__, depths.roots)),
+            _depths(depths, watched.model),
         )
+
+
+def _levels(model: nn.Module) -> dict[Wide, Level]:
+    """What is merged in a model, by wide layer."""
+    return {
+        wide: Level(wide.kind, tuple(name for name, _ in members), tuple(wide.widths))
+        for wide, members in wides(model).items()
+    }
+
+
+def _depths(depths: Depths, model: nn.Module) -> dict[frozenset[str], _Depth]:
+    """What is behind each group of a model."""
+    names = {wide: level.layers for wide, level in _levels(model).items()}
+    found: dict[frozenset[str], _Depth] = {}
+    for root in dict.fromkeys(depths.roots.values()):
+        behind = [names[wide] for wide, at in depths.roots.items() if at is root is not wide]
+        launches = depths.before[root], depths.after[root]
+        chains = depths.chains.get(root, ())
+        found[frozenset(names[root])] = _Depth(chains, tuple(behind), launches)
+    return found
 
 
 def _group(candidate: Candidate, counts: _Counts) -> Group:
@@ -294,4 +366,5 @@ def _group(candidate: Candidate, counts: _Counts) -> Group:
         detail="" if refusal is None else refusal.detail,
         widths=candidate.widths,
         launches=counts.of(candidate.layers),
+        depth=counts.chains(candidate.layers),
     )

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import fx, nn
@@ -40,6 +40,7 @@ class Merger:
     Attributes:
         kinds: the kinds of layer that siblings are looked for in.
         levels: what it has merged beyond the siblings that were found at first.
+        rewritten: what is called with each graph when all passes are through with it.
         escapes: whether something beyond the graphs reads their outputs.
         frozen: whether it merges nothing, and only knows what is merged.
     """
@@ -68,6 +69,7 @@ class Merger:
         self.escapes = escapes
         self.kinds = kinds
         self.levels: list[Level] = []
+        self.rewritten: Callable[[fx.GraphModule], None] = _leave
         self._model = model
         self._ordered: set[str] = set()
         self._names = {module: name for name, module in model.named_modules()}
@@ -175,6 +177,10 @@ class Merger:
                 release(layer)
         enclosing = self._model.get_submodule(common_path([self._names[layer] for layer in layers]))
         return fuse(kind, layers, enclosing, contiguous, leader, together=together)
+
+
+def _leave(graph_module: fx.GraphModule) -> None:
+    """Nothing more is done to a graph."""
 
 
 def layer_key(

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
+from conjoin.graph.depth import Chain
 from conjoin.graph.site import Untraced
 from conjoin.launches import Launches
 from conjoin.legality import Reason
@@ -48,7 +49,10 @@ class Group:
         reason: Why not; None where they do, and where no rule but the cost is against it.
         detail: The values behind the reason.
         widths: The number of output features or channels of each layer.
-        launches: Kernel launches of this group's forward before and after; None where not counted.
+        launches: Kernel launches of this group's forward before and after, all of ``depth``
+            included; None where not counted.
+        depth: What else runs at once, for each run of branches that go on alike; empty where none
+            do, and where nothing was counted.
     """
 
     kind: str
@@ -58,6 +62,7 @@ class Group:
     detail: str
     widths: tuple[int, ...]
     launches: tuple[int, int] | None
+    depth: tuple[Chain, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -95,7 +100,8 @@ class Report:
         Returns:
             An object with the report's fields in their order. Names are not folded. A ``reason``
             is null or an object with ``name`` and ``sentence``; a group's ``launches`` is null or
-            an object with ``before`` and ``after``.
+            an object with ``before`` and ``after``; its ``depth`` is a list of objects with the
+            number of ``branches``, the ``operations`` and the ``layers`` behind the siblings.
         """
         groups = [
             {
@@ -108,6 +114,7 @@ class Report:
                 "widths": group.widths,
                 "launches": group.launches
                 and {"before": group.launches[0], "after": group.launches[1]},
+                "depth": [dataclasses.asdict(chain) for chain in group.depth],
             }
             for group in self.groups
         ]
@@ -230,7 +237,8 @@ def _lines(groups: Sequence[Group]) -> list[list[Group]]:
         detail = group.detail
         for position, name in enumerate(group.layers):
             detail = re.sub(rf"(?<![\w.]){re.escape(name)}(?![\w.])", f"<{position}>", detail)
-        same = (group.kind, group.fused, group.reason, group.widths, group.launches)
+        depth = tuple((chain.branches, chain.operations) for chain in group.depth)
+        same = (group.kind, group.fused, group.reason, group.widths, group.launches, depth)
         lines.setdefault((*same, names, detail), []).append(group)
     return list(lines.values())
 
@@ -256,7 +264,13 @@ def _outcome(line: Sequence[Group]) -> str:
     if group.launches is None:
         return f"fused ({detail})" if detail else "fused"
     before, after = (number * len(line) for number in group.launches)
-    return f"{before} -> {after} ({detail})" if detail else f"{before} -> {after}"
+    counts = f"{before} -> {after} ({detail})" if detail else f"{before} -> {after}"
+    return "; ".join([counts, *map(_chain, group.depth)])
+
+
+def _chain(chain: Chain) -> str:
+    """How far some branches go on alike: ``3 branches: Conv2d, BatchNorm2d, ReLU``."""
+    return f"{_plural(chain.branches, 'branch')}: {', '.join(chain.operations)}"
 
 
 def _sentence(reason: Reason) -> tuple[str, str]:
@@ -281,7 +295,9 @@ def _headline(report: Report) -> str:
     layers = sum(len(group.layers) for group in report.groups)
     fused = sum(group.fused for group in report.groups)
     left = len(report.groups) - fused
-    found = f"{_plural(len(report.groups), 'group')} of sibling layers ({layers} layers)"
+    behind = sum(len(chain.layers) for group in report.groups for chain in group.depth)
+    all_layers = f"{layers} layers, {behind} more behind them" if behind else f"{layers} layers"
+    found = f"{_plural(len(report.groups), 'group')} of sibling layers ({all_layers})"
     outcomes = [f"{fused} fused"] if fused else []
     outcomes += [f"{left} left as {'it is' if left == 1 else 'they are'}"] if left else []
     return f"{found}: {', '.join(outcomes)}."
@@ -428,4 +444,5 @@ def _escape(text: str) -> str:
 
 def _plural(number: int, noun: str) -> str:
     """A number with its noun."""
-    return f"{number} {noun}" if number == 1 else f"{number} {noun}s"
+    ending = "es" if noun.endswith("ch") else "s"
+    return f"{number} {noun}" if number == 1 else f"{number} {noun}{ending}"

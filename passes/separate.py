@@ -1,0 +1,59 @@
+"""Wide layers become their siblings again: the reverse of the other passes.
+
+    y = wide(x);  z = f(y);  z_1, z_2 = split(z)
+                                becomes        z_1 = f(a(x));  z_2 = f(b(x))
+
+It is for export and for reading: the graph calls the layers at their own names, and these are
+plain layers with the values of now. What was computed for all branches at once is computed for
+each, and what was cut off a joint is joined again. It is in no pipeline, and undoes one.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterable
+
+from torch import fx
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from conjoin.graph import parts
+from conjoin.graph.parts import Separation
+from conjoin.layers import activation
+from conjoin.layers.wide import ENCLOSES, View, Wide, release, wides
+
+
+class Separate(PassBase):
+    """Gives the graph and its modules the separate layers back.
+
+    A wide layer stays as it is where not all of its views stand in the graph's module, or where a
+    call of it reads something that is not known to be the branches' values. Equal operations on
+    one tensor that `Share` made one stay one.
+    """
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Changes the graph in place, and makes views plain layers; lints and recompiles."""
+        graph, modules = graph_module.graph, parts.reachable(graph_module)
+        names = parts.separable(graph_module, modules)
+        if not names:
+            return PassResult(graph_module, False)
+        Separation(graph, modules, names).run()
+        for wide, found in names.items():
+            _release(graph_module, wide, found)
+        if not wides(graph_module):
+            for module in graph_module.modules():
+                activation.forget(module)
+        graph.lint()
+        graph_module.recompile()
+        return PassResult(graph_module, True)
+
+
+def _release(graph_module: fx.GraphModule, wide: Wide, names: Iterable[str]) -> None:
+    """Makes the views of a wide layer plain layers, and forgets where it was noted."""
+    for name in names:
+        view = graph_module.get_submodule(name)
+        if isinstance(view, View):
+            release(view)
+    for module in graph_module.modules():
+        noted = vars(module).get(ENCLOSES, set())
+        noted.discard(wide.identity)
+        if not noted:
+            vars(module).pop(ENCLOSES, None)

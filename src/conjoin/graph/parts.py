@@ -1,0 +1,383 @@
+"""Graphs with wide tensors taken apart: each wide value as the values of the branches.
+
+    y = wide(x)              becomes        y_i = layer_i(x)
+    z = f(y)                 becomes        z_i = f(y_i)
+    z = wide(y, apart)       becomes        z_i = layer_i(y_i)
+    r = g(y), g unknown      becomes        r = g(cat(y_1, ..., y_n))
+
+A graph is gone through once, in order. What is known of a wide value is the nodes of its parts and
+how they lie in it; no wide value is computed, but where something unknown reads it.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import operator
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch.fx.node import map_arg
+
+from conjoin.graph import channelwise, edit, elementwise, hazards
+from conjoin.layers.embedding import unstack
+from conjoin.layers.wide import Wide, wides
+
+
+@dataclass(frozen=True, slots=True)
+class Parts:
+    """A wide value as its parts.
+
+    Attributes:
+        nodes: the node of each part, in order.
+        dim: the dimension that they lie along; counted from the end where side by side.
+        stacked: whether they are stacked along a dimension of their own, or lie side by side.
+        sizes: their sizes along `dim`; None where they are equal and not known.
+        names: the layer that each part comes from last; none where that is not known.
+        root: the call of the wide layer that the parts came from first.
+        branches: which of the parts of the root they are.
+        path: the operations from the root on, in the graph with the wide values.
+    """
+
+    nodes: tuple[fx.Node, ...]
+    dim: int
+    stacked: bool
+    sizes: tuple[int, ...] | None
+    names: tuple[str, ...]
+    root: fx.Node | None
+    branches: tuple[int, ...]
+    path: tuple[fx.Node, ...]
+
+    @property
+    def equal(self) -> bool:
+        """Whether all parts have one size."""
+        return self.sizes is None or len(set(self.sizes)) == 1
+
+    def some(self, start: int, stop: int) -> Parts:
+        """The parts from `start` to `stop`."""
+        return dataclasses.replace(
+            self,
+            nodes=self.nodes[start:stop],
+            sizes=self.sizes and self.sizes[start:stop],
+            names=self.names[start:stop],
+            branches=self.branches[start:stop],
+        )
+
+
+Value = fx.Node | Parts | tuple["fx.Node | Parts", ...]
+"""What becomes of a node: another node, parts, or a split's items."""
+
+
+class Separation:
+    """Takes the wide values of one graph apart.
+
+    Attributes:
+        found: the parts of every wide value.
+        replaced: the nodes of the wide values that are not needed any more, each with its root;
+            also what a tower reads its parts from.
+        made: the new operations on parts, and joints of them, each with its root.
+        failed: the wide layers with a call that is not understood.
+    """
+
+    def __init__(
+        self,
+        graph: fx.Graph,
+        modules: Mapping[str, nn.Module],
+        names: Mapping[Wide, Sequence[str]],
+    ) -> None:
+        """Looks at a graph.
+
+        Args:
+            graph: the graph.
+            modules: the modules by target.
+            names: the wide layers to take apart, and the targets of their views in order.
+        """
+        self.found: list[Parts] = []
+        self.replaced: dict[fx.Node, fx.Node | None] = {}
+        self.made: dict[fx.Node, fx.Node] = {}
+        self.failed: set[Wide] = set()
+        self._graph = graph
+        self._modules = modules
+        self._names = names
+        self._uses = {node: len(node.users) for node in graph.nodes}
+        self._epochs = hazards.epochs(graph, modules)
+        self._values: dict[fx.Node, Value] = {}
+        self._contiguous: set[fx.Node] = set()
+
+    def run(self) -> None:
+        """Changes the graph in place."""
+        for node in list(self._graph.nodes):
+            with self._graph.inserting_before(node):
+                value = self._value(node)
+                if value is None:
+                    self._read(node)
+                else:
+                    self._values[node] = value
+        for node in reversed(self.replaced):
+            if not node.users:
+                self._graph.erase_node(node)
+
+    def _value(self, node: fx.Node) -> Value | None:
+        """What becomes of a node; None where it stays."""
+        module = self._modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(module, Wide):
+            return self._layer(node, module)
+        inputs = node.all_input_nodes
+        held = self._values.get(inputs[0]) if len(inputs) == 1 else None
+        value: Value | None
+        if isinstance(held, tuple):
+            value = self._item(node, held)
+        elif isinstance(held, fx.Node):
+            value = self._unclone(node, held)
+        elif held is None:
+            return None
+        else:
+            value = self._cut(node, held)  # Which may be of no items.
+            value = self._moved(node, held) if value is None else value
+            value = self._each(node, held) if value is None else value
+            if value is not None:
+                self.replaced[node] = held.root
+        return value
+
+    def _layer(self, node: fx.Node, wide: Wide) -> Parts | None:
+        """The calls of the layers of a wide layer."""
+        names = self._names.get(wide)
+        if names is None:
+            return None
+        inputs, before = self._inputs(node, wide)
+        if inputs is None:
+            self.failed.add(wide)
+            return None
+        nodes = tuple(
+            self._graph.call_module(name, (input,))
+            for name, input in zip(names, inputs, strict=True)
+        )
+        dim, stacked = _layout(wide, node)
+        if not node.kwargs:
+            self._contiguous |= {nodes[i] for i in wide.contiguous}
+        root = node if before is None else before.root
+        self.replaced[node] = root
+        parts = Parts(
+            nodes,
+            dim,
+            stacked,
+            (1,) * len(nodes) if stacked else tuple(wide.widths),
+            tuple(names),
+            root,
+            tuple(range(len(nodes))) if before is None else before.branches,
+            (node,) if before is None else (*before.path, node),
+        )
+        self.found.append(parts)
+        return parts
+
+    def _inputs(self, node: fx.Node, wide: Wide) -> tuple[Sequence[fx.Node] | None, Parts | None]:
+        """What each layer reads, and the parts that these are, if they are parts."""
+        if len(node.args) != 1 or not isinstance(source := node.args[0], fx.Node):
+            return None, None
+        if not node.kwargs:
+            return [self._whole(source)] * len(wide.widths), None
+        held = self._values.get(source)
+        if isinstance(held, Parts):
+            dim, stacked = _layout(wide, node)
+            fits = (held.dim, held.stacked) == (dim, stacked) and len(held.nodes) == len(
+                wide.widths
+            )
+            fits &= held.equal or "apart" not in node.kwargs
+            return (held.nodes, held) if fits else (None, None)
+        return self._gathered(source, node, wide), None
+
+    def _gathered(self, stack: fx.Node, call: fx.Node, wide: Wide) -> Sequence[fx.Node] | None:
+        """What was stacked for a wide layer."""
+        items = stack.args[0] if stack.args else None
+        known = stack.target is torch.stack and stack.args[1:] in ((), (0,)) and not stack.kwargs
+        if not known or not isinstance(items, (list, tuple)) or len(items) != len(wide.widths):
+            return None
+        nodes = [item for item in items if isinstance(item, fx.Node)]
+        stacked = _layout(wide, call) == (0, True)
+        if not stacked or len(nodes) < len(items) or self._epochs[stack] != self._epochs[call]:
+            return None
+        self.replaced.setdefault(stack, call)
+        return nodes
+
+    def _item(self, node: fx.Node, items: tuple[fx.Node | Parts, ...]) -> fx.Node | Parts:
+        """One item of a split."""
+        item = items[node.args[1]]  # type: ignore[index]
+        self.replaced[node] = None
+        if isinstance(item, fx.Node):
+            item.meta.update(node.meta)
+        return item
+
+    def _unclone(self, node: fx.Node, part: fx.Node) -> fx.Node | None:
+        """A layer's own output, where a contiguous copy of its part was handed out."""
+        copied = node.target == "clone" and node.kwargs == {
+            "memory_format": torch.contiguous_format
+        }
+        if not copied or part not in self._contiguous:
+            return None
+        self._contiguous.discard(part)
+        roots = [parts.root for parts in self.found if part in parts.nodes]
+        self.replaced[node] = roots[0]
+        return part
+
+    def _cut(self, node: fx.Node, held: Parts) -> tuple[fx.Node | Parts, ...] | None:
+        """The items of a split."""
+        if self._uses[node.all_input_nodes[0]] != 1 or not all(map(_is_item, node.users)):
+            return None
+        if node.target is unstack:
+            return held.nodes if (held.dim, held.stacked) == (0, True) else None
+        if node.target is not torch.unsafe_split_with_sizes or len(node.args) != 3:
+            return None
+        sizes: Any = node.args[1]
+        if node.args[2] != held.dim:
+            return None
+        if held.sizes is None:
+            alike = len(sizes) == len(held.nodes) and len(set(sizes)) == 1
+            return held.nodes if alike else None
+        items: list[fx.Node | Parts] = []
+        start = 0
+        for size in sizes:
+            stop = start
+            while stop < len(held.sizes) and sum(held.sizes[start:stop]) < size:
+                stop += 1
+            if sum(held.sizes[start:stop]) != size or (start == stop and not held.stacked):
+                return None
+            alone = stop - start == 1 and not held.stacked
+            items.append(held.nodes[start] if alone else held.some(start, stop))
+            start = stop
+        return tuple(items) if start == len(held.nodes) else None
+
+    def _moved(self, node: fx.Node, held: Parts) -> Parts | None:
+        """The same parts, lying in another way."""
+        if node.op != "call_method" or node.kwargs or self._uses[node.all_input_nodes[0]] != 1:
+            return None
+        given = node.args[1:]
+        if node.target == "movedim" and held.stacked and given[:1] == (held.dim,):
+            to = given[1] if len(given) == 2 else None
+            return dataclasses.replace(held, dim=to) if isinstance(to, int) else None
+        if node.target == "flatten" and held.stacked and (held.dim, given) == (-2, (-2,)):
+            return dataclasses.replace(held, dim=-1, stacked=False, sizes=None)
+        if node.target == "unflatten" and not held.stacked and held.equal:
+            shape = tuple(given[1]) if isinstance(given[1], (list, tuple)) else ()
+            if (given[0], shape) == (held.dim, (len(held.nodes), -1)):
+                ones = (1,) * len(held.nodes)
+                return dataclasses.replace(held, dim=held.dim - 1, stacked=True, sizes=ones)
+        return None
+
+    def _each(self, node: fx.Node, held: Parts) -> Parts | None:
+        """An operation on each part, where it acts on each part by itself."""
+        source = node.all_input_nodes[0]
+        if self._uses[source] > 1 and hazards.shares_memory(node, self._modules):
+            return None  # What is done to one of them is done to the other.
+        dim = None if held.stacked else held.dim
+        if node.target is channelwise.softmax_of_parts:
+            _, along, logarithmic, count, lies_along = node.args
+            if (lies_along, count) != (dim, len(held.nodes)) or (held.stacked and held.dim != 0):
+                return None
+            function = torch.log_softmax if logarithmic else torch.softmax
+            nodes = [self._graph.call_function(function, (part, along)) for part in held.nodes]
+        elif (
+            elementwise.key(node, source, self._modules) is None
+            and channelwise.key(node, source, dim, self._modules) is None
+        ):
+            return None
+        else:
+            nodes = [self._copy(node, part) for part in held.nodes]
+            if node.op == "call_module":
+                for index, made in enumerate(nodes):
+                    made.target = self._twin(str(node.target), held.names, index)
+        if held.root is not None:
+            self.made.update(dict.fromkeys(nodes, held.root))
+        parts = dataclasses.replace(held, nodes=tuple(nodes), path=(*held.path, node))
+        self.found.append(parts)
+        return parts
+
+    def _copy(self, node: fx.Node, input: fx.Node) -> fx.Node:
+        """The operation of a node on another input."""
+        return self._graph.node_copy(node, lambda _: input)
+
+    def _twin(self, target: str, names: Sequence[str], index: int) -> str:
+        """The module of a branch that is what `target` is of the first one, where there is one."""
+        first, own = (names[i].split(".") if names else [] for i in (0, index))
+        start = _common(first, own)
+        end = _common(first[start:][::-1], own[start:][::-1])
+        inner, path = first[: len(first) - end], target.split(".")
+        if path[: len(inner)] != inner:
+            return target
+        name = ".".join([*own[: len(own) - end], *path[len(inner) :]])
+        module, twin = self._modules[target], self._modules.get(name)
+        same = type(twin) is type(module) and elementwise.is_plain(module)
+        if twin is None or not same or not elementwise.is_plain(twin):
+            return target
+        alike = elementwise.settings(twin) == elementwise.settings(module)
+        return name if alike and twin.training == module.training else target
+
+    def _read(self, node: fx.Node) -> None:
+        """Gives a node that stays what it reads."""
+        inputs = [input for input in node.all_input_nodes if input in self._values]
+        if inputs:
+            made = {input: self._whole(input) for input in inputs}
+            node.args = map_arg(node.args, lambda input: made.get(input, input))
+            node.kwargs = map_arg(node.kwargs, lambda input: made.get(input, input))
+
+    def _whole(self, node: fx.Node) -> fx.Node:
+        """A value as one tensor; from then on it is that, since somebody may change it."""
+        value = self._values.get(node, node)
+        if isinstance(value, Parts):
+            function = torch.stack if value.stacked else torch.cat
+            with self._graph.inserting_before(node):  # Where its reader stands, no_grad may hold.
+                joint = self._graph.call_function(function, (list(value.nodes), value.dim))
+            if value.root is not None:
+                self.made[joint] = value.root
+            value = self._values[node] = joint
+        assert isinstance(value, fx.Node)  # all that reads a split is its items
+        return value
+
+
+def reachable(graph_module: fx.GraphModule) -> dict[str, nn.Module]:
+    """All modules that a graph calls or could call, by target."""
+    modules = dict(graph_module.named_modules(remove_duplicate=False))
+    return modules | edit.called_modules(graph_module)
+
+
+def separable(
+    graph_module: fx.GraphModule, modules: Mapping[str, nn.Module]
+) -> dict[Wide, list[str]]:
+    """The wide layers that can be taken apart, and the targets of their views in order.
+
+    All the views stand in the graph's module, and every call of the wide layer is understood; that
+    is tried on copies of the graph.
+    """
+    names = {
+        wide: [name for name, _ in members]
+        for wide, members in wides(graph_module).items()
+        if [view.conjoin_index for _, view in members] == [*range(len(wide.widths))]
+    }
+    while names:
+        trial = Separation(copy.deepcopy(graph_module.graph), modules, names)
+        trial.run()
+        if not trial.failed:
+            break
+        names = {wide: found for wide, found in names.items() if wide not in trial.failed}
+    return names
+
+
+def _layout(wide: Wide, call: fx.Node) -> tuple[int, bool]:
+    """How the parts lie in what a wide layer gives: along which dimension, and whether stacked."""
+    dim = call.kwargs.get("dim")
+    if isinstance(dim, int):
+        return dim, False
+    stacked = wide.kind.stacked if "apart" in call.kwargs else wide.kind.split(wide)[0] is unstack
+    return (0, True) if stacked else (wide.kind.output_dim, False)
+
+
+def _is_item(user: fx.Node) -> bool:
+    return user.target is operator.getitem and isinstance(user.args[1], int)
+
+
+def _common(first: Sequence[str], second: Sequence[str]) -> int:
+    """How many items two lists begin with in common."""
+    pairs = list(zip(first, second, strict=False))
+    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))
