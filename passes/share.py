@@ -33,7 +33,8 @@ class Share(PassBase):
         changed = False
         for node in list(graph.nodes):
             key = _key(node, modules)
-            if key is None or _is_seen(node, modules):
+            # Whoever changes one of two equal values must find the other as it was.
+            if key is None or hazards.is_seen(node, modules):
                 continue
             first = known.setdefault((*key, epochs[node]), node)
             if first is not node:
@@ -55,13 +56,3 @@ def _key(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[Hashable, ...
             node.op, node.target, frozen(node.args, inputs[0]), frozen(node.kwargs, inputs[0])
         )  # fmt: skip
     return None if found is None else (found, inputs[0])
-
-
-def _is_seen(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether somebody could tell that a value is one with another: it is changed, or goes out."""
-    for user in node.users:
-        if user.op == "output" or not hazards.is_pure(user, modules):
-            return True
-        if hazards.shares_memory(user, modules) and _is_seen(user, modules):
-            return True
-    return False

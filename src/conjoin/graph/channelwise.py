@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from conjoin.graph import elementwise, hazards
 
@@ -121,6 +122,10 @@ def softmax_of_parts(
         count: the number of parts.
         along: the dimension that they lie along, counted from the end; None where stacked.
     """
+    if has_torch_function_unary(whole):  # A graph that is traced again keeps the call.
+        return handle_torch_function(  # type: ignore[no-any-return]
+            softmax_of_parts, (whole,), whole, dim, logarithmic, count, along
+        )
     function = torch.log_softmax if logarithmic else torch.softmax
     rank = whole.dim() - (along is None)
     if not -rank <= dim < rank:
