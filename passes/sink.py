@@ -102,9 +102,9 @@ def _called_between(
     same = {*layers, *(layer.wide_layer for layer in layers if isinstance(layer, View))}
     between = split.next
     while between is not max(users):
-        if between.op == "call_module" and between not in users:
-            if modules[str(between.target)] in same:
-                return True
+        called = between.op == "call_module" and between not in users
+        if called and modules[str(between.target)] in same:
+            return True
         between = between.next
     return False
 

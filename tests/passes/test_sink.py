@@ -56,12 +56,14 @@ EVERYWHERE = {
     "power of a number": lambda h: 2**h,
     "idle dropout": lambda h: F.dropout(h, 0.5, training=False),
     "softmax": lambda h: torch.softmax(h, 0),
+    "softmax along the channels": lambda h: F.softmax(h, dim=1),
     "log_softmax": lambda h: torch.log_softmax(h, -1),
     "softmax out of range": lambda h: h.softmax(-3),
 }
 """Sinks in rows and images."""
 
 IN_SPACE = {
+    "max_pool": lambda h: F.max_pool2d(h, 2),
     "avg_pool": lambda h: F.avg_pool2d(h, 2, ceil_mode=True),
     "adaptive": lambda h: F.adaptive_avg_pool2d(h, 1),
     "pad": lambda h: F.pad(h, (1, 1, 2, 0)),

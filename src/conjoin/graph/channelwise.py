@@ -75,7 +75,7 @@ def key(
         if not plain or not known or getattr(module, "return_indices", False):
             return None
         return type(module), elementwise.settings(module)
-    if node.op != "call_function" or "return_indices" in node.kwargs:
+    if node.op != "call_function" or node.kwargs.get("return_indices", False) is not False:
         return None
     if node.target in SPATIAL_FUNCTIONS:
         name = hazards.called(node)
@@ -103,7 +103,11 @@ def softmax_key(
         return None
     if node.op not in ("call_function", "call_method") or node.target not in SOFTMAX:
         return None
-    known = {*node.kwargs} <= {"dim"} and len(node.args) + len(node.kwargs) == 2
+    # A trace of `F.softmax` spells out what was not given.
+    given = {
+        k: v for k, v in node.kwargs.items() if k != "_stacklevel" and (k, v) != ("dtype", None)
+    }
+    known = {*given} <= {"dim"} and len(node.args) + len(given) == 2
     dim = _given(node, 1, "dim", None)
     if known and node.args[:1] == (part,) and isinstance(dim, int):
         return dim, SOFTMAX[node.target]
