@@ -11,14 +11,16 @@ the batched product as it is.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from conjoin.graph import bundles, edit, hazards
+from conjoin.graph import bundles, channelwise, congruence, edit, elementwise, hazards
+from conjoin.layers.wide import Wide
 
 CATS: frozenset[Any] = frozenset({torch.cat, torch.concat, torch.concatenate})
 """`torch.cat` in all its spellings."""
@@ -70,6 +72,8 @@ def _cancel(graph: fx.Graph, joint: fx.Node, modules: Mapping[str, nn.Module]) -
     split = parts[0].args[0] if parts[0].target is operator.getitem else None
     if not isinstance(split, fx.Node) or not _in_order(parts, split):
         return False
+    if not _may_stand_for(split, joint, modules):
+        return False
     epochs = hazards.epochs(graph, modules)
     if epochs[split] != epochs[joint]:
         return False
@@ -96,8 +100,10 @@ def _whole(
         return None
     bundle = bundles.bundle_at(split)
     if joint.target is not torch.stack:
-        known = split.target in SPLITS and split.args[2:] == (dim,) and not split.kwargs
-        return source if known else None
+        given = split.args[2:] or (*split.kwargs.values(),)
+        if split.target not in SPLITS or given != (dim,) or not {*split.kwargs} <= {"dim"}:
+            return None
+        return graph.call_function(rejoined, (source, split.args[1], dim))
     if bundle is None or hazards.reads_strides(joint, modules, escapes=True):
         return None
     if bundle.dim is None:
@@ -105,8 +111,84 @@ def _whole(
     if not bundle.equal:
         return None
     # Of parts (..., c, *rest), along c: (..., n, c, *rest), and then n to its place.
+    source = graph.call_function(rejoined, (source, list(bundle.sizes), bundle.dim))
     parts = graph.call_method("unflatten", (source, bundle.dim, (len(bundle.parts), -1)))
     return graph.call_method("movedim", (parts, bundle.dim - 1, dim))
+
+
+def rejoined(whole: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+    """A tensor that was cut into parts of these sizes and joined again: the tensor itself.
+
+    Raises:
+        RuntimeError: the sizes do not sum to its size, as `torch.split` says.
+    """
+    if has_torch_function_unary(whole):  # A graph that is traced again keeps the call.
+        return handle_torch_function(  # type: ignore[no-any-return]
+            rejoined, (whole,), whole, sizes, dim
+        )
+    if whole.shape[dim] != sum(sizes):
+        torch.split(whole, list(sizes), dim)  # type: ignore[no-untyped-call]
+    return whole
+
+
+def _may_stand_for(split: fx.Node, joint: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether nobody could tell the tensor that is cut from a new one that holds its parts.
+
+    It must have memory that nothing else has, not be kept for backward where the joint may be
+    changed, and lie as a new tensor would where that matters.
+    """
+    source = split.args[0]
+    if not isinstance(source, fx.Node) or not all(
+        user is split or _reads_shape(user) for user in source.users
+    ):
+        return False
+    saved = False
+    node = source
+    while (step := _step(node, modules)) is not None:
+        saved |= elementwise.saves_output(node, modules)
+        if hazards.shares_memory(node, modules) and len(step.users) != 1:
+            return False
+        node = step
+    if saved and hazards.is_seen(joint, modules):
+        return False
+    return _is_new(node, modules)
+
+
+def _step(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | None:
+    """What a node reads that acts on each element or channel, and so keeps the order in memory."""
+    if not node.args or not isinstance(input := node.args[0], fx.Node):
+        return None
+    if node.target is channelwise.softmax_of_parts:
+        return input
+    if _is_norm(node, modules):
+        return None if input.target == "flatten" else input
+    known = elementwise.key(node, input, modules) or any(
+        channelwise.key(node, input, -1 - dimensions, modules) for dimensions in (1, 2, 3)
+    )
+    return input if known and node.all_input_nodes == [input] else None
+
+
+def _is_norm(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node calls a wide normalization."""
+    if node.op != "call_module" or "dim" not in node.kwargs:
+        return False
+    return isinstance(modules[str(node.target)], Wide)
+
+
+def _is_new(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a layer gave the node's value, in memory of its own, in the usual order."""
+    if node.op != "call_module":
+        return False
+    if _is_norm(node, modules):  # Of a stack that was laid side by side, see `_step`.
+        return True
+    module = modules[str(node.target)]
+    layers = (Wide, nn.Linear, nn.modules.conv._ConvNd)
+    return isinstance(module, layers) and not hazards.is_opaque(module)
+
+
+def _reads_shape(node: fx.Node) -> bool:
+    attribute = node.target is getattr and node.args[1] in congruence.ATTRIBUTES
+    return attribute or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
 
 
 def _joined(joint: fx.Node) -> tuple[list[fx.Node], object]:

@@ -2,8 +2,9 @@
 
     y_1 = f(x);  y_2 = f(x)        becomes        y = f(x), read by both
 
-for f that acts element by element, joins tensors or gives a view. It saves launches, and shows siblings that
-were hidden behind it: twenty `Linear(SiLU(t))` of a diffusion model read one tensor then.
+for f that acts element by element, joins tensors or gives a view. It saves launches, and shows
+siblings that were hidden behind it: twenty `Linear(SiLU(t))` of a diffusion model read one tensor
+then.
 """
 
 from __future__ import annotations
@@ -34,7 +35,8 @@ class Share(PassBase):
         changed = False
         for node in list(graph.nodes):
             key = _key(node, modules)
-            if key is None or _is_seen(node, modules):
+            # Whoever changes one of two equal values must find the other as it was.
+            if key is None or hazards.is_seen(node, modules):
                 continue
             first = known.setdefault((*key, epochs[node]), node)
             if first is not node:
@@ -66,13 +68,3 @@ def _frozen(value: Any) -> Hashable:
     if isinstance(value, (tuple, list)):
         return type(value), *map(_frozen, value)
     return type(value), value
-
-
-def _is_seen(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether somebody could tell that a value is one with another: it is changed, or goes out."""
-    for user in node.users:
-        if user.op == "output" or not hazards.is_pure(user, modules):
-            return True
-        if hazards.shares_memory(user, modules) and _is_seen(user, modules):
-            return True
-    return False

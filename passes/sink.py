@@ -17,8 +17,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 from conjoin.graph import bundles, channelwise, edit, elementwise, hazards
 from conjoin.graph.bundles import Bundle
 from conjoin.layers import norm_of
-
-from conjoin.layers.wide import WIDE
+from conjoin.layers.wide import WIDE, View, Wide
 from conjoin.merging import merger_of
 
 
@@ -41,14 +40,19 @@ def _sink(graph_module: fx.GraphModule, bundle: Bundle) -> bool:
     def key(node: fx.Node, part: fx.Node) -> Hashable | None:
         if epochs[node] != epochs[bundle.split]:
             return None
+        # Autograd would not notice that a part of what it keeps for backward was changed.
+        if elementwise.saves_output(node, modules) and hazards.is_seen(node, modules):
+            return None
+        norm = _norm_key(node, part, modules)
         # A stack consists of contiguous parts; what lies side by side does not.
-        if bundle.dim is not None and hazards.reads_strides(node, modules, escapes=True):
+        beside = bundle.dim is not None or norm is not None
+        if beside and hazards.reads_strides(node, modules, escapes=True):
             return None
         return (
-            elementwise.key(node, part, modules)
+            norm
+            or elementwise.key(node, part, modules)
             or channelwise.key(node, part, bundle.dim, modules)
             or _softmax_key(node, part, bundle, modules)
-            or _norm_key(node, part, modules)
         )
 
     return any(
@@ -70,7 +74,39 @@ def _norm_key(node: fx.Node, part: fx.Node, modules: Mapping[str, nn.Module]) ->
         return None
     module = modules[str(node.target)]
     kind = norm_of(module)
-    return None if kind is None else (kind, module.training, tuple(kind.key(module).items()))
+    if kind is None or module.weight is None:
+        return None
+    return kind, module.training, tuple(kind.key(module).items())
+
+
+def _width(stack: fx.Node, modules: Mapping[str, nn.Module]) -> int:
+    """The size of the last dimension of stacked parts; 0 where it is not known."""
+    node = stack
+    while node.args and isinstance(input := node.args[0], fx.Node):
+        wide = modules.get(str(node.target)) if node.op == "call_module" else None
+        if isinstance(wide, Wide):
+            return wide.widths[0] if wide.kind.output_dim == -1 else 0
+        if elementwise.key(node, input, modules) is None:
+            return 0
+        node = input
+    return 0
+
+
+def _called_between(
+    split: fx.Node,
+    users: Sequence[fx.Node],
+    layers: Sequence[nn.Module],
+    modules: Mapping[str, nn.Module],
+) -> bool:
+    """Whether layers are also called where their calls would be moved past."""
+    same = {*layers, *(layer.wide_layer for layer in layers if isinstance(layer, View))}
+    between = split.next
+    while between is not max(users):
+        called = between.op == "call_module" and between not in users
+        if called and modules[str(between.target)] in same:
+            return True
+        between = between.next
+    return False
 
 
 def _move(
@@ -85,22 +121,25 @@ def _move(
     part = bundle.parts[positions.start]
     layers = [modules[str(user.target)] for user in users if user.op == "call_module"]
     kind = norm_of(layers[0]) if layers else None
-    sizes: Sequence[int] = [bundle.sizes[i] for i in positions]
+    sizes = [bundle.sizes[i] for i in positions]
     if kind is not None:
         widths = [layer.weight.shape[0] for layer in layers]  # type: ignore[union-attr]
-        if widths != sizes if bundle.dim is not None else len(set(widths)) > 1:
+        if bundle.dim is None:
+            sizes = [_width(bundle.whole, modules)] * len(sizes)
+        if widths != sizes:
+            return False
+        if _called_between(bundle.split, users, layers, modules):
             return False
         if merger_of(graph_module).wide(kind, layers, together=False) is None:
             return False
-        sizes = widths
     softmax = channelwise.softmax_key(users[0], part, modules)
     inner = bundles.carve(graph, bundle, positions.start, positions.stop)
     dim = inner.dim
     with graph.inserting_before(inner.split):
         if kind is not None:
             whole = inner.whole if dim is not None else bundles.side_by_side(graph, inner.whole)
-            dim = -1 if dim is None else dim
             target = f"{users[0].target}.{WIDE}"
+            dim = -1 if dim is None else dim
             result = graph.call_module(target, (whole,), {"dim": dim})
         elif softmax is not None:
             arguments = (inner.whole, *softmax, len(inner.parts), dim)

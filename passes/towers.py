@@ -51,6 +51,11 @@ def _climb(graph_module: fx.GraphModule, bundle: Bundle) -> bool:
         found = layer_key(node, part, modules, merger)
         if found is None or not _fits(found[0], bundle):
             return None
+        if not found[0].stacked and hazards.reads_strides(node, modules, escapes=merger.escapes):
+            return None
+        # Where the weight has the channels of one group only, it does not tell their number.
+        if found[0].weight_dim != 0 and getattr(modules[str(node.target)], "groups", 1) != 1:
+            return None
         return found, bundle.sizes[bundle.parts.index(part)]
 
     for positions in bundles.runs(bundle, key):
@@ -92,6 +97,7 @@ def _gather(graph_module: fx.GraphModule) -> bool:
             target = f"{users[0].target}.{WIDE}"
             whole = graph.call_module(target, (stack,), {"apart": True})
             parts = bundles.cut(graph, whole, (1,) * len(users), None)
+        order.stand_in(edges, users, (stack, whole, parts[0].all_input_nodes[0], *parts))
         bundles.substitute(graph, users, parts)
         order.sort(graph, edges)
         return True
@@ -106,7 +112,8 @@ def _alike(
     calls: dict[fx.Node, tuple[Kind, Hashable]] = {}
     for node in graph.nodes:
         input = edit.only_input(node) if node.op == "call_module" else None
-        if input is not None and counts[str(node.target)] == 1:
+        opaque = input is not None and hazards.is_opaque(modules[str(node.target)])
+        if input is not None and counts[str(node.target)] == 1 and not opaque:
             found = layer_key(node, input, modules, merger)
             if found is not None and found[0].stacked:
                 calls[node] = found

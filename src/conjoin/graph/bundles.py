@@ -59,7 +59,9 @@ def bundle_at(split: fx.Node) -> Bundle | None:
         sizes, dim = tuple(split.args[1]), split.args[2]  # type: ignore[arg-type, assignment]
         if not (isinstance(dim, int) and dim < 0 and all(isinstance(s, int) for s in sizes)):
             return None
-    elif split.target is not unstack:
+    elif split.target is unstack and len(split.args) == 2:
+        sizes = (1,) * split.args[1]  # type: ignore[operator]
+    else:
         return None
     if not isinstance(whole, fx.Node) or len(whole.users) != 1:
         return None
@@ -68,11 +70,11 @@ def bundle_at(split: fx.Node) -> Bundle | None:
         if user.target is not operator.getitem or user.args[1] in items:
             return None
         items[user.args[1]] = user
-    count = len(sizes) if dim is not None else len(items)
+    count = len(sizes)
     if sorted(items) != list(range(count)) or count < 2:
         return None
     parts = tuple(items[i] for i in range(count))
-    return Bundle(whole, split, parts, sizes or (1,) * count, dim)
+    return Bundle(whole, split, parts, sizes, dim)
 
 
 def cut(
@@ -84,7 +86,7 @@ def cut(
         The node of each part.
     """
     if dim is None:
-        split = graph.call_function(unstack, (whole,))
+        split = graph.call_function(unstack, (whole, len(sizes)))
     else:
         split = graph.call_function(torch.unsafe_split_with_sizes, (whole, list(sizes), dim))
     return tuple(graph.call_function(operator.getitem, (split, i)) for i in range(len(sizes)))
@@ -101,10 +103,8 @@ def carve(graph: fx.Graph, bundle: Bundle, start: int, stop: int) -> Bundle:
     sizes = bundle.sizes[start:stop]
     with graph.inserting_before(bundle.split):
         if bundle.dim is None:
-            pieces = (start, stop - start, count - stop)
-            chunks = graph.call_function(
-                torch.unsafe_split_with_sizes, (bundle.whole, list(pieces), 0)
-            )
+            pieces = [piece for piece in (start, stop - start, count - stop) if piece]
+            chunks = graph.call_function(torch.unsafe_split_with_sizes, (bundle.whole, pieces, 0))
             found: list[fx.Node] = []
             for number, piece in enumerate(pieces):
                 chunk = graph.call_function(operator.getitem, (chunks, number))

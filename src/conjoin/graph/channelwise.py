@@ -14,6 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from conjoin.graph import elementwise, hazards
 
@@ -77,7 +78,7 @@ def key(
         if not plain or not known or getattr(module, "return_indices", False):
             return None
         return type(module), elementwise.settings(module)
-    if node.op != "call_function" or "return_indices" in node.kwargs:
+    if node.op != "call_function" or node.kwargs.get("return_indices", False) is not False:
         return None
     if node.target in SPATIAL_FUNCTIONS:
         name = hazards.called(node)
@@ -105,7 +106,11 @@ def softmax_key(
         return None
     if node.op not in ("call_function", "call_method") or node.target not in SOFTMAX:
         return None
-    known = {*node.kwargs} <= {"dim"} and len(node.args) + len(node.kwargs) == 2
+    # A trace of `F.softmax` spells out what was not given.
+    given = {
+        k: v for k, v in node.kwargs.items() if k != "_stacklevel" and (k, v) != ("dtype", None)
+    }
+    known = {*given} <= {"dim"} and len(node.args) + len(given) == 2
     dim = _given(node, 1, "dim", None)
     if known and node.args[:1] == (part,) and isinstance(dim, int):
         return dim, SOFTMAX[node.target]
@@ -124,6 +129,10 @@ def softmax_of_parts(
         count: the number of parts.
         along: the dimension that they lie along, counted from the end; None where stacked.
     """
+    if has_torch_function_unary(whole):  # A graph that is traced again keeps the call.
+        return handle_torch_function(  # type: ignore[no-any-return]
+            softmax_of_parts, (whole,), whole, dim, logarithmic, count, along
+        )
     function = torch.log_softmax if logarithmic else torch.softmax
     rank = whole.dim() - (along is None)
     if not -rank <= dim < rank:

@@ -96,6 +96,8 @@ def _tensor_key(node: fx.Node) -> Hashable | None:
 def _function_key(node: fx.Node) -> Hashable | None:
     if node.target is getattr:
         return getattr if node.args[1] in ATTRIBUTES else None
+    if hazards.called(node) == "where" and len(node.args) + len(node.kwargs) < 3:
+        return None  # It gives the positions of what is not zero.
     known = node.target in elementwise.OPERATORS or node.target in OF_NUMBERS
     known |= node.target in channelwise.SPATIAL_FUNCTIONS
     named = hazards.called(node).removesuffix("_") in NAMES and hazards.of_torch(node.target)

@@ -9,6 +9,7 @@ import operator
 from collections.abc import Hashable, Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
@@ -52,7 +53,7 @@ DROPOUTS: frozenset[type[nn.Module]] = frozenset(
         nn.FeatureAlphaDropout,
     }
 )
-"""Modules that give back what they got, in evaluation mode."""
+"""Modules that give back what they got, where nothing is to be dropped."""
 
 NAMES = frozenset(
     "relu relu6 leaky_relu elu selu celu gelu silu mish tanh sigmoid logsigmoid softplus softsign "
@@ -78,6 +79,29 @@ OPERATORS: frozenset[Any] = frozenset(
     }
 )
 """Python's operators that do so too, where the other operand is a number."""
+
+
+SAVED = frozenset("relu sigmoid tanh exp exp2 expm1 reciprocal rsqrt sqrt tan".split())
+"""Those that keep their output for backward, in place or not."""
+
+SAVED_IN_PLACE = frozenset("celu elu leaky_relu selu".split())
+"""Those that keep it only where it takes the place of the input."""
+
+
+def saves_output(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether backward reads what the node gave, so that nobody may change it in between."""
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        names = {"LeakyReLU": "leaky_relu"}
+        name = type(module).__name__
+        name, inplace = names.get(name, name.lower()), bool(getattr(module, "inplace", False))
+    else:
+        called = hazards.called(node)
+        name, inplace = called.removesuffix("_"), bool(node.kwargs.get("inplace", False))
+        inplace |= called != name
+    return (
+        name in SAVED or "softmax" in name or name == "pow" or (inplace and name in SAVED_IN_PLACE)
+    )
 
 
 def key(node: fx.Node, input: fx.Node, modules: Mapping[str, nn.Module]) -> Hashable | None:
@@ -112,7 +136,8 @@ def module_key(module: nn.Module) -> Hashable | None:
     if not is_plain(module):
         return None
     if cls in DROPOUTS:
-        idle = not module.training or getattr(module, "p", None) == 0
+        # In evaluation mode it is idle too, but not for ever.
+        idle = getattr(module, "p", None) == 0
         return (nn.Identity, ()) if idle else None
     return (cls, settings(module)) if cls in ACTIVATIONS else None
 
@@ -123,10 +148,10 @@ def is_plain(module: nn.Module) -> bool:
     return not hooked and "forward" not in vars(module)
 
 
-def settings(module: nn.Module) -> tuple[tuple[str, Any], ...]:
+def settings(module: nn.Module) -> tuple[tuple[str, Hashable], ...]:
     """The plain attributes of a module, but for the mode."""
     return tuple(
-        (name, value)
+        (name, comparable(value))
         for name, value in vars(module).items()
         if not name.startswith("_") and name not in ("training", "conjoin_index", "conjoin_leads")
     )
@@ -145,7 +170,20 @@ def frozen(value: Any, input: fx.Node) -> Hashable:
         return tuple((name, frozen(item, input)) for name, item in sorted(value.items()))
     if isinstance(value, (tuple, list)):
         return tuple(frozen(item, input) for item in value)
-    return type(value), value
+    return comparable(value)
+
+
+def comparable(value: Any) -> Hashable:
+    """A setting as it can be compared: equal only to what is no other in any way."""
+    if isinstance(value, (tuple, list)):
+        return type(value), tuple(map(comparable, value))
+    if isinstance(value, slice):
+        return slice, comparable((value.start, value.stop, value.step))
+    if isinstance(value, (float, complex)):
+        return type(value), repr(value)  # 0.0 and -0.0 are two numbers.
+    known = value is None or isinstance(value, (bool, int, str, torch.dtype, torch.device))
+    known |= isinstance(value, (torch.memory_format, torch.layout))
+    return (type(value), value) if known else object()
 
 
 def _idle_dropout(node: fx.Node, input: fx.Node) -> Hashable | None:

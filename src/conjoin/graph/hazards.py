@@ -20,7 +20,8 @@ VIEW_METHODS = frozenset(
     "view_as_real view_as_complex broadcast_to broadcast_tensors atleast_1d atleast_2d atleast_3d "
     "positive cpu cuda contiguous to type float double half bfloat16 requires_grad_ "
     "type_as sum_to_size conj resolve_conj resolve_neg adjoint unsafe_split "
-    "unsafe_split_with_sizes unsafe_chunk unstack __getitem__ unpack".split()
+    "unsafe_split_with_sizes unsafe_chunk split_with_sizes unstack rejoined __getitem__ "
+    "unpack".split()
 )
 """Methods, and functions of the same names, whose result may share memory with the input."""
 
@@ -269,6 +270,16 @@ def _is_known(module: nn.Module) -> bool:
 
 def _is_inplace_name(name: str) -> bool:
     return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+
+
+def is_seen(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether somebody may change a value in place: a node that reads it, or who gets it."""
+    for user in node.users:
+        if user.op == "output" or not is_pure(user, modules):
+            return True
+        if shares_memory(user, modules) and is_seen(user, modules):
+            return True
+    return False
 
 
 def reads_strides(node: fx.Node, modules: Mapping[str, nn.Module], *, escapes: bool) -> str:

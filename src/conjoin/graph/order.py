@@ -7,13 +7,17 @@ its place among its like, and so do the calls of one module that updates its buf
 from __future__ import annotations
 
 import heapq
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 
 from torch import fx, nn
 
 from conjoin.graph import hazards
+from conjoin.layers.wide import View, Wide
 
-RANDOM = ("rand", "dropout", "bernoulli", "multinomial", "normal", "poisson", "attention", "gumbel")
+RANDOM = tuple(
+    "rand dropout bernoulli multinomial binomial normal poisson attention gumbel uniform "
+    "exponential cauchy geometric rrelu fractional".split()
+)
 """What occurs in the names of functions that draw random numbers, and of some that do not."""
 
 RANDOM_MODULES = (
@@ -59,6 +63,9 @@ def _kept_in_order(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[obje
     if node.op == "call_module":
         module = modules[str(node.target)]
         keys: list[object] = [module] if any(True for _ in module.buffers()) else []
+        wide = module.wide_layer if isinstance(module, View) else module
+        if isinstance(wide, Wide) and wide.running:
+            keys.append(wide)
         return [*keys, "random"] if is_random_module(module) else keys
     if node.op in ("call_function", "call_method"):
         name = hazards.called(node)
@@ -69,7 +76,7 @@ def _kept_in_order(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[obje
 def is_random_module(module: nn.Module) -> bool:
     """Whether a call of a module may draw random numbers."""
     if isinstance(module, nn.modules.dropout._DropoutNd):
-        return module.training and module.p != 0
+        return module.p != 0
     return isinstance(module, RANDOM_MODULES) or not type(module).__module__.startswith(
         ("torch.nn.", "conjoin.")
     )
@@ -85,6 +92,18 @@ def depths(graph: fx.Graph, edges: Edges, counts: Callable[[fx.Node], bool]) -> 
         before = (*node.all_input_nodes, *edges.get(node, ()))
         found[node] = max((found[other] + counts(other) for other in before), default=0)
     return found
+
+
+def stand_in(edges: Edges, old: Sequence[fx.Node], new: Sequence[fx.Node]) -> None:
+    """Puts nodes that take the place of others where all of those had to be."""
+    gone = {*old}
+    before = set().union(*(edges.pop(node, set()) for node in old)) - gone
+    for others in edges.values():
+        if not gone.isdisjoint(others):
+            others -= gone
+            others.update(new)
+    for node in new:
+        edges[node] = {*before}
 
 
 def sort(graph: fx.Graph, edges: Edges) -> None:

@@ -16,6 +16,7 @@ from typing import TYPE_CHECKING, Any
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from conjoin.layers.kind import Kind, Verdict
 from conjoin.legality import Reason
@@ -50,7 +51,7 @@ class Embedding(Kind):
 
     def split(self, wide: Wide) -> tuple[Callable[..., Sequence[Tensor]], tuple[Any, ...]]:
         """Along the stack for a stack of tables, along the channels otherwise."""
-        return (unstack, ()) if _stacked(wide) else super().split(wide)
+        return (unstack, (len(wide.widths),)) if _stacked(wide) else super().split(wide)
 
     def _read_stack(self, wide: Wide, input: Tensor, padding: int | None) -> Tensor:
         stack = wide.weight.view(len(wide.widths), *wide.shapes[0])
@@ -62,8 +63,13 @@ class Embedding(Kind):
         return torch.where((input == padding).unsqueeze(-1), rows.detach(), rows)
 
 
-def unstack(stack: Tensor) -> list[Tensor]:
-    """(n, *) -> n times (*), none of them a view, which `detach_` and others would not take."""
+def unstack(stack: Tensor, count: int) -> list[Tensor]:
+    """(n, *) -> n times (*), none of them a view, which `detach_` and others would not take.
+
+    The count is n: a graph shows it, also where not all the parts are read.
+    """
+    if has_torch_function_unary(stack):  # A graph that is traced again keeps the call.
+        return handle_torch_function(unstack, (stack,), stack, count)  # type: ignore[no-any-return]
     return [torch.ops.aten._unsafe_view(p, p.shape[1:]) for p in torch.unsafe_split(stack, 1, 0)]
 
 

@@ -45,14 +45,16 @@ class Norm(Kind):
         """Like `run`, for branches that lie along `dim`, counted from the end.
 
         The channels of these layers are dimension 1 of what each is called with. Where that is
-        another dimension than `dim`, each branch is normalized by itself.
+        another dimension than `dim`, each branch is normalized by itself. So is each where
+        somebody has given one buffers of its own, or another mode.
         """
-        if input.dim() + dim == 1:
+        apart = wide.out_of_step()
+        if input.dim() + dim == 1 and not apart:
             return self.run(wide, input)
         total, widths = input.shape[dim], wide.widths
         sizes = widths if sum(widths) == total else [total // len(widths)] * len(widths)
         each = [
-            self.normalize(wide, part, wide.held_by(i), widths[i])
+            apart[i](part) if i in apart else self.normalize(wide, part, wide.held_by(i), widths[i])
             for i, part in enumerate(input.split(sizes, dim))
         ]
         return torch.cat(each, dim)

@@ -109,10 +109,11 @@ class Wide(nn.Module):
         self._parts: weakref.WeakValueDictionary[tuple[int, str], Part]
         self._parts = weakref.WeakValueDictionary()
         self._lent_before: list[dict[str, Tensor]] = []
+        self._views: dict[int, weakref.ref[nn.Module]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what concerns this one's own surroundings, or what is going on."""
-        passing = ("_enclosing", "_parts", "_converted", "_lent_before")
+        passing = ("_enclosing", "_parts", "_converted", "_lent_before", "_views")
         return {name: value for name, value in vars(self).items() if name not in passing}
 
     def __setstate__(self, state: dict[str, Any]) -> None:
@@ -135,10 +136,23 @@ class Wide(nn.Module):
     def lend_running(self, view: nn.Module, index: int) -> None:
         """Makes the buffers of the `index`-th sibling its parts of the running ones."""
         view._buffers.update(self._lent[index])
+        self.meet(view, index)
 
-    def holds_running(self, view: nn.Module, index: int) -> bool:
-        """Whether nobody has replaced a buffer of the `index`-th sibling."""
-        return _holds(view, self._lent[index])
+    def meet(self, view: nn.Module, index: int) -> None:
+        """Makes a view known, which is asked before the running buffers are used."""
+        if self.running:
+            self._views[index] = weakref.ref(view)
+
+    def out_of_step(self) -> dict[int, nn.Module]:
+        """The siblings by position, where the buffers or the mode of one are its own affair."""
+        known: dict[int, nn.Module] = {}
+        in_step = True
+        for index, reference in self._views.items():
+            view = reference()
+            if view is not None:
+                known[index] = view
+                in_step &= view.training is self.training and _holds(view, self._lent[index])
+        return {} if in_step else known
 
     def converted_running(self, view: nn.Module, index: int) -> dict[str, Tensor]:
         """The buffers for a sibling after a conversion; none where it had replaced one."""
@@ -429,6 +443,10 @@ class View(nn.Module):
         wide = self.wide_layer
         part = f"part {self.conjoin_index} of {len(wide.widths)}"
         return f"{self.conjoin_base.__name__}({self.extra_repr()}, {part})"
+
+    def __setstate__(self, state: dict[str, Any]) -> None:
+        super().__setstate__(state)  # type: ignore[no-untyped-call]
+        self.wide_layer.meet(self, self.conjoin_index)
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_view, (self.conjoin_base,), self.__dict__.copy()

@@ -58,7 +58,6 @@ class Variant:
         children: the children of modules that may have been iterated over, and their names.
         classes: classes, the names of attributes, and their values.
         contents: containers, and what is in them.
-        running: views whose wide layers hold their running buffers.
     """
 
     traced: Traced
@@ -70,7 +69,6 @@ class Variant:
     children: tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]
     classes: tuple[tuple[type, str, Any], ...]
     contents: tuple[tuple[Any, tuple[Any, ...]], ...]
-    running: tuple[View, ...]
     looked_up: tuple[tuple[Any, ...], ...] = field(init=False)
     expected: tuple[Any, ...] = field(init=False)
     reached: tuple[nn.Module, ...] = field(init=False)
@@ -121,9 +119,6 @@ class Variant:
                 return False
         for mapping, name in self.present:
             if mapping.get(name) is None:
-                return False
-        for view in self.running:
-            if not view.wide_layer.holds_running(view, view.conjoin_index):
                 return False
         return all(_is_as_before(container, before) for container, before in self.contents)
 
@@ -232,7 +227,6 @@ def _bound(at: dict[str, nn.Module], traced: Traced, classes: tuple[type, ...]) 
         tuple((at[path]._modules, names) for path, names in traced.children),
         tuple((_last_class(cls, name), name, value) for cls, name, value in traced.classes),
         (*traced.shared, *_contents(at, traced)),
-        tuple(m for m in modules if isinstance(m, View) and m.wide_layer.running),
     )
 
 

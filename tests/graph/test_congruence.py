@@ -1,0 +1,74 @@
+"""Values are congruent where they have one shape whatever the inputs are."""
+
+import pytest
+import torch
+from scripted import Scripted, layers
+from torch import fx, nn
+from torch.nn import functional as F
+
+from conjoin.graph import congruence, edit
+
+
+def classes_of(script, **modules):
+    """The classes of what a script gives."""
+    traced = fx.symbolic_trace(Scripted(script, **modules))
+    found = congruence.classes(traced.graph, edit.called_modules(traced))
+    *_, output = traced.graph.nodes
+    return [found[node] for node in output.args[0]]
+
+
+def modules():
+    return {
+        **layers(lambda: nn.Linear(4, 3)),
+        "other": nn.Linear(4, 5),
+        "precise": nn.Linear(4, 3).double(),
+    }
+
+
+CONGRUENT = {
+    "layers": lambda m, x: (m.a(x), m.b(x)),
+    "behind layers": lambda m, x: (F.relu(m.a(x)).view(-1), F.relu(m.b(x)).view(-1)),
+    "sizes": lambda m, x: (m.a(x).view(x.size(0), -1), m.b(x).view(x.size(0), -1)),
+    "parts of one size": lambda m, x: [
+        torch.unsafe_split_with_sizes(x, [2, 1, 2], -1)[i] for i in (0, 2)
+    ],
+    "chosen elements": lambda m, x: (torch.where(x > 0, m.a(x), 0 * m.a(x)),) * 2,
+}
+
+OTHERS = {
+    "other widths": lambda m, x: (m.a(x), m.other(x)),
+    "other types": lambda m, x: (m.a(x), m.precise(x)),
+    "input": lambda m, x: (x, m.a(x)),
+    "parts of other sizes": lambda m, x: [
+        torch.unsafe_split_with_sizes(x, [2, 1, 2], -1)[i] for i in (0, 1)
+    ],
+    "chunks": lambda m, x: [x.chunk(2)[i] for i in (0, 1)],
+    "slices": lambda m, x: (x[1:], x[2:]),
+    "what is not zero": lambda m, x: (
+        x[torch.where(m.a(x))[0]],
+        x[torch.where(m.b(x))[0]],
+    ),
+    "masks": lambda m, x: (x[m.a(x) > 0], x[m.b(x) > 0]),
+    "nonzero": lambda m, x: (m.a(x).nonzero(), m.b(x).nonzero()),
+    "masked_select": lambda m, x: (x.masked_select(m.a(x) > 0), x.masked_select(m.b(x) > 0)),
+    "numbers": lambda m, x: (m.a(x).expand(2, 3, 3), m.b(x).expand(3, 3, 3)),
+}
+
+
+@pytest.mark.parametrize("script", CONGRUENT.values(), ids=CONGRUENT)
+def test_congruent(script):
+    first, second = classes_of(script, **modules())
+    assert first == second
+
+
+@pytest.mark.parametrize("script", OTHERS.values(), ids=OTHERS)
+def test_not_congruent(script):
+    first, second = classes_of(script, **modules())
+    assert first != second
+
+
+def test_hooks():
+    known = modules()
+    known["b"].register_forward_hook(lambda module, args, output: output[:1])
+    first, second = classes_of(CONGRUENT["layers"], **known)
+    assert first != second

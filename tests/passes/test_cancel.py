@@ -1,0 +1,108 @@
+"""Joining the parts of a tensor again gives the tensor, where nobody could tell."""
+
+import pytest
+import torch
+from scripted import Scripted, assert_same, both, branches, linears, randn, targets
+from torch import nn
+from torch.nn import functional as F
+
+from conjoin.passes import Cancel
+
+
+def parts(m, x, function=lambda h: h):
+    return [function(getattr(m, name)(x)) for name in "abc"]
+
+
+GONE = {
+    "cat": lambda m, x: torch.cat(parts(m, x), -1).sin(),
+    "cat by keyword": lambda m, x: torch.cat(tensors=parts(m, x), dim=-1).sin(),
+    "after an activation": lambda m, x: torch.cat(parts(m, x, torch.tanh), -1).sin(),
+    "after a softmax": lambda m, x: torch.cat(parts(m, x, lambda h: h.softmax(-1)), -1).sin(),
+    "changed after": lambda m, x: torch.cat(parts(m, x), -1).add_(1).sin(),
+    "changed after gelu": lambda m, x: torch.cat(parts(m, x, F.gelu), -1).add_(1).sin(),
+    "stack": lambda m, x: torch.stack(parts(m, x), 1).sin().sum(1),
+    "stack in front": lambda m, x: torch.stack(parts(m, x)).sin().sum(0),
+    "stack at the end": lambda m, x: torch.stack(parts(m, x), -1).sin().sum(0),
+    "unsqueezed": lambda m, x: torch.cat(parts(m, x, lambda h: h.unsqueeze(0)), 0).sin().sum(0),
+}
+
+LEFT = {
+    "another order": lambda m, x: torch.cat(parts(m, x)[::-1], -1).sin(),
+    "another dimension": lambda m, x: torch.cat(parts(m, x), 0).sin(),
+    "some": lambda m, x: torch.cat((p := parts(m, x))[:2], -1).sin() + p[2].sum(),
+    "read by others": lambda m, x: torch.cat(p := parts(m, x), -1).sin() + p[0].sum(),
+    "changed after tanh": lambda m, x: torch.cat(parts(m, x, torch.tanh), -1).add_(1).sin(),
+    "returned after tanh": lambda m, x: torch.cat(parts(m, x, torch.tanh), -1),
+    "a stack of strides": lambda m, x: torch.stack(parts(m, x), 1).view(-1).sin(),
+}
+
+
+@pytest.mark.parametrize("script", GONE.values(), ids=GONE)
+def test_gone(script):
+    traced, plain = both(Scripted(script, **linears()))
+    assert not {"cat", "stack", "unsafe_split_with_sizes"} & {*targets(traced)}
+    assert_same(traced, plain, randn(3, 4), randn(2, 4, 4), randn(4))
+
+
+@pytest.mark.parametrize("script", LEFT.values(), ids=LEFT)
+def test_left(script):
+    traced, plain = both(Scripted(script, **linears()))
+    assert {"cat", "stack"} & {*targets(traced)}
+    assert_same(traced, plain, randn(3, 4), randn(2, 4, 4), randn(4))
+
+
+def split_and_joined(sizes, dim=-1, source=lambda m, x: m.a(x)):
+    def script(m, x):
+        pieces = torch.split(source(m, x), sizes, dim)
+        return torch.cat([pieces[i] for i in range(len(sizes))], dim)
+
+    return script
+
+
+SOURCES = {
+    "layer": (lambda m, x: m.a(x), True),
+    "activation": (lambda m, x: F.gelu(m.a(x)), True),
+    "input": (lambda m, x: x, False),
+    "view": (lambda m, x: m.a(x).view(-1, 4), False),
+    "another order in memory": (lambda m, x: F.gelu(x.transpose(0, -1)), False),
+    "dropout": (lambda m, x: F.dropout(x, 0.5, training=False), False),
+}
+
+
+@pytest.mark.parametrize(("source", "gone"), SOURCES.values(), ids=SOURCES)
+def test_splits_of_others(source, gone):
+    """The result has memory of its own, and lies as `torch.cat` puts it."""
+    script = split_and_joined([1, 3], -1, source)
+    traced, plain = both(Scripted(script, **linears()), [Cancel()])
+    assert ("cat" not in targets(traced)) == gone
+    assert_same(traced, plain, randn(4, 4), randn(2, 3, 4))
+    output = traced(x := randn(4, 4))
+    assert output.is_contiguous()
+    assert output.untyped_storage().data_ptr() != x.untyped_storage().data_ptr()
+    assert not Cancel()(traced).modified
+
+
+@pytest.mark.parametrize("sizes", [[1, 2], [2, 3]])
+def test_sizes_that_do_not_sum(sizes):
+    traced, plain = both(Scripted(split_and_joined(sizes), **linears()), [Cancel()])
+    for model in (traced, plain):
+        with pytest.raises(RuntimeError, match="sum exactly to 4"):
+            model(randn(3, 4))
+
+
+def test_a_source_that_is_read_by_others():
+    def script(m, x):
+        h = m.a(x)
+        pieces = torch.split(h, [1, 3], -1)
+        return torch.cat([pieces[0], pieces[1]], -1).add_(1).sin() + h
+
+    traced, plain = both(Scripted(script, **linears()), [Cancel()])
+    assert targets(traced) == targets(plain)
+
+
+def test_unbatched_images():
+    """Dimension 1 of what comes without a batch is no channel."""
+    convs = {name: nn.Conv2d(3, 4, 3) for name in "abc"}
+    script = branches(names="abc")
+    model = Scripted(lambda m, x: torch.cat(script(m, x), 1).sin(), **convs)
+    assert_same(*both(model), randn(2, 3, 6, 7), randn(3, 6, 7))
