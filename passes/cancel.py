@@ -123,11 +123,9 @@ def rejoined(whole: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
         RuntimeError: the sizes do not sum to its size, as `torch.split` says.
     """
     if has_torch_function_unary(whole):  # A graph that is traced again keeps the call.
-        return handle_torch_function(  # type: ignore[no-any-return]
-            rejoined, (whole,), whole, sizes, dim
-        )
+        return handle_torch_function(rejoined, (whole,), whole, sizes, dim)
     if whole.shape[dim] != sum(sizes):
-        torch.split(whole, list(sizes), dim)  # type: ignore[no-untyped-call]
+        torch.split(whole, list(sizes), dim)
     return whole
 
 

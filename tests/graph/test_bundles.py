@@ -1,5 +1,7 @@
 """A wide tensor and its parts, as they are found and cut in a graph."""
 
+import operator
+
 import pytest
 import torch
 from torch import fx
@@ -47,6 +49,13 @@ def test_not_found_where_the_whole_is_read():
     assert bundles.bundle_at(split) is None
 
 
+def test_not_found_where_several_parts_are_read_at_once():
+    graph = fx.Graph()
+    split = graph.call_function(torch.unsafe_split_with_sizes, (graph.placeholder("x"), [2, 2], -1))
+    graph.output(graph.call_function(operator.getitem, (split, slice(0, 2))))
+    assert bundles.bundle_at(split) is None
+
+
 @pytest.mark.parametrize("dim", [-1, -2, None])
 @pytest.mark.parametrize(("start", "stop"), [(0, 2), (1, 3), (2, 4), (0, 4), (0, 3), (1, 4)])
 def test_carve(dim, start, stop):
@@ -75,7 +84,7 @@ RUNS = {"aabb": [(0, 2), (2, 4)], "abab": [], "aaa": [(0, 3)], "-aa-": [(1, 3)],
 
 @pytest.mark.parametrize(("keys", "expected"), RUNS.items())
 def test_runs(keys, expected):
-    graph, split = graph_of(max(len(keys), 2), -1)
+    _, split = graph_of(max(len(keys), 2), -1)
     found = bundles.bundle_at(split)
     known = dict(zip(found.parts, keys, strict=False))
 

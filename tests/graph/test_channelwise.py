@@ -30,6 +30,7 @@ UNFIT = {
     "indices by keyword": (lambda x: F.adaptive_max_pool2d(x, 2, return_indices=True), -3),
     "indices by position": (lambda x: F.adaptive_max_pool2d(x, 2, True), -3),
     "pad the channels": (lambda x: F.pad(x, (0, 0, 0, 0, 1, 1)), -3),
+    "pad as the input says": (lambda x: F.pad(x, x.shape[-2:]), -3),
     "resize rows": (lambda x: F.interpolate(x, scale_factor=2), -1),
     "another operation": (lambda x: F.layer_norm(x, x.shape[-1:]), -3),
 }

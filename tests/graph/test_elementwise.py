@@ -12,7 +12,7 @@ from torch.nn import functional as F
 from conjoin.graph import edit, elementwise
 
 NUMBERS = {"clamp": (0, 1), "clip": (0, 1), "clamp_min": (0,), "clamp_max": (1,), "pow": (2.5,)}
-NUMBERS |= {name: (2.0,) for name in ("add", "sub", "mul", "div", "true_divide")}
+NUMBERS |= dict.fromkeys(("add", "sub", "mul", "div", "true_divide"), (2.0,))
 NUMBERS["threshold"] = (0.3, 0.2)
 """The arguments of functions that need some."""
 

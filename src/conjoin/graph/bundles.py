@@ -54,20 +54,24 @@ def bundle_at(split: fx.Node) -> Bundle | None:
     """The bundle that a node cuts; None where it is no split, or more than parts is read."""
     if split.op != "call_function" or split.kwargs or not split.args:
         return None
-    whole, sizes, dim = split.args[0], (), None
-    if split.target is torch.unsafe_split_with_sizes and len(split.args) == 3:
-        sizes, dim = tuple(split.args[1]), split.args[2]  # type: ignore[arg-type, assignment]
+    arguments: tuple[Any, ...] = split.args
+    whole, dim = arguments[0], None
+    sizes: tuple[int, ...]
+    if split.target is torch.unsafe_split_with_sizes and len(arguments) == 3:
+        sizes, dim = tuple(arguments[1]), arguments[2]
         if not (isinstance(dim, int) and dim < 0 and all(isinstance(s, int) for s in sizes)):
             return None
-    elif split.target is unstack and len(split.args) == 2:
-        sizes = (1,) * split.args[1]  # type: ignore[operator]
+    elif split.target is unstack and len(arguments) == 2:
+        sizes = (1,) * arguments[1]
     else:
         return None
     if not isinstance(whole, fx.Node) or len(whole.users) != 1:
         return None
     items: dict[Any, fx.Node] = {}
     for user in split.users:
-        if user.target is not operator.getitem or user.args[1] in items:
+        if user.target is not operator.getitem or not isinstance(user.args[1], int):
+            return None
+        if user.args[1] in items:
             return None
         items[user.args[1]] = user
     count = len(sizes)

@@ -86,7 +86,8 @@ def key(
         known = _dimensions(name) == -1 - dim and len(node.args) < 7
         known &= not (name.startswith("adaptive_max") and len(node.args) > 2)
     elif node.target is F.pad:
-        known = len(_given(node, 1, "pad", ())) // 2 <= -1 - dim
+        pad = _given(node, 1, "pad", None)
+        known = isinstance(pad, (tuple, list)) and len(pad) // 2 <= -1 - dim
     else:
         known = node.target is F.interpolate and dim < -1
     frozen = elementwise.frozen
@@ -130,7 +131,7 @@ def softmax_of_parts(
         along: the dimension that they lie along, counted from the end; None where stacked.
     """
     if has_torch_function_unary(whole):  # A graph that is traced again keeps the call.
-        return handle_torch_function(  # type: ignore[no-any-return]
+        return handle_torch_function(
             softmax_of_parts, (whole,), whole, dim, logarithmic, count, along
         )
     function = torch.log_softmax if logarithmic else torch.softmax

@@ -69,7 +69,7 @@ def unstack(stack: Tensor, count: int) -> list[Tensor]:
     The count is n: a graph shows it, also where not all the parts are read.
     """
     if has_torch_function_unary(stack):  # A graph that is traced again keeps the call.
-        return handle_torch_function(unstack, (stack,), stack, count)  # type: ignore[no-any-return]
+        return handle_torch_function(unstack, (stack,), stack, count)
     return [torch.ops.aten._unsafe_view(p, p.shape[1:]) for p in torch.unsafe_split(stack, 1, 0)]
 
 
