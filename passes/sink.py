@@ -128,7 +128,7 @@ def _move(
             sizes = [_width(bundle.whole, modules)] * len(sizes)
         if widths != sizes:
             return False
-        if _called_between(bundle.split, users, layers, modules):
+        if kind.running and _called_between(bundle.split, users, layers, modules):
             return False
         if merger_of(graph_module).wide(kind, layers, together=False) is None:
             return False

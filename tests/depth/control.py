@@ -349,9 +349,10 @@ MODELS = {
         vectors(5, 3),
         {"products": (15, 3), "activations": (10, 2), "joins": (2, between(1, 2))},
     ),
-    # Two hidden layers of two towers; the heads have different widths.
+    # Two hidden layers of two towers; the heads have different widths. The last Tanh of each tower
+    # goes out of the module that holds them, where it might be changed in place.
     "policy_baselines": Deep(
-        ActorCriticPolicy, vectors(6), {"products": (6, 4), "activations": (4, 2)}
+        ActorCriticPolicy, vectors(6), {"products": (6, 4), "activations": (4, 3)}
     ),
     # A distribution is made in forward, so that it is not traced: only the first layers are one.
     "agent_cleanrl": Deep(Agent, vectors(6, 4), {"products": (6, 5), "activations": (4, 4)}),

@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from conjoin.graph import channelwise, elementwise
+from conjoin.graph import channelwise, edit, elementwise
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.wide import View
 from conjoin.nn import Parallel, Split, Unite
@@ -220,6 +220,7 @@ def trace(
     graph, sandbox = found
     modules = {path: module for module, path in sandbox.paths.items()}
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
+    _take_out_idle(graph, modules)
     graph_module = fx.GraphModule(region, graph)
     graph_module.meta.update(meta or {})
     if not rewrite(graph_module):
@@ -239,6 +240,16 @@ def trace(
         tuple(sandbox.globals.values()),
         tuple(pair for value, _ in sandbox.shared.values() for pair in snapshots(value)),
     )
+
+
+def _take_out_idle(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
+    """Takes out the Dropouts of a trace in evaluation mode, which give back what they got."""
+    for node in list(graph.nodes):
+        module = modules.get(str(node.target)) if node.op == "call_module" else None
+        input = edit.only_input(node)
+        if type(module) in elementwise.DROPOUTS and not module.training and input is not None:
+            node.replace_all_uses_with(input)
+            graph.erase_node(node)
 
 
 def _soundly(region: nn.Module, structure: Structure) -> tuple[fx.Graph, Sandbox] | None:
