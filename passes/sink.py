@@ -18,7 +18,7 @@ from conjoin.graph import bundles, channelwise, edit, elementwise, hazards
 from conjoin.graph.bundles import Bundle
 from conjoin.layers import norm_of
 from conjoin.layers.wide import WIDE, View, Wide
-from conjoin.merging import merger_of
+from conjoin.merging import Merger, merger_of
 
 
 class Sink(PassBase):
@@ -26,18 +26,25 @@ class Sink(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Changes the graph in place; equal normalizations of the branches are merged."""
-        changed = False
-        while any(_sink(graph_module, bundle) for bundle in bundles.bundles(graph_module.graph)):
-            changed = True
+        graph, modules = graph_module.graph, edit.called_modules(graph_module)
+        epochs = hazards.epochs(graph, modules)
+        merger = merger_of(graph_module)
+        changed = bundles.rework(
+            graph, lambda bundle: _sink(graph, bundle, modules, epochs, merger)
+        )
         return PassResult(graph_module, changed)
 
 
-def _sink(graph_module: fx.GraphModule, bundle: Bundle) -> bool:
-    """Moves one split below one operation; whether there was one."""
-    modules = edit.called_modules(graph_module)
-    epochs = hazards.epochs(graph_module.graph, modules)
+def _sink(
+    graph: fx.Graph,
+    bundle: Bundle,
+    modules: Mapping[str, nn.Module],
+    epochs: Mapping[fx.Node, int],
+    merger: Merger,
+) -> list[fx.Node]:
+    """Moves one split below one operation; the splits that there are then, if there was one."""
 
-    def key(node: fx.Node, part: fx.Node) -> Hashable | None:
+    def key(node: fx.Node, part: fx.Node, size: int) -> Hashable | None:
         if epochs[node] != epochs[bundle.split]:
             return None
         # Autograd would not notice that a part of what it keeps for backward was changed.
@@ -52,20 +59,21 @@ def _sink(graph_module: fx.GraphModule, bundle: Bundle) -> bool:
             norm
             or elementwise.key(node, part, modules)
             or channelwise.key(node, part, bundle.dim, modules)
-            or _softmax_key(node, part, bundle, modules)
+            or _softmax_key(node, part, size, modules)
         )
 
-    return any(
-        _move(graph_module, bundle, positions, modules) for positions in bundles.runs(bundle, key)
-    )
+    for positions in bundles.runs(bundle, key):
+        if made := _move(graph, bundle, positions, modules, merger):
+            return made
+    return []
 
 
 def _softmax_key(
-    node: fx.Node, part: fx.Node, bundle: Bundle, modules: Mapping[str, nn.Module]
+    node: fx.Node, part: fx.Node, size: int, modules: Mapping[str, nn.Module]
 ) -> Hashable | None:
     """A softmax, which must be along the channels of parts of equal size."""
     found = channelwise.softmax_key(node, part, modules)
-    return None if found is None else (*found, bundle.sizes[bundle.parts.index(part)])
+    return None if found is None else (*found, size)
 
 
 def _norm_key(node: fx.Node, part: fx.Node, modules: Mapping[str, nn.Module]) -> Hashable | None:
@@ -110,13 +118,13 @@ def _called_between(
 
 
 def _move(
-    graph_module: fx.GraphModule,
+    graph: fx.Graph,
     bundle: Bundle,
     positions: range,
     modules: Mapping[str, nn.Module],
-) -> bool:
+    merger: Merger,
+) -> list[fx.Node]:
     """Moves the split of the parts at some positions below what they are read by."""
-    graph = graph_module.graph
     users = bundles.readers(bundle, positions)
     part = bundle.parts[positions.start]
     layers = [modules[str(user.target)] for user in users if user.op == "call_module"]
@@ -127,11 +135,11 @@ def _move(
         if bundle.dim is None:
             sizes = [_width(bundle.whole, modules)] * len(sizes)
         if widths != sizes:
-            return False
+            return []
         if kind.running and _called_between(bundle.split, users, layers, modules):
-            return False
-        if merger_of(graph_module).wide(kind, layers, together=False) is None:
-            return False
+            return []
+        if merger.wide(kind, layers, together=False) is None:
+            return []
     softmax = channelwise.softmax_key(users[0], part, modules)
     inner = bundles.carve(graph, bundle, positions.start, positions.stop)
     dim = inner.dim
@@ -146,5 +154,4 @@ def _move(
             result = graph.call_function(channelwise.softmax_of_parts, arguments)
         else:
             result = graph.node_copy(users[0], lambda node: inner.whole)
-    bundles.replace(graph, inner, users, result, sizes, dim)
-    return True
+    return bundles.replace(graph, inner, users, result, sizes, dim)

@@ -30,22 +30,26 @@ class Towers(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Changes the graph in place; the layers are merged."""
-        changed = False
-        graph = graph_module.graph
-        while any(_climb(graph_module, bundle) for bundle in bundles.bundles(graph)):
-            changed = True
-        while not changed and _gather(graph_module):
-            changed = True
-        return PassResult(graph_module, changed)
+        graph, modules = graph_module.graph, edit.called_modules(graph_module)
+        epochs = hazards.epochs(graph, modules)
+        merger = merger_of(graph_module)
+        changed = bundles.rework(
+            graph, lambda bundle: _climb(graph, bundle, modules, epochs, merger)
+        )
+        # Layers that read parts go first: what they read needs no stacking.
+        return PassResult(graph_module, changed or _gather(graph, modules, merger))
 
 
-def _climb(graph_module: fx.GraphModule, bundle: Bundle) -> bool:
-    """Merges the layers that read the parts of one bundle; whether there were any."""
-    graph, modules = graph_module.graph, edit.called_modules(graph_module)
-    merger = merger_of(graph_module)
-    epochs = hazards.epochs(graph, modules)
+def _climb(
+    graph: fx.Graph,
+    bundle: Bundle,
+    modules: Mapping[str, nn.Module],
+    epochs: Mapping[fx.Node, int],
+    merger: Merger,
+) -> list[fx.Node]:
+    """Merges the layers that read the parts of one bundle; the splits that there are then."""
 
-    def key(node: fx.Node, part: fx.Node) -> Hashable | None:
+    def key(node: fx.Node, part: fx.Node, size: int) -> Hashable | None:
         if epochs[node] != epochs[bundle.split]:
             return None
         found = layer_key(node, part, modules, merger)
@@ -56,7 +60,7 @@ def _climb(graph_module: fx.GraphModule, bundle: Bundle) -> bool:
         # Where the weight has the channels of one group only, it does not tell their number.
         if found[0].weight_dim != 0 and getattr(modules[str(node.target)], "groups", 1) != 1:
             return None
-        return found, bundle.sizes[bundle.parts.index(part)]
+        return found, size
 
     for positions in bundles.runs(bundle, key):
         users = bundles.readers(bundle, positions)
@@ -74,15 +78,12 @@ def _climb(graph_module: fx.GraphModule, bundle: Bundle) -> bool:
             result = graph.call_module(target, (whole,), {"apart": True})
         dim = None if kind.stacked else kind.output_dim
         sizes = [layer.weight.shape[kind.weight_dim] for layer in layers]  # type: ignore[union-attr, index]
-        bundles.replace(graph, inner, users, result, sizes, dim)
-        return True
-    return False
+        return bundles.replace(graph, inner, users, result, sizes, dim)
+    return []
 
 
-def _gather(graph_module: fx.GraphModule) -> bool:
+def _gather(graph: fx.Graph, modules: Mapping[str, nn.Module], merger: Merger) -> bool:
     """Merges equal layers that read tensors of one shape; whether there were any."""
-    graph, modules = graph_module.graph, edit.called_modules(graph_module)
-    merger = merger_of(graph_module)
     edges = order.constraints(graph, modules)
     for users in _alike(graph, modules, merger, edges):
         layers = [modules[str(user.target)] for user in users]

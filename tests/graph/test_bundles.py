@@ -88,7 +88,7 @@ def test_runs(keys, expected):
     found = bundles.bundle_at(split)
     known = dict(zip(found.parts, keys, strict=False))
 
-    def key(node, part):
+    def key(node, part, size):
         return None if known.get(part, "-") == "-" else known[part]
 
     assert [(each.start, each.stop) for each in bundles.runs(found, key)] == expected

@@ -126,18 +126,19 @@ def carve(graph: fx.Graph, bundle: Bundle, start: int, stop: int) -> Bundle:
     return made
 
 
-def runs(bundle: Bundle, key: Callable[[fx.Node, fx.Node], Hashable | None]) -> list[range]:
+def runs(bundle: Bundle, key: Callable[[fx.Node, fx.Node, int], Hashable | None]) -> list[range]:
     """The longest ranges of neighbouring parts that go on alike.
 
     Args:
         bundle: the bundle.
-        key: what a node does with a part that it alone reads; None is alike to nothing.
+        key: what a node does with a part that it alone reads, of some size; None is alike to
+            nothing.
     """
     keys: list[Hashable | None] = []
-    for part in bundle.parts:
+    for part, size in zip(bundle.parts, bundle.sizes, strict=True):
         user = next(iter(part.users), None)
         alone = user is not None and len(part.users) == 1
-        keys.append(key(user, part) if user is not None and alone else None)
+        keys.append(key(user, part, size) if user is not None and alone else None)
     found: list[range] = []
     start = 0
     for stop in range(1, len(keys) + 1):
@@ -160,7 +161,7 @@ def replace(
     whole: fx.Node,
     sizes: Sequence[int],
     dim: int | None,
-) -> None:
+) -> list[fx.Node]:
     """Puts the parts of another wide tensor in the place of what is made of each part.
 
     Args:
@@ -170,12 +171,34 @@ def replace(
         whole: what is made of the whole; it stands before the bundle's split.
         sizes: the sizes of its parts.
         dim: the dimension that they lie along, or None.
+
+    Returns:
+        The split into these parts, and what the bundle itself was cut from.
     """
     with graph.inserting_before(bundle.split):
         parts = cut(graph, whole, sizes, dim)
     substitute(graph, users, parts)
     for node in (*bundle.parts, bundle.split):
         graph.erase_node(node)
+    return [*parts[0].all_input_nodes, *bundle.whole.all_input_nodes]
+
+
+def rework(graph: fx.Graph, change: Callable[[Bundle], list[fx.Node]]) -> bool:
+    """Changes the bundles of a graph, and those that come of it, as long as there are any.
+
+    Args:
+        graph: the graph.
+        change: changes a bundle and gives the splits to look at then; none where it changes none.
+    """
+    changed = False
+    pending = [bundle.split for bundle in bundles(graph)][::-1]
+    while pending:
+        split = pending.pop()
+        bundle = None if split._erased else bundle_at(split)
+        made = [] if bundle is None else change(bundle)
+        changed |= bool(made)
+        pending += made
+    return changed
 
 
 def substitute(graph: fx.Graph, old: Sequence[fx.Node], new: Sequence[fx.Node]) -> None:

@@ -55,7 +55,22 @@ def only_input(call: fx.Node) -> fx.Node | None:
     return inputs[0] if len(inputs) == 1 and isinstance(inputs[0], fx.Node) else None
 
 
-def called_modules(graph_module: fx.GraphModule) -> dict[str, nn.Module]:
+class Modules(dict[str, nn.Module]):
+    """The modules of a graph by target, also those that it comes to call later."""
+
+    def __init__(self, graph_module: fx.GraphModule) -> None:
+        """Knows what the graph calls now."""
+        super().__init__()
+        self._owner = graph_module
+        for node in graph_module.graph.nodes:
+            if node.op == "call_module":
+                self[str(node.target)]
+
+    def __missing__(self, target: str) -> nn.Module:
+        found = self[target] = self._owner.get_submodule(target)
+        return found
+
+
+def called_modules(graph_module: fx.GraphModule) -> Modules:
     """The modules that a graph calls, by target."""
-    targets = {str(node.target) for node in graph_module.graph.nodes if node.op == "call_module"}
-    return {target: graph_module.get_submodule(target) for target in targets}
+    return Modules(graph_module)

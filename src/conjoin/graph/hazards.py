@@ -176,13 +176,21 @@ def is_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     )
 
 
-def epochs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, int]:
+class Epochs(dict[fx.Node, int]):
+    """The epochs of nodes; one that a pass has put in is in that of the node before it."""
+
+    def __missing__(self, node: fx.Node) -> int:
+        found = self[node] = self[node.prev]
+        return found
+
+
+def epochs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Epochs:
     """How many nodes that may change something stand before each node.
 
     A pure node may trade places with another of the same epoch, as far as its inputs allow. What
     changes a tensor that nobody else can see counts as pure: `relu(conv(x), inplace=True)`.
     """
-    found: dict[fx.Node, int] = {}
+    found = Epochs()
     fresh: set[fx.Node] = set()
     epoch = 0
     for node in graph.nodes:
