@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import operator
+from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
@@ -196,6 +197,7 @@ def epochs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Epochs:
     for node in graph.nodes:
         if _is_fresh(node, fresh, modules):
             fresh.add(node)
+            fresh |= _parts_of_their_own(node)
         elif not is_pure(node, modules):
             epoch += 1
         found[node] = epoch
@@ -221,9 +223,15 @@ def _is_fresh(node: fx.Node, fresh: set[fx.Node], modules: Mapping[str, nn.Modul
         return False
     if called(node) in SPLITS:
         return own
-    if node.target is operator.getitem and first in fresh and called(first) in SPLITS:
-        return [user.args[1:] for user in first.users].count(node.args[1:]) == 1
-    return node.target in ARITHMETIC
+    return node in fresh or node.target in ARITHMETIC
+
+
+def _parts_of_their_own(split: fx.Node) -> set[fx.Node]:
+    """The parts that a split gives to one node only; none of any other node."""
+    if called(split) not in SPLITS:
+        return set()
+    taken = Counter(user.args[1:] for user in split.users)
+    return {user for user in split.users if taken[user.args[1:]] == 1}
 
 
 SPLITS = frozenset({"unsafe_split_with_sizes", "unstack"})
