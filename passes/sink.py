@@ -10,8 +10,9 @@ draws random numbers stays where it is, since it would draw others.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
+from typing import cast
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from conjoin.graph import bundles, channelwise, edit, elementwise, hazards
@@ -131,7 +132,7 @@ def _move(
     kind = norm_of(layers[0]) if layers else None
     sizes = [bundle.sizes[i] for i in positions]
     if kind is not None:
-        widths = [layer.weight.shape[0] for layer in layers]  # type: ignore[union-attr]
+        widths = [cast(Tensor, layer.weight).shape[0] for layer in layers]
         if bundle.dim is None:
             sizes = [_width(bundle.whole, modules)] * len(sizes)
         if widths != sizes:

@@ -13,9 +13,10 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Hashable, Iterator, Mapping
+from typing import cast
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from conjoin.graph import bundles, congruence, edit, hazards, order
@@ -77,7 +78,7 @@ def _climb(
             target = f"{users[0].target}.{WIDE}"
             result = graph.call_module(target, (whole,), {"apart": True})
         dim = None if kind.stacked else kind.output_dim
-        sizes = [layer.weight.shape[kind.weight_dim] for layer in layers]  # type: ignore[union-attr, index]
+        sizes = [cast(Tensor, layer.weight).shape[kind.weight_dim] for layer in layers]
         return bundles.replace(graph, inner, users, result, sizes, dim)
     return []
 

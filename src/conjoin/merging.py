@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import fx, nn
+from torch import Tensor, fx, nn
 
 from conjoin.graph import edit
 from conjoin.graph.siblings import Candidate, held_elsewhere, overlaps
@@ -191,9 +191,10 @@ def layer_key(
         return None
     layer = modules[str(node.target)]
     kind = merger.kind_of(layer)
-    if kind is None or kind.stacked is None or isinstance(layer.weight, type(None)):
+    weight = None if kind is None or kind.stacked is None else layer.weight
+    if kind is None or not isinstance(weight, Tensor):
         return None
-    shape = tuple(layer.weight.shape)  # type: ignore[union-attr, arg-type]
+    shape = tuple(weight.shape)
     return kind, (shape, tuple(kind.key(layer).items()))
 
 

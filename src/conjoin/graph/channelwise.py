@@ -144,7 +144,8 @@ def softmax_of_parts(
     from_end = dim % rank - rank
     if along is None or from_end != along:
         return function(whole, from_end)
-    parts = whole.unflatten(along, (count, whole.shape[along] // count))
+    shape = count, whole.shape[along] // count
+    parts: Tensor = torch.unflatten(whole, along, shape)
     return function(parts, along).flatten(along - 1, along)
 
 

@@ -79,7 +79,7 @@ def _module_key(module: nn.Module) -> Hashable | None:
     if not layer and not known:
         return None
     weight = module.weight if layer else None
-    types = None if weight is None else (weight.dtype, weight.device)  # type: ignore[union-attr]
+    types = (weight.dtype, weight.device) if isinstance(weight, Tensor) else None
     return cls, repr(elementwise.settings(module)), types
 
 

@@ -346,6 +346,7 @@ def called(node: fx.Node) -> str:
 
 
 def of_torch(target: Callable[..., Any] | str) -> bool:
+    """Whether a function is PyTorch's or Python's own, so that its name tells what it does."""
     if isinstance(target, (OpOverload, OpOverloadPacket)):
         packet = target.overloadpacket if isinstance(target, OpOverload) else target
         return packet._qualified_op_name.split("::")[0] in ("aten", "prims")

@@ -106,13 +106,13 @@ class _Conv(_Convolution):
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(batch, in, *space) -> (batch, sum out_i, *space')."""
-        return self._convolve(wide, input, wide.settings["groups"])
+        return self._convolve(wide, input, 1)
 
     def apart(self, wide: Wide, input: Tensor) -> Tensor:
         """(batch, n * in, *space) -> (batch, n * out, *space')."""
-        return self._convolve(wide, input, wide.settings["groups"] * len(wide.widths))
+        return self._convolve(wide, input, len(wide.widths))
 
-    def _convolve(self, wide: Wide, input: Tensor, groups: int) -> Tensor:
+    def _convolve(self, wide: Wide, input: Tensor, branches: int) -> Tensor:
         settings: dict[str, Any] = wide.settings
         padding = settings["padding"]
         if settings["padding_mode"] != "zeros":
@@ -125,7 +125,7 @@ class _Conv(_Convolution):
             settings["stride"],
             padding,
             settings["dilation"],
-            groups,
+            settings["groups"] * branches,
         )
 
 
@@ -144,7 +144,7 @@ class _ConvTranspose(_Convolution):
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(batch, in, *space) -> (batch, sum out_i, *space')."""
-        return self._convolve(wide, input, self.joined(wide), wide.settings["groups"])
+        return self._convolve(wide, input, self.joined(wide), 1)
 
     def apart(self, wide: Wide, input: Tensor) -> Tensor:
         """(batch, n * in, *space) -> (batch, n * out, *space')."""
@@ -153,9 +153,9 @@ class _ConvTranspose(_Convolution):
             if wide.channels_last
             else (wide.weight.view(len(wide.widths) * wide.shapes[0][0], *wide.shapes[0][1:]))
         )
-        return self._convolve(wide, input, blocks, wide.settings["groups"] * len(wide.widths))
+        return self._convolve(wide, input, blocks, len(wide.widths))
 
-    def _convolve(self, wide: Wide, input: Tensor, weight: Tensor, groups: int) -> Tensor:
+    def _convolve(self, wide: Wide, input: Tensor, weight: Tensor, branches: int) -> Tensor:
         settings: dict[str, Any] = wide.settings
         return type(self).function(
             input,
@@ -164,7 +164,7 @@ class _ConvTranspose(_Convolution):
             settings["stride"],
             settings["padding"],
             settings["output_padding"],
-            groups,
+            settings["groups"] * branches,
             settings["dilation"],
         )
 

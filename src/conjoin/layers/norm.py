@@ -55,7 +55,7 @@ class Norm(Kind):
         sizes = widths if sum(widths) == total else [total // len(widths)] * len(widths)
         each = [
             apart[i](part) if i in apart else self.normalize(wide, part, wide.held_by(i), widths[i])
-            for i, part in enumerate(input.split(sizes, dim))
+            for i, part in enumerate(torch.split(input, sizes, dim))
         ]
         return torch.cat(each, dim)
 
@@ -88,7 +88,8 @@ class _BatchNorm(Norm):
     def normalize(self, wide: Wide, input: Tensor, held: dict[str, Any], channels: int) -> Tensor:
         """As `nn.BatchNorm1d.forward` does."""
         settings: dict[str, Any] = wide.settings
-        self.layer._check_input_dim(wide, input)  # type: ignore[operator]
+        check: Any = self.layer
+        check._check_input_dim(wide, input)
         if wide.training:
             held["num_batches_tracked"].add_(1)
         return F.batch_norm(

@@ -139,7 +139,7 @@ class Super:
 
 
 class GradMode:
-    """What `torch.no_grad()` and its like give: the change of mode and the way back are recorded."""
+    """What `torch.no_grad()` and its like give: the graph changes the mode, and changes it back."""
 
     def __init__(self, sandbox: Sandbox, enabled: object) -> None:
         if type(enabled) is not bool:

@@ -247,7 +247,9 @@ def _take_out_idle(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
     for node in list(graph.nodes):
         module = modules.get(str(node.target)) if node.op == "call_module" else None
         input = edit.only_input(node)
-        if type(module) in elementwise.DROPOUTS and not module.training and input is not None:
+        if module is None or input is None or type(module) not in elementwise.DROPOUTS:
+            continue
+        if not module.training:
             node.replace_all_uses_with(input)
             graph.erase_node(node)
 
