@@ -90,7 +90,7 @@ class Merger:
         for candidate in found:
             if candidate.refusal is None:
                 layers = [modules[name] for name in candidate.layers]
-                if _wide_of(layers) is None:
+                if not _are_merged(layers):
                     for name in candidate.activations:
                         activation.listen(modules[name])
                     wide = self._merge(candidate.kind, layers, candidate.contiguous, together=True)
@@ -211,6 +211,13 @@ def common_path(names: Sequence[str]) -> str:
     paths = [name.split(".")[:-1] for name in names]
     shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
     return ".".join(level[0] for level in shared)
+
+
+def _are_merged(layers: Sequence[nn.Module]) -> bool:
+    """Whether these layers are all the views of one wide layer, in any order."""
+    found = [layer for layer in layers if isinstance(layer, View)]
+    wides = {view.wide_layer for view in found}
+    return len(wides) == 1 and len(found) == len(layers) == len(found[0].wide_layer.widths)
 
 
 def _wide_of(layers: Sequence[nn.Module]) -> Wide | None:

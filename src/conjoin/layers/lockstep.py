@@ -215,7 +215,8 @@ def _state(
     """All that a call's result depends on besides the values of tensors that nobody changed."""
     device = input.device.type
     held: dict[str, Any] = wide._parameters  # Much quicker than as attributes.
-    weight, bias = held["weight"], held["bias"]
+    # The replicas of data parallelism hold no Parameters.
+    weight, bias = (held["weight"], held["bias"]) if held else (wide.weight, wide.bias)
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     return (
         source._version,

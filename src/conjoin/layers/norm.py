@@ -49,7 +49,9 @@ class Norm(Kind):
         somebody has given one buffers of its own, or another mode.
         """
         apart = wide.out_of_step()
-        if input.dim() + dim == 1 and not apart:
+        # One value a channel is an error in training, which is the first branch's to raise.
+        single = wide.training and input.numel() == input.shape[dim]
+        if input.dim() + dim == 1 and not apart and not single:
             return self.run(wide, input)
         total, widths = input.shape[dim], wide.widths
         sizes = widths if sum(widths) == total else [total // len(widths)] * len(widths)

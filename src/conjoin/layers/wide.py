@@ -152,7 +152,15 @@ class Wide(nn.Module):
             if view is not None:
                 known[index] = view
                 in_step &= view.training is self.training and _holds(view, self._lent[index])
+                in_step &= self._is_lent(index)
         return {} if in_step else known
+
+    def _is_lent(self, index: int) -> bool:
+        """Whether the buffers of a sibling lie where the running ones are, also after `.data =`."""
+        return all(
+            part.untyped_storage()._cdata == self.running[name].untyped_storage()._cdata
+            for name, part in self._lent[index].items()
+        )
 
     def converted_running(self, view: nn.Module, index: int) -> dict[str, Tensor]:
         """The buffers for a sibling after a conversion; none where it had replaced one."""

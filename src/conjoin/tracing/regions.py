@@ -15,6 +15,7 @@ import itertools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
+from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -29,7 +30,7 @@ from conjoin.nn import Split, Unite
 from conjoin.passes import rewrite
 from conjoin.tracing import sound
 from conjoin.tracing.proxies import UnsoundError
-from conjoin.tracing.sandbox import MISSING, frozen, snapshots
+from conjoin.tracing.sandbox import FUNCTION_PARTS, MISSING, frozen, snapshots
 from conjoin.tracing.sound import Traced
 from conjoin.tracing.structures import Structure, is_plain, structure_of
 
@@ -56,7 +57,7 @@ class Variant:
         kinds: modules, and their classes.
         present: dictionaries, and the names of what must not be None.
         children: the children of modules that may have been iterated over, and their names.
-        classes: classes, the names of attributes, and their values.
+        classes: classes and functions, the names of attributes, and their values.
         contents: containers, and what is in them.
     """
 
@@ -67,7 +68,7 @@ class Variant:
     kinds: tuple[tuple[nn.Module, type], ...]
     present: tuple[tuple[Mapping[str, Any], str], ...]
     children: tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]
-    classes: tuple[tuple[type, str, Any], ...]
+    classes: tuple[tuple[type | FunctionType, str, Any], ...]
     contents: tuple[tuple[Any, tuple[Any, ...]], ...]
     looked_up: tuple[tuple[Any, ...], ...] = field(init=False)
     expected: tuple[Any, ...] = field(init=False)
@@ -108,8 +109,8 @@ class Variant:
         for module, cls in self.kinds:
             if module.__class__ is not cls:
                 return False
-        for cls, name, value in self.classes:
-            if getattr(cls, name, MISSING) is not value:
+        for owner, name, value in self.classes:
+            if name not in FUNCTION_PARTS and getattr(owner, name, MISSING) is not value:
                 return False
         return self._contents_hold()
 
@@ -172,7 +173,7 @@ class Plan:
     def unbound(self) -> _Unbound:
         """The forwards, for other modules than those that they are bound to."""
         return [
-            (variant.traced, tuple(cls for _, cls in variant.kinds))
+            (variant.traced, _marks([module for module, _ in variant.kinds]))
             for variants in self.variants.values()
             for variant in variants
         ]
@@ -187,8 +188,24 @@ def _traced_anew(structures: tuple[Structure, ...]) -> tuple[Structure, ...]:
     return structures
 
 
-_Unbound = list[tuple[Traced, tuple[type, ...]]]
-"""What was traced, and the classes of the modules that it reached."""
+_Mark = tuple[type, int, int]
+"""The class of a module; for a view also which wide layer it has, and which part of it it is."""
+
+_Unbound = list[tuple[Traced, tuple[_Mark, ...]]]
+"""What was traced, and what it found of the modules that it reached."""
+
+
+def _marks(modules: Sequence[nn.Module]) -> tuple[_Mark, ...]:
+    """What tells modules from a copy of them that no longer belong together as they did."""
+    known: dict[nn.Module, int] = {}
+    marks: list[_Mark] = []
+    for module in modules:
+        if isinstance(module, View):
+            number = known.setdefault(module.wide_layer, len(known))
+            marks.append((type(module), number, module.conjoin_index))
+        else:
+            marks.append((type(module), -1, -1))
+    return tuple(marks)
 
 
 def _bind(region: nn.Module, unbound: _Unbound) -> Plan:
@@ -199,15 +216,17 @@ def _bind(region: nn.Module, unbound: _Unbound) -> Plan:
     """
     at = dict(region.named_modules())
     variants: dict[Structure, tuple[Variant, ...]] = {}
-    for traced, classes in unbound:
-        bound = _bound(at, traced, classes)
+    for traced, marks in unbound:
+        bound = _bound(at, traced, marks)
         variants[traced.structure] = (*variants.get(traced.structure, ()), bound)
     return Plan(variants)
 
 
-def _bound(at: dict[str, nn.Module], traced: Traced, classes: tuple[type, ...]) -> Variant:
+def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -> Variant:
     reached = [(at[path]._modules, name, at[path]._modules[name]) for path, name in traced.places]
     modules = [module for _, _, module in reached if module is not None]
+    if [mark[1:] for mark in _marks(modules)] != [mark[1:] for mark in marks]:
+        raise KeyError("its views have other wide layers")
     return Variant(
         traced,
         traced.function,
@@ -222,7 +241,7 @@ def _bound(at: dict[str, nn.Module], traced: Traced, classes: tuple[type, ...]) 
             *reached,
             *traced.globals,
         ),
-        tuple(zip(modules, classes, strict=True)),
+        tuple((module, mark[0]) for module, mark in zip(modules, marks, strict=True)),
         tuple((vars(at[path])[holder], name) for path, holder, name in traced.present),
         tuple((at[path]._modules, names) for path, names in traced.children),
         tuple((_last_class(cls, name), name, value) for cls, name, value in traced.classes),
@@ -230,7 +249,7 @@ def _bound(at: dict[str, nn.Module], traced: Traced, classes: tuple[type, ...]) 
     )
 
 
-def _last_class(cls: type, name: str) -> type:
+def _last_class(cls: Any, name: str) -> Any:
     """The class that regions of a class have, on which somebody may set an attribute as well."""
     return cls if name == "forward" else _region_classes.get(cls, cls)
 
@@ -244,11 +263,11 @@ def _contents(at: dict[str, nn.Module], traced: Traced) -> Iterator[tuple[Any, t
         yield from snapshots(value)
 
 
-def _classes(region: nn.Module, traced: Traced) -> tuple[type, ...]:
-    """The classes of the modules that were reached."""
+def _marks_of(region: nn.Module, traced: Traced) -> tuple[_Mark, ...]:
+    """What there is to know of the modules that were reached."""
     at = dict(region.named_modules())
     reached = [at[path]._modules[name] for path, name in traced.places]
-    return tuple(type(module) for module in reached if module is not None)
+    return _marks([module for module in reached if module is not None])
 
 
 class Region(nn.Module):
@@ -299,7 +318,9 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
 
     @functools.wraps(base.forward)
     def forward(self: Region, *args: Any, **kwargs: Any) -> Any:
-        plan: Plan | None = vars(self).get(PLAN)
+        own = vars(self)
+        # A replica of data parallelism has the plan, and with it the buffers, of the module itself.
+        plan: Plan | None = None if "_is_replica" in own else own.get(PLAN)
         found = None if plan is None else plan.find(args, kwargs)
         if found is None:
             return base.forward(self, *args, **kwargs)
@@ -361,7 +382,9 @@ def _install_beyond(
             continue
         before = len(merger.levels)
         sound_traces: list[fx.GraphModule] = []
-        if not isinstance(module, (nn.ModuleList, nn.ModuleDict)) and _may_be_region(module):
+        has_forward = not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        runs = has_forward and (not calls or bool(calls.get(name)))
+        if runs and _may_be_region(module):
             traced = _trace(module, _structures(calls, name), meta, sound_traces)
             if len(merger.levels) > before:
                 _become(module, traced)
@@ -409,7 +432,7 @@ def _become(module: nn.Module, traced: list[Traced]) -> None:
         return
     try:
         cls = region_class(type(module))
-        plan = _bind(module, [(each, _classes(module, each)) for each in traced])
+        plan = _bind(module, [(each, _marks_of(module, each)) for each in traced])
     except Exception:  # noqa: BLE001 - A metaclass of the user's, which may refuse a subclass.
         return
     vars(module)[PLAN] = plan

@@ -93,6 +93,9 @@ MUTABLE = (list, dict, set, OrderedDict)
 MISSING = object()
 """The value of an attribute that there is not."""
 
+FUNCTION_PARTS = ("__code__", "__defaults__", "__kwdefaults__")
+"""The attributes of a function that tell what it does."""
+
 REGISTERED = ("_modules", "_parameters", "_buffers")
 """The attributes of `nn.Module` that hold what it looks for where it has no such attribute."""
 
@@ -186,7 +189,7 @@ class Sandbox:
         children: paths of modules, and the names of their children.
         places: paths of modules, and the names of children that were reached.
         contents: paths of modules, names of attributes that are containers, and what is in them.
-        classes: classes, the names of attributes of theirs, and the values.
+        classes: classes and functions, the names of attributes of theirs, and the values.
         globals: namespaces, names in them, and the values.
         shared: containers that are globals or attributes of classes, and what is in them.
     """
@@ -203,7 +206,7 @@ class Sandbox:
         self.children: dict[str, tuple[str, ...]] = {}
         self.places: dict[tuple[str, str], None] = {}
         self.contents: dict[tuple[str, str], Any] = {}
-        self.classes: dict[tuple[type, str], Any] = {}
+        self.classes: dict[tuple[type | FunctionType, str], Any] = {}
         self.globals: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         self.shared: dict[int, tuple[Any, Any]] = {}
         self._held: list[tuple[Any, Any]] = []
@@ -280,6 +283,8 @@ class Sandbox:
             defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
             if not all(map(is_constant, defaults)):
                 self.refuse("the default of an argument can change")
+            for part in FUNCTION_PARTS:
+                self.classes[function, part] = getattr(function, part)
             space = function.__globals__
             copied = FunctionType(
                 function.__code__,

@@ -66,7 +66,7 @@ class Traced:
         attributes: paths of modules, the attribute that holds a value, its name, and the value.
         present: paths of modules, the attribute that holds a tensor, and its name.
         contents: paths of modules, names of attributes that are containers, and what is in them.
-        classes: classes, the names of attributes, and their values.
+        classes: classes and functions, the names of attributes, and their values.
         globals: namespaces, names, and their values.
         shared: containers that all copies of the region share, and what is in them.
     """
@@ -79,7 +79,7 @@ class Traced:
     attributes: tuple[tuple[str, str, str, Any], ...]
     present: tuple[tuple[str, str, str], ...]
     contents: tuple[tuple[str, str, Any], ...]
-    classes: tuple[tuple[type, str, Any], ...]
+    classes: tuple[tuple[type | FunctionType, str, Any], ...]
     globals: tuple[tuple[dict[str, Any], str, Any], ...]
     shared: tuple[tuple[Any, tuple[Any, ...]], ...]
 
