@@ -257,7 +257,7 @@ def count_layers(
 
 
 def _within(
-    counter: LaunchCounter, name: str, forward: Callable[..., Any], *args: Any, **kwargs: Any
+    counter: LaunchCounter, name: str, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
 ) -> Any:
     with counter.scope(name):
         return forward(*args, **kwargs)

@@ -599,7 +599,7 @@ def fuse(
         layer.__dict__["conjoin_index"] = index
         layer.__dict__["conjoin_leads"] = index == leader
         wide.lend_running(layer, index)
-    vars(enclosing).setdefault(ENCLOSES, set()).add(wide.identity)
+    vars(enclosing)[ENCLOSES] = vars(enclosing).get(ENCLOSES, set()) | {wide.identity}
     return wide
 
 

@@ -351,6 +351,7 @@ class _Watch(TorchFunctionMode):
         self,
         seen: dict[Structure, None],
         forward: Callable[..., Any],
+        /,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
@@ -362,7 +363,7 @@ class _Watch(TorchFunctionMode):
         return forward(*args, **kwargs)
 
     def _called(
-        self, name: str, kind: Kind, forward: Callable[..., Any], *args: Any, **kwargs: Any
+        self, name: str, kind: Kind, forward: Callable[..., Any], /, *args: Any, **kwargs: Any
     ) -> Any:
         if in_transform():
             return forward(*args, **kwargs)

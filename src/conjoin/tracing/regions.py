@@ -33,6 +33,7 @@ from conjoin.tracing.proxies import UnsoundError
 from conjoin.tracing.sandbox import FUNCTION_PARTS, MISSING, frozen, snapshots
 from conjoin.tracing.sound import Traced
 from conjoin.tracing.structures import Structure, is_plain, structure_of
+from conjoin.tracing.undisturbed import putting_back
 
 PLAN = "conjoin_plan"
 """The attribute of a region that holds its plan."""
@@ -288,7 +289,8 @@ class Region(nn.Module):
         held = held.unbound() if isinstance(held, Plan) else held
         if not isinstance(held, list):
             self.__class__ = self.conjoin_base  # type: ignore[assignment]
-            _install(self, held or (None,), {MERGER: Merger(self, frozen=True)})
+            with putting_back(self):
+                _install(self, held or (None,), {MERGER: Merger(self, frozen=True)})
             return
         try:
             vars(self)[PLAN] = _bind(self, held)
@@ -352,11 +354,12 @@ def install(
     names = {module: name for name, module in model.named_modules()}
     found = [module for module in dict.fromkeys(_enclosing(model)) if module in names]
     # The inner ones first: their class is then what it will be when an outer one is traced.
-    for module in sorted(found, key=lambda m: -len(names[m].split("."))):
-        if not isinstance(module, Region):
-            _install(module, _structures(calls, names[module]), meta)
-    if not merger.frozen:
-        _install_beyond(model, calls, meta)
+    with putting_back(model):
+        for module in sorted(found, key=lambda m: -len(names[m].split("."))):
+            if not isinstance(module, Region):
+                _install(module, _structures(calls, names[module]), meta)
+        if not merger.frozen:
+            _install_beyond(model, calls, meta)
 
 
 def _structures(

@@ -213,7 +213,7 @@ def trace(
     structure = required(forward) if structure is None else structure
     if structure is None:
         return None
-    with undisturbed(region):
+    with undisturbed(region, reached=False):
         found = _soundly(region, structure)
     if found is None:
         return None

@@ -36,19 +36,32 @@ MODES = ("cpu", "cuda", "mps", "xpu")
 
 
 @contextlib.contextmanager
-def undisturbed(model: nn.Module | None = None) -> Iterator[None]:
+def undisturbed(model: nn.Module | None = None, *, reached: bool = True) -> Iterator[None]:
     """Leaves the random streams and the modes as they were, and what the model's code keeps.
 
     Args:
         model: the model whose code runs, if it may keep something.
+        reached: whether what is kept beyond the modules is put back too; without, `putting_back`
+            does so, for many looks at once.
     """
-    undos = [] if model is None else list(_snapshots(model))
+    undos = [] if model is None else list(_snapshots(model, reached=reached))
     with _streams(), _modes():
         try:
             yield
         finally:
             for undo in undos:
                 undo()
+
+
+@contextlib.contextmanager
+def putting_back(model: nn.Module) -> Iterator[None]:
+    """Leaves what the model's code can reach and change as it was, but for the modules."""
+    undos = [undo for value in reachable_from(model) for undo in _snapshot(value)]
+    try:
+        yield
+    finally:
+        for undo in undos:
+            undo()
 
 
 @contextlib.contextmanager
@@ -112,13 +125,13 @@ def letting_go() -> Iterator[None]:
 Undo = Callable[[], object]
 
 
-def _snapshots(model: nn.Module) -> Iterator[Undo]:
+def _snapshots(model: nn.Module, *, reached: bool) -> Iterator[Undo]:
     """How to put back what the model's modules hold, and what their code can reach and change."""
     for module in model.modules():
         own = vars(module)
         held = [(value, value.copy()) for value in own.values() if type(value) in CONTAINERS]
         yield functools.partial(_put_back_module, own, dict(own), held)
-    for value in reachable_from(model):
+    for value in reachable_from(model) if reached else ():
         yield from _snapshot(value)
 
 
