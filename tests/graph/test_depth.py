@@ -114,9 +114,9 @@ def test_towers_without_siblings_have_a_row():
     assert [chain.operations for chain in group.depth] == [("Linear", "Tanh", "Linear")]
 
 
-def test_a_joint_that_was_taken_out():
+def test_a_joint_behind_what_keeps_its_output():
     report = conjoin.report(Joined(), (torch.randn(3, 4),))
-    assert rows(report) == [(("a", "b"), (5, 2), (Chain(2, ("Linear", "tanh")),))]
+    assert rows(report) == [(("a", "b"), (4, 2), (Chain(2, ("Linear", "tanh")),))]
 
 
 def test_the_mode_that_the_model_is_in():
