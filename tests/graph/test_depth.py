@@ -52,14 +52,18 @@ class Towers(nn.Module):
 
 
 class Joined(nn.Module):
-    """The joint that is taken out is the group's."""
+    """The joint that is taken out is the group's.
 
-    def __init__(self):
+    One behind what keeps its output for backward stays, since the caller may change the result.
+    """
+
+    def __init__(self, activation):
         super().__init__()
         self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 5)
+        self.activation = activation
 
     def forward(self, x):
-        return torch.cat([torch.tanh(self.a(x)), torch.tanh(self.b(x))], -1)
+        return torch.cat([self.activation(self.a(x)), self.activation(self.b(x))], -1)
 
 
 class Modes(Critics):
@@ -114,9 +118,16 @@ def test_towers_without_siblings_have_a_row():
     assert [chain.operations for chain in group.depth] == [("Linear", "Tanh", "Linear")]
 
 
-def test_a_joint_behind_what_keeps_its_output():
-    report = conjoin.report(Joined(), (torch.randn(3, 4),))
-    assert rows(report) == [(("a", "b"), (4, 2), (Chain(2, ("Linear", "tanh")),))]
+JOINTS = {F.silu: ((5, 2), 2), torch.tanh: ((4, 2), 3)}
+"""The launches of the group's row, and of the whole forward, which takes 5 at first."""
+
+
+@pytest.mark.parametrize(("activation", "launches"), JOINTS.items())
+def test_a_joint_is_the_groups_where_it_is_taken_out(activation, launches):
+    report = conjoin.report(Joined(activation), (torch.randn(3, 4),))
+    row, after = launches
+    assert rows(report) == [(("a", "b"), row, (Chain(2, ("Linear", activation.__name__)),))]
+    assert (report.launches.before.forward, report.launches.after.forward) == (5, after)
 
 
 def test_the_mode_that_the_model_is_in():
