@@ -11,13 +11,12 @@ the batched product as it is.
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
-from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from conjoin.graph import bundles, channelwise, congruence, edit, elementwise, hazards
 from conjoin.layers.wide import Wide
@@ -103,7 +102,7 @@ def _whole(
         given = split.args[2:] or (*split.kwargs.values(),)
         if split.target not in SPLITS or given != (dim,) or not {*split.kwargs} <= {"dim"}:
             return None
-        return graph.call_function(rejoined, (source, split.args[1], dim))
+        return graph.call_function(bundles.rejoined, (source, split.args[1], dim))
     if bundle is None or hazards.reads_strides(joint, modules, escapes=True):
         return None
     if bundle.dim is None:
@@ -111,22 +110,9 @@ def _whole(
     if not bundle.equal:
         return None
     # Of parts (..., c, *rest), along c: (..., n, c, *rest), and then n to its place.
-    source = graph.call_function(rejoined, (source, list(bundle.sizes), bundle.dim))
+    source = graph.call_function(bundles.rejoined, (source, list(bundle.sizes), bundle.dim))
     parts = graph.call_method("unflatten", (source, bundle.dim, (len(bundle.parts), -1)))
     return graph.call_method("movedim", (parts, bundle.dim - 1, dim))
-
-
-def rejoined(whole: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
-    """A tensor that was cut into parts of these sizes and joined again: the tensor itself.
-
-    Raises:
-        RuntimeError: the sizes do not sum to its size, as `torch.split` says.
-    """
-    if has_torch_function_unary(whole):  # A graph that is traced again keeps the call.
-        return handle_torch_function(rejoined, (whole,), whole, sizes, dim)
-    if whole.shape[dim] != sum(sizes):
-        torch.split(whole, list(sizes), dim)
-    return whole
 
 
 def _may_stand_for(split: fx.Node, joint: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -10,7 +10,6 @@ then.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
-from typing import Any
 
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -56,15 +55,5 @@ def _key(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[Hashable, ...
         return None if found is None else (found, first)
     if found is None and hazards.called(node) not in PURE:
         return None
-    return node.op, node.target, _frozen(node.args), _frozen(node.kwargs)
-
-
-def _frozen(value: Any) -> Hashable:
-    """Arguments as a value that can be compared."""
-    if isinstance(value, slice):
-        return slice, _frozen((value.start, value.stop, value.step))
-    if isinstance(value, dict):
-        return tuple((name, _frozen(item)) for name, item in sorted(value.items()))
-    if isinstance(value, (tuple, list)):
-        return type(value), *map(_frozen, value)
-    return type(value), value
+    given = elementwise.comparable((node.args, node.kwargs), lambda input: input)
+    return node.op, node.target, given

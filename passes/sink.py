@@ -54,7 +54,7 @@ def _sink(
         norm = _norm_key(node, part, modules)
         # A stack consists of contiguous parts; what lies side by side does not.
         beside = bundle.dim is not None or norm is not None
-        if beside and hazards.reads_strides(node, modules, escapes=True):
+        if beside and _reads_strides(node, modules):
             return None
         return (
             norm
@@ -67,6 +67,14 @@ def _sink(
         if made := _move(graph, bundle, positions, modules, merger):
             return made
     return []
+
+
+def _reads_strides(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether what reads a node's output could tell a slice from a tensor of its own."""
+    reader = next(iter(node.users), None)
+    if reader is not None and len(node.users) == 1 and hazards.merges_channels(reader, modules):
+        node = reader
+    return bool(hazards.reads_strides(node, modules, escapes=True))
 
 
 def _softmax_key(

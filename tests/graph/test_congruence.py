@@ -44,6 +44,7 @@ OTHERS = {
     ],
     "chunks": lambda m, x: [x.chunk(2)[i] for i in (0, 1)],
     "slices": lambda m, x: (x[1:], x[2:]),
+    "rows and an element": lambda m, x: (m.a(x)[[0, 1]], m.b(x)[0, 1]),
     "what is not zero": lambda m, x: (
         x[torch.where(m.a(x))[0]],
         x[torch.where(m.b(x))[0]],

@@ -14,7 +14,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-from torch import fx
+from torch import Tensor, fx
+from torch.overrides import handle_torch_function, has_torch_function_unary
 
 from conjoin.layers.embedding import unstack
 
@@ -219,3 +220,16 @@ def stacked(graph: fx.Graph, whole: fx.Node, count: int) -> fx.Node:
     """Parts that lie side by side (..., n * c) as a stack (n, ..., c), at the insert point."""
     inside = graph.call_method("unflatten", (whole, -1, (count, -1)))
     return graph.call_method("movedim", (inside, -2, 0))
+
+
+def rejoined(whole: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+    """A tensor that was cut into parts of these sizes and joined again: the tensor itself.
+
+    Raises:
+        RuntimeError: the sizes do not sum to its size, as `torch.split` says.
+    """
+    if has_torch_function_unary(whole):  # A graph that is traced again keeps the call.
+        return handle_torch_function(rejoined, (whole,), whole, sizes, dim)
+    if whole.shape[dim] != sum(sizes):
+        torch.split(whole, list(sizes), dim)
+    return whole

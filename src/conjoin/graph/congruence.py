@@ -62,7 +62,7 @@ def _key(
         return None
     if made is None:
         return None
-    arguments = _frozen((node.args, node.kwargs), found)
+    arguments = elementwise.comparable((node.args, node.kwargs), found.__getitem__)
     if node.target is operator.getitem and (size := _size_of_part(node)) is not None:
         arguments = found[node.args[0]], size  # type: ignore[index]
     return node.op, made, arguments
@@ -116,16 +116,3 @@ def _size_of_part(node: fx.Node) -> Hashable | None:
     if not isinstance(sizes, (list, tuple)) or not -len(sizes) <= index < len(sizes):
         return None
     return "part", sizes[index]
-
-
-def _frozen(value: Any, found: Mapping[fx.Node, int]) -> Hashable:
-    """Arguments as a value that can be compared; nodes by their class."""
-    if isinstance(value, fx.Node):
-        return "node", found[value]
-    if isinstance(value, slice):
-        return "slice", _frozen((value.start, value.stop, value.step), found)
-    if isinstance(value, dict):
-        return tuple((name, _frozen(item, found)) for name, item in sorted(value.items()))
-    if isinstance(value, (tuple, list)):
-        return tuple(_frozen(item, found) for item in value)
-    return type(value), value

@@ -6,7 +6,7 @@ For parts p_i of a tensor W, however it is cut, f(p_i) is the i-th part of f(W).
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Mapping
+from collections.abc import Callable, Hashable, Mapping
 from typing import Any
 
 import torch
@@ -162,27 +162,29 @@ def frozen(value: Any, input: fx.Node) -> Hashable:
 
     A node beside it makes the value equal to no other.
     """
-    if value is input:
-        return "input"
+    return comparable(value, lambda node: "input" if node is input else object())
+
+
+def comparable(value: Any, named: Callable[[fx.Node], Hashable] = lambda _: object()) -> Hashable:
+    """A setting, or an argument, as it can be compared: equal only to what is no other in any way.
+
+    Args:
+        value: the setting.
+        named: what stands for a node in it; by default what is equal to no other.
+    """
     if isinstance(value, fx.Node):
-        return object()
+        return fx.Node, named(value)
     if isinstance(value, dict):
-        return tuple((name, frozen(item, input)) for name, item in sorted(value.items()))
-    if isinstance(value, (tuple, list)):
-        return tuple(frozen(item, input) for item in value)
-    return comparable(value)
-
-
-def comparable(value: Any) -> Hashable:
-    """A setting as it can be compared: equal only to what is no other in any way."""
-    if isinstance(value, (tuple, list)):
-        return type(value), tuple(map(comparable, value))
+        return dict, tuple((name, comparable(item, named)) for name, item in sorted(value.items()))
+    if isinstance(value, (tuple, list)):  # As an index, the two are not the same.
+        kind = list if isinstance(value, list) else tuple
+        return kind, tuple(comparable(item, named) for item in value)
     if isinstance(value, slice):
-        return slice, comparable((value.start, value.stop, value.step))
+        return slice, comparable((value.start, value.stop, value.step), named)
     if isinstance(value, (float, complex)):
         return type(value), repr(value)  # 0.0 and -0.0 are two numbers.
-    known = value is None or isinstance(value, (bool, int, str, torch.dtype, torch.device))
-    known |= isinstance(value, (torch.memory_format, torch.layout))
+    known = value is None or value is ... or isinstance(value, (bool, int, str))
+    known |= isinstance(value, (torch.dtype, torch.device, torch.memory_format, torch.layout))
     return (type(value), value) if known else object()
 
 

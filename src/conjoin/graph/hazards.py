@@ -309,10 +309,6 @@ def reads_strides(node: fx.Node, modules: Mapping[str, nn.Module], *, escapes: b
     for user in node.users:
         if user.op == "output" and escapes:
             return "what reads the output is not known"
-        if len(node.users) == 1 and _merges_channels(user, modules):
-            if why := reads_strides(user, modules, escapes=escapes):
-                return why
-            continue
         if user.op == "call_module":
             module = modules[str(user.target)]
             if is_opaque(module) or isinstance(module, (nn.Flatten, nn.Unflatten)):
@@ -326,7 +322,7 @@ def reads_strides(node: fx.Node, modules: Mapping[str, nn.Module], *, escapes: b
     return ""
 
 
-def _merges_channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+def merges_channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a node flattens all dimensions but the first.
 
     It gives the same values from a slice as from a tensor of its own; whether it shares memory

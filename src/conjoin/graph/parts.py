@@ -23,6 +23,7 @@ from torch import fx, nn
 from torch.fx.node import map_arg
 
 from conjoin.graph import channelwise, edit, elementwise, hazards
+from conjoin.graph.bundles import rejoined
 from conjoin.layers.embedding import unstack
 from conjoin.layers.wide import Wide, wides
 
@@ -251,6 +252,11 @@ class Separation:
 
     def _moved(self, node: fx.Node, held: Parts) -> Parts | None:
         """The same parts, lying in another way."""
+        if node.target is rejoined:
+            sizes: Any
+            sizes, dim = node.args[1:]
+            same = (held.dim, held.stacked) == (dim, False) and held.sizes == tuple(sizes)
+            return held if same else None
         if node.op != "call_method" or node.kwargs or self._uses[node.all_input_nodes[0]] != 1:
             return None
         given = node.args[1:]

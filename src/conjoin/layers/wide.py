@@ -157,6 +157,8 @@ class Wide(nn.Module):
 
     def _is_lent(self, index: int) -> bool:
         """Whether the buffers of a sibling lie where the running ones are, also after `.data =`."""
+        if torch.compiler.is_compiling():  # Dynamo does not know where a tensor lies.
+            return False
         return all(
             part.untyped_storage()._cdata == self.running[name].untyped_storage()._cdata
             for name, part in self._lent[index].items()
