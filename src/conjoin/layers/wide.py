@@ -554,9 +554,8 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         input = args[0] if args else kwargs.get("input")
         plain = len(args) + len(kwargs) == 1 and base.forward is known
-        if (
-            plain and isinstance(self, View) and self.wide_layer.together
-        ):  # It is no view for a bound method that was kept.
+        # It is no view for a bound method that was kept.
+        if plain and isinstance(self, View) and self.wide_layer.together:
             shared = lockstep.take(self.wide_layer, self.conjoin_index, input)
             if shared is not None:
                 return shared
