@@ -12,7 +12,7 @@ from typing import Any, TypeVar
 from torch import Tensor, nn
 
 from conjoin.graph.depth import Chain, Depths
-from conjoin.graph.siblings import Candidate, candidates
+from conjoin.graph.siblings import Candidate, candidates, in_order
 from conjoin.graph.site import Sightings, Untraced
 from conjoin.launches import UNCOUNTED, Counted, Launches
 from conjoin.layers import KINDS, Kind, activation, checked
@@ -139,7 +139,9 @@ def report(
     kinds = checked(kinds)
     found, sightings = _find(model, calls, kinds)
     counts = _count(model, calls[0], found, sightings, kinds) if calls else _Counts()
-    groups = tuple(_group(candidate, counts) for candidate in counts.groups(found))
+    groups = tuple(
+        _group(candidate, counts) for candidate in in_order(counts.groups(found), model, sightings)
+    )
     launches = Launches(counts.plain.count, counts.optimized.count)
     return Report(groups, launches, sightings.untraced, bool(calls))
 

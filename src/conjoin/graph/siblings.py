@@ -80,9 +80,21 @@ def candidates(
             activations = _activations(names, sightings.sites)
             found.append(Candidate(kind, names, widths, refusal, strided, activations))
     found += _unseen(model, {name for candidate in found for name in candidate.layers})
+    return in_order(found, model, sightings)
+
+
+def in_order(
+    found: Iterable[Candidate], model: nn.Module, sightings: Sightings
+) -> tuple[Candidate, ...]:
+    """Candidates in the order of their first calls, and of the model where those are not known."""
     first = {site.layer: order for order, site in reversed(list(enumerate(sightings.sites)))}
-    last = len(first)
-    return tuple(sorted(found, key=lambda candidate: first.get(candidate.layers[0], last)))
+    place = {name: order for order, (name, _) in enumerate(model.named_modules())}
+
+    def key(candidate: Candidate) -> tuple[int, int]:
+        calls = min(first.get(name, len(sightings.sites)) for name in candidate.layers)
+        return calls, min(place[name] for name in candidate.layers)
+
+    return tuple(sorted(found, key=key))
 
 
 def _activations(layers: Collection[str], sites: Iterable[Site]) -> tuple[str, ...]:

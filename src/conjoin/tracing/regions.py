@@ -24,7 +24,7 @@ from torch.nn.modules import module as nn_module
 
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.lockstep import in_transform
-from conjoin.layers.wide import View, views
+from conjoin.layers.wide import View, Wide, views, wides
 from conjoin.merging import MERGER, Merger
 from conjoin.nn import Split, Unite
 from conjoin.passes import rewrite
@@ -362,6 +362,17 @@ def install(
             _install_beyond(model, calls, meta)
 
 
+def _whole(module: nn.Module) -> set[Wide]:
+    """The wide layers all of whose views are in a module."""
+    return {wide for wide, held in wides(module).items() if len(held) == len(wide.widths)}
+
+
+def _covered(module: nn.Module) -> set[Wide]:
+    """Those among them that are in a region within the module."""
+    regions = [inner for inner in module.modules() if isinstance(inner, Region)]
+    return set().union(*map(_whole, regions))
+
+
 def _structures(
     calls: Mapping[str, Sequence[Structure]] | None, name: str
 ) -> Sequence[Structure | None]:
@@ -371,10 +382,11 @@ def _structures(
 def _install_beyond(
     model: nn.Module, calls: Mapping[str, Sequence[Structure]] | None, meta: dict[str, Any]
 ) -> None:
-    """Rewrites forwards that enclose no siblings known so far, where that shows more to merge.
+    """Rewrites forwards around wide layers that no region runs once yet, the largest first.
 
-    That is, siblings behind equal operations, and equal towers on different inputs. Where a module
-    is not traced soundly, its children are looked at.
+    Tracing them may show more to merge: siblings behind equal operations, and equal towers on
+    different inputs. And the smallest module around a wide layer may be one that is not traced.
+    Where a module is not traced soundly, its children are looked at.
     """
     merger: Merger = meta[MERGER]
     pending = [("", model)]
@@ -383,13 +395,12 @@ def _install_beyond(
         layers = (m for m in module.modules() if merger.kind_of(m) is not None)
         if isinstance(module, (View, Region)) or len([*itertools.islice(layers, 2)]) < 2:
             continue
-        before = len(merger.levels)
         sound_traces: list[fx.GraphModule] = []
         has_forward = not isinstance(module, (nn.ModuleList, nn.ModuleDict))
         runs = has_forward and (not calls or bool(calls.get(name)))
         if runs and _may_be_region(module):
             traced = _trace(module, _structures(calls, name), meta, sound_traces)
-            if len(merger.levels) > before:
+            if _whole(module) - _covered(module):
                 _become(module, traced)
         if not sound_traces:
             prefix = f"{name}." if name else ""
