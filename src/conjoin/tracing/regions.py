@@ -352,11 +352,13 @@ def install(
     merger: Merger = (meta or {}).get(MERGER) or Merger(model, frozen=True)
     meta = {**(meta or {}), MERGER: merger}
     names = {module: name for name, module in model.named_modules()}
+    regions = [module for module in names if isinstance(module, Region)]
+    within = {inner for region in regions for inner in region.modules()}
     found = [module for module in dict.fromkeys(_enclosing(model)) if module in names]
     # The inner ones first: their class is then what it will be when an outer one is traced.
     with putting_back(model):
         for module in sorted(found, key=lambda m: -len(names[m].split("."))):
-            if not isinstance(module, Region):
+            if module not in within:
                 _install(module, _structures(calls, names[module]), meta)
         if not merger.frozen:
             _install_beyond(model, calls, meta)
