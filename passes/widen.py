@@ -16,7 +16,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from conjoin.graph import edit, elementwise, hazards
-from conjoin.graph.siblings import candidates
+from conjoin.graph.siblings import connected
 from conjoin.graph.site import Sightings, Site
 from conjoin.layers import kind_of
 from conjoin.layers.wide import WIDE, View, Wide
@@ -39,7 +39,7 @@ class Widen(PassBase):
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
         merger = merger_of(graph_module)
         epochs = hazards.epochs(graph, modules)
-        _merge_siblings(graph_module, modules, epochs, merger)
+        _merge_siblings(graph, modules, epochs, merger)
         whole = list(_whole(modules, epochs))
         for siblings in whole:
             siblings, wide = _in_order(siblings, modules, merger)
@@ -48,7 +48,7 @@ class Widen(PassBase):
 
 
 def _merge_siblings(
-    graph_module: fx.GraphModule,
+    graph: fx.Graph,
     modules: Mapping[str, nn.Module],
     epochs: Mapping[fx.Node, int],
     merger: Merger,
@@ -57,7 +57,7 @@ def _merge_siblings(
     sites: list[Site] = []
     readers: Counter[fx.Node] = Counter()
     strided: dict[str, str] = {}
-    for node in graph_module.graph.nodes:
+    for node in graph.nodes:
         input = edit.only_input(node) if node.op == "call_module" else None
         layer = modules.get(str(node.target))
         if input is None or isinstance(layer, View) or kind_of(layer, merger.kinds) is None:
@@ -69,8 +69,9 @@ def _merge_siblings(
     if max(readers.values(), default=0) < 2:
         return
     seen = Sightings(tuple(sites), strided)
-    for candidate in candidates(graph_module, seen, merger.kinds):
-        if candidate.refusal is None and modules.keys() >= {*candidate.layers}:
+    called = {site.layer: modules[site.layer] for site in sites}
+    for candidate in connected(called, seen, merger.kinds, merger.shared(called)):
+        if candidate.refusal is None:
             layers = [modules[name] for name in candidate.layers]
             merger.wide(candidate.kind, layers, contiguous=candidate.contiguous, together=True)
 

@@ -5,8 +5,9 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
+import functools
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -247,7 +248,7 @@ class _Counts:
     Attributes:
         plain: those of the plain model, also by layer.
         optimized: those of the optimized model, also by wide layer, by the least name of a layer.
-        apart: those of the optimized model without its rewritten forwards, by layer.
+        apart: those of layers whose wide layer did not run, without rewritten forwards.
         levels: what was merged beyond what was found at first, or runs in a rewritten forward.
         depths: what is behind groups, by their layers.
     """
@@ -287,8 +288,9 @@ class _Counts:
         plain, optimized = self.plain.by_layer or {}, self.optimized.by_layer or {}
         before = sum(plain.get(name, 0) for name in layers)
         after = optimized.get(min(layers), 0)
-        if not after and self.apart.by_layer is not None:  # They were called, or left apart.
-            after = sum(self.apart.by_layer.get(name, 0) for name in layers)
+        if not after:  # They were called one by one, or left apart.
+            apart = self.apart.by_layer or {}
+            after = sum(apart.get(name, plain.get(name, 0)) for name in layers)
         return before, after
 
 
@@ -302,40 +304,57 @@ def _count(
     """The launches of a call of the model, plain and optimized."""
     with contextlib.suppress(UncopyableError):
         try:
-            copies = [Copy(model, fake=True) for _ in range(4)]
-            return _count_on(copies, call, found, sightings, kinds)
+            copied = functools.partial(Copy, model, fake=True)
+            return _count_on(copied, call, found, sightings, kinds)
         except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
-            copies = [Copy(model, fake=False) for _ in range(4)]
-            return _count_on(copies, call, found, sightings, kinds)
+            copied = functools.partial(Copy, model, fake=False)
+            return _count_on(copied, call, found, sightings, kinds)
     return _Counts()
 
 
 def _count_on(
-    copies: list[Copy],
+    copied: Callable[[], Copy],
     call: Call,
     found: Sequence[Candidate],
     sightings: Sightings,
     kinds: tuple[Kind, ...],
 ) -> _Counts:
-    plain, optimized, apart, watched = copies
+    """The launches, counted on copies of the model."""
+    plain, optimized = copied(), copied()
     unfuse(plain.model, inplace=True)
-    merger = _merge(optimized.model, found, sightings, kinds)
-    Merger(apart.model, kinds, sightings, found).merge_all(found)
-    depths = Depths(watched.model)
-    _merge(watched.model, found, sightings, kinds, depths)
-    wide = {min(level.layers): wide for wide, level in _levels(optimized.model).items()}
-    groups = [candidate.layers for candidate in found]
-    groups += [level.layers for level in _levels(optimized.model).values()]
-    names = {name for layers in groups for name in layers}
+    depths = Depths(optimized.model)
+    merger = _merge(optimized.model, found, sightings, kinds, depths)
+    levels = _levels(optimized.model)
+    names = {name for candidate in found for name in candidate.layers}
+    names |= {name for level in levels.values() for name in level.layers}
     with undisturbed(plain.model):
-        watched.count(call, {})
+        depths.noting = True
+        optimized.count(call, {})
+        depths.noting = False
+        fused = optimized.count(call, {min(level.layers): wide for wide, level in levels.items()})
+        launched = fused.by_layer or {}
+        idle = [level.layers for level in levels.values() if not launched.get(min(level.layers))]
         return _Counts(
             plain.count(call, {name: plain.model.get_submodule(name) for name in names}),
-            optimized.count(call, wide),
-            apart.count(call, {name: apart.model.get_submodule(name) for name in names}),
-            (*merger.levels, *map(_levels(watched.model).__getitem__, depths.roots)),
-            _depths(depths, watched.model),
+            fused,
+            _count_apart(copied(), call, found, sightings, kinds, idle) if idle else UNCOUNTED,
+            (*merger.levels, *map(levels.__getitem__, depths.roots)),
+            _depths(depths, optimized.model),
         )
+
+
+def _count_apart(
+    apart: Copy,
+    call: Call,
+    found: Sequence[Candidate],
+    sightings: Sightings,
+    kinds: tuple[Kind, ...],
+    groups: Sequence[tuple[str, ...]],
+) -> Counted:
+    """The launches where no forward is rewritten, within the layers of groups."""
+    Merger(apart.model, kinds, sightings, found).merge_all(found)
+    names = [name for layers in groups for name in layers]
+    return apart.count(call, {name: apart.model.get_submodule(name) for name in names})
 
 
 def _levels(model: nn.Module) -> dict[Wide, Level]:

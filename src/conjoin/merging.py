@@ -12,7 +12,7 @@ from conjoin.graph import edit
 from conjoin.graph.siblings import Candidate, held_elsewhere, overlaps
 from conjoin.graph.site import Sightings
 from conjoin.layers import KINDS, NORMS, Kind, activation, kind_of
-from conjoin.layers.kind import common, tensors
+from conjoin.layers.kind import TENSORS, common, tensors
 from conjoin.layers.wide import View, Wide, fuse, release
 
 MERGER = "conjoin_merger"
@@ -82,6 +82,15 @@ class Merger:
     def kind_of(self, layer: nn.Module) -> Kind | None:
         """The kind of a layer or a normalization; None where it is of none."""
         return kind_of(layer, (*self.kinds, *NORMS))
+
+    def shared(self, modules: Mapping[str, nn.Module]) -> dict[str, str]:
+        """The weights and biases of some layers that share memory, by the names given here."""
+        found: dict[str, str] = {}
+        for name, module in modules.items():
+            for key in TENSORS:
+                if other := self._shared.get(f"{self._names.get(module)}.{key}".lstrip(".")):
+                    found[f"{name}.{key}"] = other
+        return found
 
     def merge_all(self, found: Iterable[Candidate]) -> bool:
         """Merges the candidates that may be merged and are not yet; whether there were any."""

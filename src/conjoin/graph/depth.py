@@ -46,6 +46,7 @@ class Depths:
         roots: the wide layer at which the chain begins that a wide layer is part of.
         before: the launches of the branches by themselves, but for their layers, by wide layer.
         after: the launches beside the wide layers, likewise.
+        noting: whether they are noted and counted now.
     """
 
     def __init__(self, model: nn.Module) -> None:
@@ -55,10 +56,11 @@ class Depths:
         self.before: collections.Counter[Wide] = collections.Counter()
         self.after: collections.Counter[Wide] = collections.Counter()
         self._names = {module: name for name, module in model.named_modules()}
+        self.noting = False
         self._apart = False
 
     def watch(self, graph_module: fx.GraphModule) -> None:
-        """Puts a graph that runs, notes and counts the given one in its place."""
+        """Puts a graph in its place that runs the given one, and notes and counts that if asked."""
         function = self._counting(graph_module)
         graph = fx.Graph()
         given = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
@@ -83,6 +85,8 @@ class Depths:
         before = {n: root for n, at in found.made.items() if (root := wide_at(at)) is not None}
 
         def counting(*args: Any) -> Any:
+            if not self.noting:
+                return fx.Interpreter(graph_module, graph=graph).run(*args)
             if self._apart:  # Within another graph, of which only one run counts what is inside.
                 return _Counting(graph_module, graph, {}, self.after).run(*args)
             self._note(found.found, modules)

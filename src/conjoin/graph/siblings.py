@@ -68,8 +68,25 @@ def candidates(
         The candidates, in the order of their first calls.
     """
     modules = dict(model.named_modules())
-    shared = overlaps(modules)
-    found: list[Candidate] = []
+    found = [*connected(modules, sightings, kinds, overlaps(modules))]
+    found += _unseen(model, {name for candidate in found for name in candidate.layers})
+    return in_order(found, model, sightings)
+
+
+def connected(
+    modules: Mapping[str, nn.Module],
+    sightings: Sightings,
+    kinds: tuple[Kind, ...],
+    shared: Mapping[str, str],
+) -> Iterator[Candidate]:
+    """The candidates among the layers that were seen, without those merged earlier and not called.
+
+    Args:
+        modules: the layers, by name.
+        sightings: what was seen of them.
+        kinds: the kinds of layer to look for.
+        shared: their tensors that share memory, see `overlaps`.
+    """
     for calls in _connected(modules, sightings.sites, kinds):
         kind = kind_of(modules[next(iter(calls))], kinds)
         assert kind is not None  # _connected looked it up
@@ -78,9 +95,7 @@ def candidates(
             widths = tuple(_width(kind, modules[name]) for name in names)
             strided = frozenset(i for i, name in enumerate(names) if name in sightings.strided)
             activations = _activations(names, sightings.sites)
-            found.append(Candidate(kind, names, widths, refusal, strided, activations))
-    found += _unseen(model, {name for candidate in found for name in candidate.layers})
-    return in_order(found, model, sightings)
+            yield Candidate(kind, names, widths, refusal, strided, activations)
 
 
 def in_order(
@@ -127,7 +142,7 @@ Calls = tuple[tuple[Hashable, Hashable, Hashable], ...]
 
 
 def _connected(
-    modules: dict[str, nn.Module], sites: Iterable[Site], kinds: tuple[Kind, ...]
+    modules: Mapping[str, nn.Module], sites: Iterable[Site], kinds: tuple[Kind, ...]
 ) -> Iterator[dict[str, Calls]]:
     """Sets of two or more layers of one kind that are connected by tensors that they read."""
     calls: dict[str, list[tuple[Hashable, Hashable, Hashable]]] = {}
@@ -160,7 +175,7 @@ def _resolve(
     kind: Kind,
     layers: dict[str, nn.Module],
     calls: dict[str, Calls],
-    shared: dict[str, str],
+    shared: Mapping[str, str],
     sightings: Sightings,
 ) -> Iterator[tuple[tuple[str, ...], Refusal | None]]:
     """Splits connected layers into groups that are or may be merged and refusals."""
