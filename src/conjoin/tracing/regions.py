@@ -355,13 +355,16 @@ def install(
     regions = [module for module in names if isinstance(module, Region)]
     within = {inner for region in regions for inner in region.modules()}
     found = [module for module in dict.fromkeys(_enclosing(model)) if module in names]
+    unsound: set[nn.Module] = set()
     # The inner ones first: their class is then what it will be when an outer one is traced.
     with putting_back(model):
         for module in sorted(found, key=lambda m: -len(names[m].split("."))):
-            if module not in within:
-                _install(module, _structures(calls, names[module]), meta)
+            if module in within:
+                continue
+            if not _install(module, _structures(calls, names[module]), meta):
+                unsound.add(module)
         if not merger.frozen:
-            _install_beyond(model, calls, meta)
+            _install_beyond(model, calls, meta, unsound)
 
 
 def _whole(module: nn.Module) -> set[Wide]:
@@ -382,13 +385,17 @@ def _structures(
 
 
 def _install_beyond(
-    model: nn.Module, calls: Mapping[str, Sequence[Structure]] | None, meta: dict[str, Any]
+    model: nn.Module,
+    calls: Mapping[str, Sequence[Structure]] | None,
+    meta: dict[str, Any],
+    unsound: set[nn.Module],
 ) -> None:
     """Rewrites forwards around wide layers that no region runs once yet, the largest first.
 
     Tracing them may show more to merge: siblings behind equal operations, and equal towers on
     different inputs. And the smallest module around a wide layer may be one that is not traced.
-    Where a module is not traced soundly, its children are looked at.
+    Where a module is not traced soundly, as those in `unsound` are known not to be, its children
+    are looked at.
     """
     merger: Merger = meta[MERGER]
     pending = [("", model)]
@@ -400,7 +407,7 @@ def _install_beyond(
         sound_traces: list[fx.GraphModule] = []
         has_forward = not isinstance(module, (nn.ModuleList, nn.ModuleDict))
         runs = has_forward and (not calls or bool(calls.get(name)))
-        if runs and _may_be_region(module):
+        if runs and module not in unsound and _may_be_region(module):
             traced = _trace(module, _structures(calls, name), meta, sound_traces)
             if _whole(module) - _covered(module):
                 _become(module, traced)
@@ -432,9 +439,12 @@ def suspended(model: nn.Module) -> Iterator[None]:
 
 def _install(
     module: nn.Module, structures: Sequence[Structure | None], meta: dict[str, Any]
-) -> None:
+) -> bool:
+    """Rewrites a forward where that is sound; whether a trace of it was."""
+    seen: list[fx.GraphModule] = []
     if _may_be_region(module):
-        _become(module, _trace(module, structures, meta, []))
+        _become(module, _trace(module, structures, meta, seen))
+    return bool(seen)
 
 
 def _may_be_region(module: nn.Module) -> bool:
@@ -495,6 +505,7 @@ def _in_both_modes(
     seen: list[fx.GraphModule],
 ) -> Iterator[Traced]:
     """A trace in training and one in evaluation mode, or one where nothing asks for the mode."""
+    asked: set[str] = set()
 
     def noted(graph_module: fx.GraphModule) -> bool:
         seen.append(graph_module)
@@ -505,11 +516,14 @@ def _in_both_modes(
         for mode in (True, False):
             for own, _ in flags:
                 own["training"] = mode
-            traced = sound.trace(module, noted, structure, meta)
+            before = len(seen)
+            traced = sound.trace(module, noted, structure, meta, asked)
             if traced is not None:
                 yield traced
                 if not traced.modes:
                     return
+            if len(seen) == before and not asked:  # It breaks off at the same place.
+                return
     finally:
         for own, flag in flags:
             own["training"] = flag

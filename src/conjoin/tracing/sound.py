@@ -196,6 +196,7 @@ def trace(
     rewrite: Callable[[fx.GraphModule], bool],
     structure: Structure | None = None,
     meta: dict[str, Any] | None = None,
+    asked: set[str] | None = None,
 ) -> Traced | None:
     """Traces a region and rewrites its graph.
 
@@ -204,6 +205,7 @@ def trace(
         rewrite: changes the graph, and tells whether it found anything to do.
         structure: that of the calls to trace; the required arguments alone where None.
         meta: what is put in the graph module's `meta` before `rewrite` is called.
+        asked: takes the paths of the modules whose mode the code asked for.
 
     Returns:
         The new forward and what it takes for granted; None where the trace would not be sound or
@@ -214,7 +216,7 @@ def trace(
     if structure is None:
         return None
     with undisturbed(region, reached=False):
-        found = _soundly(region, structure)
+        found = _soundly(region, structure, set() if asked is None else asked)
     if found is None:
         return None
     graph, sandbox = found
@@ -254,7 +256,9 @@ def _take_out_idle(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
             graph.erase_node(node)
 
 
-def _soundly(region: nn.Module, structure: Structure) -> tuple[fx.Graph, Sandbox] | None:
+def _soundly(
+    region: nn.Module, structure: Structure, asked: set[str]
+) -> tuple[fx.Graph, Sandbox] | None:
     """A sound trace of a region, as deep as it can be; None where there is none."""
     opaque = {module for module in region.modules() if _is_leaf(module, region)}
     left = {module for module in region.modules() if module is not region} - opaque
@@ -269,6 +273,8 @@ def _soundly(region: nn.Module, structure: Structure) -> tuple[fx.Graph, Sandbox
         except (Exception, UnsoundError):  # noqa: BLE001 - The region's code may raise anything.
             if not left:
                 return None
+        finally:
+            asked |= sandbox.modes.keys()
         # Without the module that broke off, and where the fault shows only later, without any.
         last = sandbox.stack[-1]
         alike = {last} if isinstance(last, CONTAINERS) else {*_of_class(left, plain_class(last))}
