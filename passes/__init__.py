@@ -9,6 +9,7 @@ from torch.fx.passes.infra.pass_base import PassBase
 
 from conjoin.merging import merger_of
 from conjoin.passes.cancel import Cancel
+from conjoin.passes.rejoin import Rejoin
 from conjoin.passes.separate import Separate
 from conjoin.passes.share import Share
 from conjoin.passes.sink import Sink
@@ -17,6 +18,9 @@ from conjoin.passes.widen import Widen
 
 PIPELINE: tuple[PassBase, ...] = (Share(), Widen(), Sink(), Towers(), Cancel())
 """The passes in their order."""
+
+COMPILED: tuple[PassBase, ...] = (Share(), Rejoin())
+"""Those for graphs of `torch.compile`, in which layers are functions already."""
 
 
 def rewrite(graph_module: fx.GraphModule) -> bool:
@@ -40,4 +44,15 @@ def _run_all(graph_module: fx.GraphModule) -> bool:
     return any(result is not None and result.modified for result in results)
 
 
-__all__ = ["PIPELINE", "Cancel", "Separate", "Share", "Sink", "Towers", "Widen", "rewrite"]
+__all__ = [
+    "COMPILED",
+    "PIPELINE",
+    "Cancel",
+    "Rejoin",
+    "Separate",
+    "Share",
+    "Sink",
+    "Towers",
+    "Widen",
+    "rewrite",
+]

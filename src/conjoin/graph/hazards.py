@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 from torch import fx, nn
-from torch._ops import OpOverload, OpOverloadPacket
+from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
 from conjoin.layers.kind import FORWARDS
@@ -43,6 +43,9 @@ STRIDE_METHODS = RANDOM_FILLS | frozenset(
     "as_strided_ resize_ resize_as_ set_".split()
 )
 """Methods whose result depends on the strides, also in whether it shares memory."""
+
+MODES = ("_set_", "_enter_", "_exit_", "_push_", "_pop_", "_vmap_", "_saved_tensors_hooks")
+"""What the names of functions begin with that set how what follows is computed."""
 
 OF_PYTORCH = frozenset({"torch", "_operator", "builtins", "math", "conjoin", ""})
 """The packages of functions whose name tells what they do."""
@@ -172,8 +175,8 @@ def is_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return (
         known
         and not any(True for _ in written(node, modules))
-        and not name.startswith(("_foreach", "__i"))
-        and name not in ("setattr", "apply", "backward", "_set_grad_enabled")
+        and not name.startswith(("_foreach", "__i", *MODES))
+        and name not in ("setattr", "apply", "backward")
     )
 
 
@@ -185,11 +188,20 @@ class Epochs(dict[fx.Node, int]):
         return found
 
 
-def epochs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Epochs:
+def epochs(
+    graph: fx.Graph,
+    modules: Mapping[str, nn.Module],
+    harmless: Callable[[fx.Node], bool] = lambda changing: False,
+) -> Epochs:
     """How many nodes that may change something stand before each node.
 
     A pure node may trade places with another of the same epoch, as far as its inputs allow. What
     changes a tensor that nobody else can see counts as pure: `relu(conv(x), inplace=True)`.
+
+    Args:
+        graph: the graph.
+        modules: the modules that it calls, by target.
+        harmless: whether a node that changes its first input and nothing else does not count.
     """
     found = Epochs()
     fresh: set[fx.Node] = set()
@@ -199,7 +211,7 @@ def epochs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Epochs:
             fresh.add(node)
             fresh |= _parts_of_their_own(node)
         elif not is_pure(node, modules):
-            epoch += 1
+            epoch += not (_changes_first_only(node, modules) and harmless(node))
         found[node] = epoch
     return found
 
@@ -215,7 +227,7 @@ def _is_fresh(node: fx.Node, fresh: set[fx.Node], modules: Mapping[str, nn.Modul
     changed = list(written(node, modules))
     if changed:
         # Where `out=` or an unknown function writes, there is more to it than the first input.
-        return own and changed == [first] and _changes_first_only(node, modules)
+        return own and _changes_first_only(node, modules)
     if node.op == "call_module":
         module = modules[str(node.target)]
         return not is_opaque(module) and not shares_memory(node, modules) and _allocates(module)
@@ -223,7 +235,7 @@ def _is_fresh(node: fx.Node, fresh: set[fx.Node], modules: Mapping[str, nn.Modul
         return False
     if called(node) in SPLITS:
         return own
-    return node in fresh or node.target in ARITHMETIC
+    return node in fresh or node.target in ALLOCATING
 
 
 def _parts_of_their_own(split: fx.Node) -> set[fx.Node]:
@@ -237,13 +249,19 @@ def _parts_of_their_own(split: fx.Node) -> set[fx.Node]:
 SPLITS = frozenset({"unsafe_split_with_sizes", "unstack"})
 """Functions that cut a tensor into parts that have no memory in common."""
 
-ARITHMETIC: frozenset[Any] = frozenset(
-    {operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, operator.neg}
+ALLOCATING: frozenset[Any] = frozenset(
+    {
+        *(operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul),
+        *(operator.neg, F.linear, F.conv1d, F.conv2d, F.conv3d, F.embedding),
+        *(F.batch_norm, F.group_norm, F.layer_norm),
+    }
 )
-"""Operators whose result is a tensor with memory of its own, or no tensor."""
+"""Functions and operators whose result is a tensor with memory of its own, or no tensor."""
 
 
 def _changes_first_only(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    if list(written(node, modules)) != [_first(node)]:
+        return False
     if node.op == "call_module":
         return not is_opaque(modules[str(node.target)])
     known = node.target in INPLACE_OPERATORS
@@ -346,5 +364,7 @@ def of_torch(target: Callable[..., Any] | str) -> bool:
     if isinstance(target, (OpOverload, OpOverloadPacket)):
         packet = target.overloadpacket if isinstance(target, OpOverload) else target
         return packet._qualified_op_name.split("::")[0] in ("aten", "prims")
+    if isinstance(target, HigherOrderOperator):  # What it calls may be anybody's.
+        return False
     module = getattr(target, "__module__", None) or ""
     return module.split(".")[0] in OF_PYTORCH

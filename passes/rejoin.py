@@ -1,0 +1,228 @@
+"""Products of one tensor with neighbouring slices of one weight become one product.
+
+    y_i = f(x, W[a_i], b[a_i])        becomes        y = f(x, W, b);  y_1, y_2 = split(y)
+
+for f Linear or Conv and neighbouring rows a_i. That is how the views of a wide layer compute where
+each does so by itself, as in the graphs of `torch.compile`. In the backward pass the weight gets
+one gradient then, in place of a sum of padded ones.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.nn import functional as F
+
+from conjoin.graph import bundles, edit, elementwise, hazards
+
+PRODUCTS: Mapping[Callable[..., Any], int] = {
+    F.linear: -1,
+    torch.conv1d: -2,
+    torch.conv2d: -3,
+    torch.conv3d: -4,
+}
+"""Functions of an input, a weight and a bias, and where the channels of their output are."""
+
+PARAMETERS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
+"""The parameters of these functions, in order."""
+
+MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
+"""The memory formats that a product's output may have and a copy of a part can be given."""
+
+
+@dataclass(frozen=True, slots=True)
+class Product:
+    """A product with a slice.
+
+    Attributes:
+        node: the call.
+        weight: the slice of the weight.
+        bias: the slice of the bias, if there is one.
+    """
+
+    node: fx.Node
+    weight: Slice
+    bias: Slice | None
+
+
+@dataclass(frozen=True, slots=True)
+class Slice:
+    """Neighbouring rows of a tensor: `size` of them from `start` on."""
+
+    node: fx.Node
+    whole: fx.Node
+    start: int
+    size: int
+
+    def precedes(self, other: Slice) -> bool:
+        """Whether the other's rows follow on these."""
+        return self.whole is other.whole and self.start + self.size == other.start
+
+
+class Rejoin(PassBase):
+    """Makes the wide product again of what the views of a wide layer compute one by one."""
+
+    def call(self, graph_module: fx.GraphModule) -> PassResult:
+        """Changes the graph in place."""
+        graph, modules = graph_module.graph, edit.called_modules(graph_module)
+        found = [run for products in _siblings(graph, modules) for run in _runs(products, modules)]
+        for run in found:
+            _join(graph, run, modules)
+        return PassResult(graph_module, bool(found))
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a product, by name."""
+    return {**dict(zip(PARAMETERS, node.args, strict=False)), **node.kwargs}
+
+
+def is_product(node: fx.Node) -> bool:
+    """Whether a node is a call that can be part of a wide one."""
+    if node.op != "call_function" or node.target not in PRODUCTS:
+        return False
+    return bool(arguments(node).get("groups", 1) == 1)
+
+
+def settings(node: fx.Node) -> Hashable:
+    """What must be equal for products on one tensor to become one, but for having a bias."""
+    given = {k: v for k, v in arguments(node).items() if k not in ("weight", "bias")}
+    return node.target, elementwise.comparable(given, lambda input: input)
+
+
+def _siblings(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[list[Product]]:
+    """Products with slices of one weight that read one tensor, by their rows."""
+    epochs = hazards.epochs(graph, modules, _elsewhere(graph))
+    groups: dict[Hashable, list[Product]] = {}
+    for node in graph.nodes:
+        if not is_product(node):
+            continue
+        given = arguments(node)
+        weight, bias = _slice(given["weight"]), _slice(given.get("bias"))
+        if weight is None or (bias is None and given.get("bias") is not None):
+            continue
+        key = settings(node), weight.whole, bias and bias.whole, epochs[node]
+        groups.setdefault(key, []).append(Product(node, weight, bias))
+    for products in groups.values():
+        yield sorted(products, key=lambda product: product.weight.start)
+
+
+def _elsewhere(graph: fx.Graph) -> Callable[[fx.Node], bool]:
+    """Whether a node that changes its first input changes what no product reads.
+
+    Dynamo's example values lie in one storage where the values do.
+    """
+    read = {
+        _storage(arguments(node).get(name))
+        for node in graph.nodes
+        if is_product(node)
+        for name in ("input", "weight", "bias")
+    }
+    return lambda node: _storage(node.all_input_nodes[0]) not in (None, *read)
+
+
+def _storage(node: object) -> int | None:
+    """What a node's value lies in; None where that is not known."""
+    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+
+
+def _slice(node: object) -> Slice | None:
+    """The rows that a node takes of a tensor; None where it is something else."""
+    if not isinstance(node, fx.Node) or node.op != "call_method" or node.target != "narrow":
+        return None
+    if node.kwargs or len(node.args) != 4:
+        return None
+    whole, dim, start, size = node.args
+    if not isinstance(whole, fx.Node) or dim != 0:
+        return None
+    if not isinstance(start, int) or not isinstance(size, int) or start < 0:
+        return None
+    return Slice(node, whole, start, size)
+
+
+def _runs(products: Sequence[Product], modules: Mapping[str, nn.Module]) -> Iterator[list[Product]]:
+    """Two products or more, each with the rows that follow on those of the one before."""
+    run: list[Product] = []
+    for product in products:
+        if not _can_be_part(product.node, modules):
+            continue
+        if run and not _follows(run[-1], product):
+            if len(run) > 1:
+                yield run
+            run = []
+        run.append(product)
+    if len(run) > 1:
+        yield run
+
+
+def _follows(first: Product, second: Product) -> bool:
+    if first.bias is None or second.bias is None:
+        return first.weight.precedes(second.weight) and first.bias is second.bias
+    return first.weight.precedes(second.weight) and first.bias.precedes(second.bias)
+
+
+def _can_be_part(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a part of a wide output can be made what the node gives."""
+    strided = hazards.reads_strides(node, modules, escapes=True)
+    return not strided or _memory_format(node) is not None
+
+
+def _memory_format(node: fx.Node) -> torch.memory_format | None:
+    """How the value of a node lies in memory; None where that is not known."""
+    value = node.meta.get("example_value")
+    if not isinstance(value, Tensor):
+        return None
+    ranks = {torch.channels_last: 4, torch.channels_last_3d: 5}
+    return next(
+        (
+            memory_format
+            for memory_format in MEMORY_FORMATS
+            if ranks.get(memory_format, value.dim()) == value.dim()
+            and value.is_contiguous(memory_format=memory_format)
+        ),
+        None,
+    )
+
+
+def _join(graph: fx.Graph, run: Sequence[Product], modules: Mapping[str, nn.Module]) -> None:
+    """Puts one product and a split in the place of a run of them."""
+    nodes = [product.node for product in run]
+    first = min(nodes)
+    given = arguments(first)
+    with graph.inserting_before(first):
+        given["weight"] = _rows(graph, [product.weight for product in run])
+        biases = [product.bias for product in run if product.bias is not None]
+        given["bias"] = _rows(graph, biases) if biases else None
+        whole = graph.call_function(first.target, (), given)  # type: ignore[arg-type]
+        sizes = [product.weight.size for product in run]
+        parts = bundles.cut(graph, whole, sizes, PRODUCTS[first.target])  # type: ignore[index]
+        outputs = [
+            _own(graph, part, node) if hazards.reads_strides(node, modules, escapes=True) else part
+            for part, node in zip(parts, nodes, strict=True)
+        ]
+    whole.meta = {key: value for key, value in first.meta.items() if key != "example_value"}
+    bundles.substitute(graph, nodes, outputs)
+    for product in run:
+        for slice in (product.weight, product.bias):
+            if slice is not None and not slice.node.users:
+                graph.erase_node(slice.node)
+
+
+def _own(graph: fx.Graph, part: fx.Node, node: fx.Node) -> fx.Node:
+    """A copy of a part that lies in memory as the node's own output does."""
+    return graph.call_method("clone", (part,), {"memory_format": _memory_format(node)})
+
+
+def _rows(graph: fx.Graph, slices: Sequence[Slice]) -> fx.Node:
+    """The rows of slices that follow on one another; the tensor itself where that is all of it."""
+    whole, start = slices[0].whole, slices[0].start
+    size = sum(each.size for each in slices)
+    value = whole.meta.get("example_value")
+    if isinstance(value, Tensor) and value.shape[0] == size:
+        return whole
+    return graph.call_method("narrow", (whole, 0, start, size))

@@ -1,0 +1,111 @@
+"""`torch.compile(model, backend="conjoin")`, and the same as a pass for stock Inductor."""
+
+from __future__ import annotations
+
+import collections
+import functools
+import warnings
+from collections.abc import Callable, Hashable, Sequence
+from typing import Any
+
+import torch
+from torch import fx, nn
+from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+
+from conjoin.graph import bundles, edit, elementwise, hazards
+from conjoin.passes import COMPILED, rejoin, share
+
+BACKEND = "backend"
+"""The option that names what compiles the rewritten graph."""
+
+
+def backend(
+    graph_module: fx.GraphModule,
+    example_inputs: Sequence[Any],
+    *,
+    mode: str | None = None,
+    options: dict[str, Any] | None = None,
+) -> Callable[..., Any]:
+    """Compiles a graph in which the siblings of an optimized model are wide layers again.
+
+    It is registered with `torch.compile` under the name `"conjoin"`.
+
+    Args:
+        graph_module: what Dynamo captured; it is changed in place.
+        example_inputs: the inputs that it was captured with.
+        mode: as for `torch.compile`.
+        options: as for `torch.compile`, those of the inner backend; `"backend"` among them is that
+            backend, a name or a function, and Inductor where it is not given.
+
+    Returns:
+        The compiled graph.
+
+    Example:
+        >>> import torch, conjoin
+        >>> model = conjoin.nn.Parallel(torch.nn.Linear(8, 2), torch.nn.Linear(8, 3))
+        >>> x = torch.randn(4, 8)
+        >>> fused = conjoin.optimize(model, (x,))
+        >>> options = {"backend": "eager"}
+        >>> compiled = torch.compile(fused, backend="conjoin", options=options)
+        >>> [tuple(part.shape) for part in compiled(x)]
+        [(4, 2), (4, 3)]
+    """
+    inner = dict(options or {})
+    compiler = inner.pop(BACKEND, "inductor")
+    rewrite(graph_module)
+    if missed := _unmerged(graph_module.graph):
+        warnings.warn(
+            f"{missed} layers of the compiled model read what another like layer reads too. "
+            "conjoin.optimize(model) before torch.compile may merge such layers once, where their "
+            "weights would have to be joined in each call here; conjoin.report(model) tells which.",
+            stacklevel=2,
+        )
+    wrapper: Any = torch._TorchCompileInductorWrapper
+    if compiler != "inductor":
+        wrapper = functools.partial(torch._TorchCompileWrapper, compiler)
+    compiled: Callable[..., Any] = wrapper(mode, inner, None)(graph_module, example_inputs)
+    return compiled
+
+
+def rewrite(graph_module: fx.GraphModule) -> bool:
+    """Runs the passes for compiled graphs; whether any found something to do."""
+    results = [run(graph_module) for run in COMPILED]
+    changed = any(result is not None and result.modified for result in results)
+    if changed:
+        graph_module.graph.lint()
+        graph_module.recompile()
+    return changed
+
+
+class PreGradPass(CustomGraphPass):
+    """What the backend does, for `torch._inductor.config.pre_grad_custom_pass`.
+
+    Example:
+        >>> import torch
+        >>> from conjoin.compiling import PreGradPass
+        >>> with torch._inductor.config.patch(pre_grad_custom_pass=PreGradPass()):
+        ...     compiled = torch.compile(torch.nn.Linear(8, 2))
+    """
+
+    def __call__(self, graph: fx.Graph) -> None:
+        """Changes a graph in place."""
+        owner = graph.owning_module
+        rewrite(fx.GraphModule(nn.Module(), graph) if owner is None else owner)
+
+    def uuid(self) -> str:
+        """What Inductor's cache knows this version of the pass by."""
+        return str(get_hash_for_files(tuple(module.__file__ for module in SOURCES)))
+
+
+SOURCES = (bundles, edit, elementwise, hazards, rejoin, share)
+"""The modules that decide what becomes of a graph."""
+
+
+def _unmerged(graph: fx.Graph) -> int:
+    """How many products with a weight of their own read what another like it reads."""
+    siblings: dict[Hashable, set[fx.Node]] = collections.defaultdict(set)
+    for node in graph.nodes:
+        weight = rejoin.arguments(node).get("weight") if rejoin.is_product(node) else None
+        if isinstance(weight, fx.Node) and weight.op in ("placeholder", "get_attr"):
+            siblings[rejoin.settings(node)].add(weight)
+    return sum(len(weights) for weights in siblings.values() if len(weights) > 1)

@@ -1,0 +1,311 @@
+"""`torch.compile(backend="conjoin")`: the wide layers are back in the graph that is compiled."""
+
+import copy
+
+import pytest
+import torch
+from equivalence import assert_close, gradients, tensors
+from torch import nn
+from torch._dynamo.backends.registry import lookup_backend
+from torch.nn import functional as F
+
+import conjoin
+from conjoin.compiling import PreGradPass
+from conjoin.passes import rejoin
+
+
+class Attention(nn.Module):
+    """Grouped-query attention, with code that symbolic tracing does not follow."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(8, 16), nn.Linear(8, 8), nn.Linear(8, 8)
+        self.out = nn.Linear(16, 8)
+
+    def forward(self, x):
+        batch, length, _ = x.shape
+        if length > 512:
+            raise ValueError("too long")
+        q = self.q(x).view(batch, length, 4, 4).transpose(1, 2)
+        k = self.k(x).view(batch, length, 2, 4).transpose(1, 2)
+        v = self.v(x).view(batch, length, 2, 4).transpose(1, 2)
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.out(y.transpose(1, 2).reshape(batch, length, 16))
+
+
+class Inception(nn.Module):
+    """Four branches, of which three begin with a 1x1 convolution."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (4, 3, 2)
+        self.reduce = nn.ModuleList(nn.Conv2d(3, width, 1) for width in widths)
+        self.norms = nn.ModuleList(nn.BatchNorm2d(width) for width in widths)
+        self.after = nn.ModuleList(nn.Conv2d(width, 4, 3, padding=1) for width in widths)
+        self.pool = nn.Conv2d(3, 4, 1)
+
+    def forward(self, x):
+        if x.shape[-1] < 2:
+            return x
+        made = []
+        for reduce, norm, after in zip(self.reduce, self.norms, self.after, strict=True):
+            made.append(after(F.relu(norm(reduce(x)), inplace=True)))
+        return torch.cat([*made, self.pool(F.max_pool2d(x, 3, 1, 1))], 1)
+
+
+class TimeEmbedding(nn.Module):
+    """Projections of one embedding, each behind an activation of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.activations = nn.ModuleList(nn.SiLU() for _ in range(3))
+        self.projections = nn.ModuleList(nn.Linear(8, width) for width in (4, 6, 4))
+
+    def forward(self, x, t):
+        if t.shape[0] != x.shape[0]:
+            raise ValueError("one time for each")
+        for activation, project in zip(self.activations, self.projections, strict=True):
+            x = x + project(activation(t)).sum(-1, keepdim=True)
+        return x
+
+
+class ActorCritic(nn.Module):
+    """The critic's output is changed in place; the actor's leaves the graph."""
+
+    def __init__(self):
+        super().__init__()
+        self.actor, self.critic = nn.Linear(6, 3), nn.Linear(6, 1)
+
+    def forward(self, x):
+        if x.dim() != 2:
+            raise ValueError("a batch of observations")
+        value = self.critic(x)
+        value += 1
+        return self.actor(x), value.squeeze(-1)
+
+
+MODELS = {
+    "attention": (Attention, lambda n: (torch.randn(n, 5, 8),), 2),
+    "inception": (Inception, lambda n: (torch.randn(n, 3, 6, 6),), 5),
+    "inception_channels_last": (
+        Inception,
+        lambda n: (torch.randn(n, 3, 6, 6).contiguous(memory_format=torch.channels_last),),
+        5,
+    ),
+    "time_embedding": (TimeEmbedding, lambda n: (torch.randn(n, 7), torch.randn(n, 8)), 1),
+    "actor_critic": (ActorCritic, lambda n: (torch.randn(n, 6),), 1),
+}
+"""Models, their inputs for a batch, and the products that are left."""
+
+
+class Inner:
+    """An inner backend that keeps the graphs that it is given."""
+
+    def __init__(self, name="aot_eager"):
+        self.name = name
+        self.graphs = []
+
+    def __call__(self, graph_module, inputs):
+        self.graphs.append(copy.deepcopy(graph_module.graph))
+        return lookup_backend(self.name)(graph_module, inputs)
+
+    @property
+    def products(self):
+        """How many products each graph has."""
+        return [
+            sum(node.target in rejoin.PRODUCTS for node in graph.nodes) for graph in self.graphs
+        ]
+
+
+@pytest.fixture(autouse=True)
+def _compile_anew():
+    torch.compiler.reset()
+    torch.manual_seed(0)
+
+
+def optimized(model, args):
+    fused = conjoin.optimize(model, args)
+    assert any(group.fused for group in conjoin.report(fused, args).groups)
+    return fused
+
+
+def compiled_by(model, inner, **options):
+    return torch.compile(model, backend="conjoin", options={"backend": inner}, **options)
+
+
+def assert_same_steps(model, fused, compiled, args):
+    """Equal outputs, strides, gradients and buffers."""
+    for each in (model, fused):
+        each.zero_grad()
+    ours, theirs = dict(tensors(compiled(*args))), dict(tensors(model(*args)))
+    assert_close(ours, theirs)
+    assert [t.stride() for t in ours.values()] == [t.stride() for t in theirs.values()]
+    for outputs in (ours, theirs):
+        sum((output * output).sum() for output in outputs.values()).backward()
+    assert_close(gradients(fused), gradients(model))
+    assert_close(fused.state_dict(), model.state_dict())
+
+
+def assert_same_outputs(ours, theirs):
+    assert_close(dict(tensors(ours)), dict(tensors(theirs)))
+
+
+@pytest.mark.parametrize(
+    ("name", "training"), [*((name, True) for name in MODELS), ("inception", False)]
+)
+def test_compiled_models_are_the_same_function(name, training):
+    make, inputs, expected = MODELS[name]
+    model = make().double().train(training)
+    calls = [tuple(t.double() for t in inputs(n)) for n in (3, 5, 7)]
+    fused = optimized(model, calls[0])
+    inner = Inner()
+    compiled = compiled_by(fused, inner, fullgraph=True)
+    for args in calls:
+        assert_same_steps(model, fused, compiled, args)
+    assert set(inner.products) == {expected}
+    assert len(inner.graphs) == 2, "once for the first batch, once for any"
+
+
+def test_inductor_is_the_inner_backend():
+    model = ActorCritic().double()
+    args = (torch.randn(3, 6).double(),)
+    fused = optimized(model, args)
+    compiled = torch.compile(fused, backend="conjoin", options={"max_autotune": False})
+    assert_same_steps(model, fused, compiled, args)
+
+
+def test_it_is_registered():
+    assert "conjoin" in torch._dynamo.list_backends()
+
+
+def test_the_inner_backend_gets_its_mode_and_options():
+    given = []
+
+    def inner(graph_module, inputs, **kwargs):
+        given.append(kwargs)
+        return graph_module.forward
+
+    options = {"backend": inner, "level": 3}
+    compiled = torch.compile(nn.Linear(2, 2), backend="conjoin", options=options)
+    compiled(torch.randn(2, 2))
+    assert given == [{"options": {"level": 3}}]
+    with pytest.raises(RuntimeError, match="Unexpected optimization option levels"):
+        torch.compile(nn.Linear(2, 2), backend="conjoin", options={"levels": 3})(torch.randn(2, 2))
+
+
+class Changed(nn.Module):
+    """What the siblings read is changed between their calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x, between):
+        if x.dim() > 9:
+            raise ValueError
+        y = self.a(x)
+        between(x)
+        return y, self.b(x)
+
+
+@pytest.mark.parametrize("between", [lambda x: x.mul_(2), lambda x: None], ids=["mul", "nothing"])
+def test_nothing_moves_past_a_change(between):
+    model = Changed().double()
+    x = torch.randn(3, 4).double()
+    fused = optimized(model, (x.clone(), lambda x: None))
+    inner = Inner()
+    compiled = compiled_by(fused, inner)
+    with torch.no_grad():
+        assert_same_outputs(compiled(x.clone(), between), model(x.clone(), between))
+    y = torch.ones(1, dtype=torch.float64)
+    changes = between(y) is not None
+    assert sum(inner.products) == 1 + changes
+
+
+class Modes(nn.Module):
+    """One sibling under another mode."""
+
+    def __init__(self, mode):
+        super().__init__()
+        self.a, self.b, self.mode = nn.Linear(4, 3), nn.Linear(4, 3), mode
+
+    def forward(self, x):
+        if x.dim() > 9:
+            raise ValueError
+        y = self.a(x)
+        with self.mode():
+            return y, self.b(x)
+
+
+@pytest.mark.parametrize(
+    "mode", [torch.no_grad, lambda: torch.autocast("cpu", torch.bfloat16)], ids=["grad", "autocast"]
+)
+def test_nothing_moves_into_another_mode(mode):
+    plain = Modes(mode)
+    x = torch.randn(3, 4)
+    fused = copy.deepcopy(plain)
+    conjoin.layers.wide.fuse(conjoin.layers.kind_of(fused.a), [fused.a, fused.b], fused)
+    inner = Inner("eager")
+    compiled = compiled_by(fused, inner)
+    for ours, theirs in zip(compiled(x), plain(x), strict=True):
+        assert ours.dtype == theirs.dtype
+        assert ours.requires_grad == theirs.requires_grad
+        assert torch.allclose(ours, theirs)
+    assert sum(inner.products) == 2
+
+
+def test_siblings_with_a_bias_on_some():
+    model = nn.Sequential(
+        conjoin.nn.Parallel(*(nn.Linear(4, 3, bias=i % 2 == 0) for i in range(4)))
+    )
+    model.double()
+    x = torch.randn(3, 4).double()
+    fused = optimized(model, (x,))
+    inner = Inner()
+    compiled = compiled_by(fused, inner)
+    assert_same_outputs(compiled(x), model(x))
+
+
+def test_a_model_that_was_not_optimized_is_left_alone_and_that_is_said():
+    model = Attention().double()
+    x = torch.randn(2, 5, 8).double()
+    inner = Inner()
+    with pytest.warns(UserWarning, match=r"3 layers .* conjoin.optimize"):
+        assert_same_outputs(compiled_by(model, inner)(x), model(x))
+    assert inner.products == [4]
+
+
+def test_no_recompilation_that_the_plain_model_would_not_have():
+    model = Attention().double()
+    x = torch.randn(2, 5, 8).double()
+    seen = []
+    for each in (model, optimized(model, (x,))):
+        torch.compiler.reset()
+        inner = Inner("eager")
+        compiled = compiled_by(each, inner)
+        with torch.no_grad():
+            for batch in (2, 3, 4):
+                compiled(torch.randn(batch, 5, 8).double())
+        for mode in (True, False):
+            each.train(mode)
+            compiled(x)
+        seen.append(len(inner.graphs))
+    assert seen[0] == seen[1]
+
+
+def test_stock_inductor_runs_the_pass_and_its_cache_knows_it():
+    model = Attention().double()
+    x = torch.randn(2, 5, 8).double()
+    fused = optimized(model, (x,))
+    pre_grad = PreGradPass()
+    graphs = []
+
+    class Watched(PreGradPass):
+        def __call__(self, graph):
+            super().__call__(graph)
+            graphs.append(sum(node.target in rejoin.PRODUCTS for node in graph.nodes))
+
+    with torch._inductor.config.patch(pre_grad_custom_pass=Watched(), fx_graph_cache=False):
+        assert_same_steps(model, fused, torch.compile(fused), (x,))
+    assert graphs == [2]
+    assert pre_grad.uuid() == PreGradPass().uuid() != ""
