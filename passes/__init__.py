@@ -8,6 +8,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 
 from conjoin.merging import merger_of
+from conjoin.passes.batch import Batch
 from conjoin.passes.cancel import Cancel
 from conjoin.passes.separate import Separate
 from conjoin.passes.share import Share
@@ -15,7 +16,7 @@ from conjoin.passes.sink import Sink
 from conjoin.passes.towers import Towers
 from conjoin.passes.widen import Widen
 
-PIPELINE: tuple[PassBase, ...] = (Share(), Widen(), Sink(), Towers(), Cancel())
+PIPELINE: tuple[PassBase, ...] = (Share(), Batch(), Widen(), Sink(), Towers(), Cancel())
 """The passes in their order."""
 
 
@@ -40,4 +41,4 @@ def _run_all(graph_module: fx.GraphModule) -> bool:
     return any(result is not None and result.modified for result in results)
 
 
-__all__ = ["PIPELINE", "Cancel", "Separate", "Share", "Sink", "Towers", "Widen", "rewrite"]
+__all__ = ["PIPELINE", "Batch", "Cancel", "Separate", "Share", "Sink", "Towers", "Widen", "rewrite"]
