@@ -20,7 +20,9 @@ ROWS = randn(3, 4), randn(2, 3, 4), randn(4), randn(0, 4), randn(3, 5), randn()
 
 def mlp(*between):
     return nn.Sequential(
-        nn.Linear(4, 5), *between, nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 3), nn.RMSNorm(3)
+        *(nn.Linear(4, 5), *between, nn.LayerNorm(5), nn.ReLU(), nn.Linear(5, 5), nn.Tanh()),
+        *(nn.Linear(5, 5), nn.SiLU(), nn.Linear(5, 5), nn.GELU(), nn.Linear(5, 5), nn.ELU()),
+        *(nn.Linear(5, 3), nn.RMSNorm(3)),
     )
 
 
@@ -44,7 +46,7 @@ def of_four(m, x):
 
 def one_by_one(m, x):
     """All the first layers before all the second ones."""
-    values = made(x, 3)
+    values = made(x)
     for layer in m.f:
         values = [layer(value) for value in values]
     return [ended(value) for value in values]
@@ -78,20 +80,20 @@ def test_separate():
     assert_same(traced, plain, *ROWS[:2])
 
 
-def test_a_shared_embedding():
-    def script(m, x):
-        return [
-            ended(m.f(index)) for index in ((x * n).sigmoid().round().long() for n in (1, 2, 3))
-        ]
+def of_indices(m, x):
+    indices = [(x * number).sigmoid().round().long() for number in range(1, 14)]
+    return [ended(m.f(index)) for index in indices]
 
-    traced, plain = both(Scripted(script, f=nn.Sequential(nn.Embedding(3, 4, padding_idx=1))))
+
+def test_a_shared_embedding():
+    traced, plain = both(Scripted(of_indices, f=nn.Sequential(nn.Embedding(3, 4, padding_idx=1))))
     assert calls(traced) == {"f.0": 1}
     assert_same(traced, plain, *ROWS)
 
 
-@pytest.mark.parametrize("count", [2, 3])
+@pytest.mark.parametrize("count", [4, 5])
 def test_siblings_on_each(count):
-    """Siblings on several tensors are one product, if there are enough of them."""
+    """Siblings on several tensors are one product."""
 
     def script(m, x):
         return [(m.q(t).softmax(-1) * m.k(t).softmax(-1)).sum() for t in made(x, count)]
@@ -151,7 +153,7 @@ APART = {
     "left out": (left_out, mlp()),
     "changed between": (changed_between, mlp()),
     "of two shapes": (of_two_shapes, mlp()),
-    "nothing follows": (of_two, nn.Sequential(nn.Linear(4, 3))),
+    "little follows": (of_two, mlp()[:4]),
     "two dimensions": (of_four, nn.Sequential(nn.LayerNorm((4, 4)))),
     "convolution": (of_four, nn.Sequential(nn.Conv1d(3, 3, 1))),
 }
@@ -168,13 +170,8 @@ def test_apart(script, f):
     "options", [{"max_norm": 1.0}, {"scale_grad_by_freq": True}, {"sparse": True}], ids=str
 )
 def test_embeddings_that_know_the_batch(options):
-    def script(m, x):
-        return [
-            ended(m.f(index)) for index in ((x * n).sigmoid().round().long() for n in (1, 2, 3))
-        ]
-
-    traced, _ = both(Scripted(script, f=nn.Sequential(nn.Embedding(3, 4, **options))))
-    assert calls(traced) == {"f.0": 3}
+    traced, _ = both(Scripted(of_indices, f=nn.Sequential(nn.Embedding(3, 4, **options))))
+    assert calls(traced) == {"f.0": 13}
 
 
 def test_changed_before_both():
@@ -185,8 +182,12 @@ def test_changed_before_both():
 @pytest.mark.parametrize("between", [nn.BatchNorm1d(5), nn.Dropout(0.5)], ids=str)
 def test_what_knows_the_batch_stays_apart(between):
     """The layers before it and behind it run once; it runs for each tensor, in order."""
-    traced, plain = both(Scripted(of_two, f=mlp(nn.ReLU(), between)))
-    assert calls(traced)["f.2"] == 2
+
+    def script(m, x):
+        return [ended(m.f(t)) for t in made(x, 8)]
+
+    traced, plain = both(Scripted(script, f=mlp(nn.ReLU(), between)))
+    assert calls(traced)["f.2"] == 8
     assert {count for layer, count in calls(traced).items() if layer != "f.2"} == {1}
     assert_same(traced, plain, *ROWS)
     assert_trains_alike(traced, plain, *ROWS[:1])
@@ -216,7 +217,7 @@ class Twins(nn.Module):
     def __init__(self):
         super().__init__()
         self.f, self.g = (
-            nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 5), nn.ReLU(), nn.Linear(5, 1))
+            nn.Sequential(nn.Linear(6, 5), nn.ReLU(), *mlp()[2:8], nn.Linear(5, 1))
             for _ in range(2)
         )
 
@@ -226,7 +227,7 @@ class Twins(nn.Module):
 
 
 class Retrieval(nn.Module):
-    """A query and two documents, of which the documents are of one length."""
+    """A query, and documents of one length."""
 
     def __init__(self):
         super().__init__()
@@ -237,8 +238,8 @@ class Retrieval(nn.Module):
         h = self.embed(tokens)
         return (self.q(h).softmax(-1) * self.k(h).tanh()).mean(1)
 
-    def forward(self, query, one, other):
-        return self.read(query) * self.read(one), self.read(other)
+    def forward(self, query, *documents):
+        return [self.read(query) * self.read(document) for document in documents]
 
 
 def tokens(*shape):
@@ -251,8 +252,8 @@ MODELS = {
     "critics": (Twins, (randn(3, 4), randn(3, 2), randn(3, 2)), None),
     "retrieval": (
         Retrieval,
-        (tokens(3, 2), tokens(3, 5), tokens(3, 5)),
-        (tokens(3, 2), tokens(3, 4), tokens(1, 5)),
+        (tokens(3, 2), *(tokens(3, 5) for _ in range(4))),
+        (tokens(3, 2), *(tokens(3, length) for length in (4, 5, 5, 5))),
     ),
 }
 
