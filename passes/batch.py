@@ -15,7 +15,7 @@ that is rewritten also looks at the sizes and shapes of what it is called with.
 
 from __future__ import annotations
 
-from collections.abc import Hashable, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -88,9 +88,22 @@ def _climb(
 
 
 def _gather(graph: fx.Graph, modules: Mapping[str, nn.Module], inputs: Inputs) -> bool:
-    """Runs layers once that read tensors of one shape; whether there were any."""
+    """Runs a layer once whose calls read tensors of one shape and depend on no other call of it.
+
+    Returns:
+        Whether there was any.
+    """
+    calls = _calls(graph, modules)
+    if len({*calls.values()}) == len(calls):
+        return False
     edges, epochs = order.constraints(graph, modules), hazards.epochs(graph, modules)
-    gathered = _first(graph, edges, _worthwhile(_alike(graph, modules, edges, inputs), modules))
+    shapes = congruence.classes(graph, modules, inputs.alike)
+    depths = order.depths(graph, edges, calls.__contains__)
+    groups: dict[Hashable, list[fx.Node]] = {}
+    for node, call in calls.items():
+        key = call, depths[node], epochs[node], shapes[_input(node)]
+        groups.setdefault(key, []).append(node)
+    gathered = _first(graph, edges, _worthwhile(groups.values(), modules))
     for users in gathered:
         layer = modules[str(users[0].target)]
         stack = _stacked(graph, users, samplewise.dims(layer), epochs)
@@ -117,40 +130,30 @@ def _stacked(
         return graph.call_function(bundles.batched, (inputs, dims))
 
 
-def _alike(
-    graph: fx.Graph,
-    modules: Mapping[str, nn.Module],
-    edges: order.Edges,
-    inputs: Inputs,
-) -> list[list[fx.Node]]:
-    """Calls of one layer of which none depends on another, on different tensors of one shape."""
+def _calls(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, Hashable]:
+    """The calls of layers that act on each sample, and what those have in common that may be one.
+
+    What a frozen layer gives requires a gradient where its input does, be it one of several.
+    """
     trained = hazards.trained(graph, modules)
-    calls: dict[fx.Node, Hashable] = {}
+    found: dict[fx.Node, Hashable] = {}
     for node in graph.nodes:
         input = edit.only_input(node) if node.op == "call_module" else None
-        found = None if input is None else samplewise.key(node, input, modules)
-        # What a frozen layer gives requires a gradient where its input does, be it one of several.
-        if found is not None and (node not in trained or samplewise.trains(found)):
-            calls[node] = found, node in trained
-    if len({*calls.values()}) == len(calls):
-        return []
-    depths = order.depths(graph, edges, calls.__contains__)
-    epochs = hazards.epochs(graph, modules)
-    shapes = congruence.classes(graph, modules, inputs.alike)
-    groups: dict[Hashable, list[fx.Node]] = {}
-    for node, call in calls.items():
-        key = call, depths[node], epochs[node], shapes[_input(node)]
-        groups.setdefault(key, []).append(node)
-    return [users for users in groups.values() if len({*map(_input, users)}) == len(users) > 1]
+        layer = None if input is None else samplewise.key(node, input, modules)
+        if layer is not None and (node not in trained or samplewise.trains(layer)):
+            found[node] = layer, node in trained
+    return found
 
 
 def _worthwhile(
-    groups: list[list[fx.Node]], modules: Mapping[str, nn.Module]
+    groups: Iterable[list[fx.Node]], modules: Mapping[str, nn.Module]
 ) -> list[list[fx.Node]]:
-    """The groups for which it saves more to run their calls at once than their stack costs."""
+    """The groups of calls on different tensors that save more at once than their stack costs."""
     readers: dict[tuple[fx.Node, ...], list[list[fx.Node]]] = {}
     for calls in groups:
-        readers.setdefault(tuple(map(_input, calls)), []).append(calls)
+        inputs = tuple(map(_input, calls))
+        if len({*inputs}) == len(inputs) > 1:
+            readers.setdefault(inputs, []).append(calls)
     return [
         calls
         for inputs, several in readers.items()
