@@ -8,6 +8,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 
 from conjoin.merging import merger_of
+from conjoin.passes.batch import Batch
 from conjoin.passes.cancel import Cancel
 from conjoin.passes.rejoin import Rejoin
 from conjoin.passes.separate import Separate
@@ -16,7 +17,7 @@ from conjoin.passes.sink import Sink
 from conjoin.passes.towers import Towers
 from conjoin.passes.widen import Widen
 
-PIPELINE: tuple[PassBase, ...] = (Share(), Widen(), Sink(), Towers(), Cancel())
+PIPELINE: tuple[PassBase, ...] = (Share(), Batch(), Widen(), Sink(), Towers(), Cancel())
 """The passes in their order."""
 
 COMPILED: tuple[PassBase, ...] = (Share(), Rejoin())
@@ -47,6 +48,7 @@ def _run_all(graph_module: fx.GraphModule) -> bool:
 __all__ = [
     "COMPILED",
     "PIPELINE",
+    "Batch",
     "Cancel",
     "Rejoin",
     "Separate",

@@ -24,6 +24,9 @@ from conjoin.layers.wide import Wide
 CATS: frozenset[Any] = frozenset({torch.cat, torch.concat, torch.concatenate})
 """`torch.cat` in all its spellings."""
 
+STACKS: frozenset[Any] = frozenset({torch.stack, bundles.batched})
+"""What stacks tensors."""
+
 SPLITS: frozenset[Any] = frozenset({torch.unsafe_split_with_sizes, torch.split, "split"})
 """What cuts a tensor into parts of given sizes."""
 
@@ -36,7 +39,7 @@ class Cancel(PassBase):
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
         changed = False
         for node in list(graph.nodes):
-            if node.op == "call_function" and node.target in (*CATS, torch.stack):
+            if node.op == "call_function" and node.target in CATS | STACKS:
                 changed |= _as_stack(graph, node) or _cancel(graph, node, modules)
         return PassResult(graph_module, changed)
 
@@ -44,7 +47,7 @@ class Cancel(PassBase):
 def _as_stack(graph: fx.Graph, cat: fx.Node) -> bool:
     """Writes `cat([x.unsqueeze(d), ...], d)` as `stack([x, ...], d)`."""
     parts, dim = _joined(cat)
-    if cat.target is torch.stack or not parts or not isinstance(dim, int):
+    if cat.target in STACKS or not parts or not isinstance(dim, int):
         return False
     unsqueezed = [
         part.args[0]
@@ -98,7 +101,7 @@ def _whole(
     if not isinstance(source, fx.Node):
         return None
     bundle = bundles.bundle_at(split)
-    if joint.target is not torch.stack:
+    if joint.target not in STACKS:
         given = split.args[2:] or (*split.kwargs.values(),)
         if split.target not in SPLITS or given != (dim,) or not {*split.kwargs} <= {"dim"}:
             return None
@@ -177,6 +180,8 @@ def _reads_shape(node: fx.Node) -> bool:
 
 def _joined(joint: fx.Node) -> tuple[list[fx.Node], object]:
     """What a joint joins, and along which dimension; nothing where that is not plain to see."""
+    if joint.target is bundles.batched:
+        return list(joint.all_input_nodes), 0
     given = dict(zip(("tensors", "dim"), joint.args, strict=False)) | joint.kwargs
     parts, dim = given.pop("tensors", ()), given.pop("dim", given.pop("axis", 0))
     if given or not isinstance(parts, (list, tuple)):

@@ -16,6 +16,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from conjoin.graph import parts
+from conjoin.graph.bundles import batched
 from conjoin.graph.parts import Separation
 from conjoin.layers import activation
 from conjoin.layers.wide import ENCLOSES, View, Wide, release, wides
@@ -33,7 +34,7 @@ class Separate(PassBase):
         """Changes the graph in place, and makes views plain layers; lints and recompiles."""
         graph, modules = graph_module.graph, parts.reachable(graph_module)
         names = parts.separable(graph_module, modules)
-        if not names:
+        if not names and not any(node.target is batched for node in graph.nodes):
             return PassResult(graph_module, False)
         Separation(graph, modules, names).run()
         for wide, found in names.items():

@@ -5,6 +5,9 @@
 Linear      p: (n, ..., in), W: (n, out, in)                        one batched product
 Conv        p: (batch, n * in, *space), W: (n * out, in, *kernel)   one convolution in n groups
 
+Layers of different widths stay apart. Padded to the widest at each call they take 1.3 to 3.8 of the
+time forward, and 1.0 to 3.9 in training, as measured on one core with 1 to 2048 rows.
+
 The p_i are parts of one tensor, so that they lie there as the wide layer wants them; or tensors of
 their own, which are of one shape because they are made alike (see `conjoin.graph.congruence`).
 """

@@ -73,3 +73,23 @@ def test_hooks():
     known["b"].register_forward_hook(lambda module, args, output: output[:1])
     first, second = classes_of(CONGRUENT["layers"], **known)
     assert first != second
+
+
+def test_numbers_and_inputs():
+    """Numbers do not change a shape; inputs have one where that is given."""
+
+    def forward(x, y, z):
+        return (x + 1).relu(), (x + 2).relu(), (y * 1.5).relu(), z.relu(), x.relu()
+
+    graph = fx.symbolic_trace(forward).graph
+    outputs = [node for node in graph.nodes if node.target == "relu"]
+
+    def numbers(*alike):
+        found = congruence.classes(graph, {}, alike)
+        return [found[output] for output in outputs]
+
+    first, second, third, fourth, plain = numbers(0, 0, 1)
+    assert first == second
+    assert len({first, third, fourth, plain}) == 4
+    assert numbers(0, 0, 0)[3] == numbers(0, 0, 0)[4]
+    assert numbers()[3] != numbers()[4]

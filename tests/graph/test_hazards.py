@@ -7,7 +7,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from conjoin.graph.hazards import follow, is_pure, reads_strides
+from conjoin.graph.hazards import follow, is_pure, reads_strides, trained
 
 
 class Opaque(nn.Module):
@@ -316,3 +316,17 @@ def test_an_output_may_escape():
     node = next(node for node in graph.nodes if node.op == "call_module")
     assert reads_strides(node, {}, escapes=True)
     assert not reads_strides(node, {}, escapes=False)
+
+
+def test_trained():
+    """No gradient comes back to what is detached, left out or made without gradients."""
+    graph = fx.Graph()
+    x = graph.placeholder("x")
+    known, hidden, unread, off = (graph.call_method("sin", (x,)) for _ in range(4))
+    detached = graph.call_method("detach", (graph.call_method("neg", (hidden,)),))
+    graph.call_method("neg", (unread,))
+    graph.call_function(torch._C._set_grad_enabled, (False,))
+    without = graph.call_method("neg", (off,))
+    graph.call_function(torch._C._set_grad_enabled, (True,))
+    graph.output((known, detached, without))
+    assert trained(graph, {}) - {x} == {known}

@@ -15,7 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import (
+    handle_torch_function,
+    has_torch_function,
+    has_torch_function_unary,
+)
 
 from conjoin.layers.embedding import unstack
 
@@ -233,3 +237,14 @@ def rejoined(whole: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
     if whole.shape[dim] != sum(sizes):
         torch.split(whole, list(sizes), dim)
     return whole
+
+
+def batched(tensors: Sequence[Tensor], dims: int) -> Tensor:
+    """Stacks n tensors (*) of one shape to (n, *), for one call of a layer in the place of n.
+
+    Where they have less than `dims` dimensions, which the layer needs, it is the first of them,
+    for which the layer raises its error.
+    """
+    if has_torch_function(tuple(tensors)):  # A graph that is traced again keeps the call.
+        return handle_torch_function(batched, tuple(tensors), tensors, dims)
+    return tensors[0] if tensors[0].dim() < dims else torch.stack(tuple(tensors))

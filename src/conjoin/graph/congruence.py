@@ -7,7 +7,8 @@ that are congruent in turn. It is what a stack of tensors needs to know of them 
 from __future__ import annotations
 
 import operator
-from collections.abc import Hashable, Mapping
+from collections.abc import Hashable, Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from torch import Tensor, fx, nn
@@ -21,7 +22,7 @@ NAMES = elementwise.NAMES | frozenset(
     "contiguous clone softmax log_softmax softmax_of_parts sum mean amax amin norm matmul bmm mm "
     "baddbmm addmm einsum cat concat stack where dropout layer_norm normalize linear pad "
     "interpolate size dim numel getattr getitem matmul floordiv mod unsafe_split_with_sizes "
-    "unstack split chunk".split()
+    "unstack split chunk batched long int float double half bfloat16 bool".split()
 )
 """Functions and methods whose result has a shape that follows from the shapes of the inputs."""
 
@@ -35,12 +36,43 @@ ATTRIBUTES = frozenset({"shape", "ndim", "dtype", "device"})
 """Attributes of a tensor that are equal where tensors are congruent."""
 
 
-def classes(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, int]:
-    """A number for each node, equal for congruent ones."""
+INPUTS = "conjoin_inputs"
+"""The entry of a GraphModule's `meta` that holds what may be taken for granted of its inputs."""
+
+
+@dataclass(slots=True)
+class Inputs:
+    """What may be taken for granted of a graph's inputs, as every call is looked at before it runs.
+
+    Attributes:
+        alike: for each input a number, equal for those of one shape, dtype and device.
+        most: how many elements they may have all together; None as long as nothing depends on it.
+    """
+
+    alike: tuple[int, ...] = ()
+    most: int | None = None
+
+    def limit(self, most: int) -> None:
+        """Takes for granted that the inputs have so many elements at most."""
+        self.most = most if self.most is None else min(self.most, most)
+
+
+def classes(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], alike: Sequence[int] = ()
+) -> dict[fx.Node, int]:
+    """A number for each node, equal for congruent ones.
+
+    Args:
+        graph: the graph.
+        modules: the modules that it calls, by target.
+        alike: for each input a number, equal for those that are congruent; by default none are.
+    """
+    given = [node for node in graph.nodes if node.op == "placeholder"]
+    inputs: dict[fx.Node, Hashable] = dict(zip(given, alike, strict=False))
     numbers: dict[Hashable, int] = {}
     found: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        key = _key(node, modules, found)
+        key = _key(node, modules, found) if node not in inputs else ("input", inputs[node])
         found[node] = numbers.setdefault(node if key is None else key, len(numbers))
     return found
 
@@ -63,9 +95,19 @@ def _key(
     if made is None:
         return None
     arguments = elementwise.comparable((node.args, node.kwargs), found.__getitem__)
+    if _is_arithmetic(node):
+        arguments = tuple(
+            found[each] if isinstance(each, fx.Node) else type(each) for each in node.args
+        )
     if node.target is operator.getitem and (size := _size_of_part(node)) is not None:
         arguments = found[node.args[0]], size  # type: ignore[index]
     return node.op, made, arguments
+
+
+def _is_arithmetic(node: fx.Node) -> bool:
+    """Whether a node computes with numbers, of which only the types tell the result's."""
+    known = node.target in elementwise.OPERATORS and not node.kwargs
+    return known and all(isinstance(each, (fx.Node, bool, int, float)) for each in node.args)
 
 
 def _module_key(module: nn.Module) -> Hashable | None:

@@ -7,6 +7,7 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.nn import functional as F
@@ -246,6 +247,9 @@ def _parts_of_their_own(split: fx.Node) -> set[fx.Node]:
     return {user for user in split.users if taken[user.args[1:]] == 1}
 
 
+DETACHING = frozenset({"detach", "detach_"})
+"""Methods that no gradient goes past."""
+
 SPLITS = frozenset({"unsafe_split_with_sizes", "unstack"})
 """Functions that cut a tensor into parts that have no memory in common."""
 
@@ -314,6 +318,26 @@ def is_seen(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         if shares_memory(user, modules) and is_seen(user, modules):
             return True
     return False
+
+
+def trained(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> set[fx.Node]:
+    """The nodes whose values a gradient may come back to.
+
+    None does where gradients are off, nor from what is detached only.
+    """
+    without: set[fx.Node] = set()
+    enabled = True
+    for node in graph.nodes:
+        if node.target is torch._C._set_grad_enabled:
+            enabled = node.args[0] is not False
+        if not enabled or called(node) in DETACHING:
+            without.add(node)
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        ends = node.op == "output" or not is_pure(node, modules)
+        if ends or (node in found and node not in without):
+            found.update(node.all_input_nodes)
+    return found - without
 
 
 def reads_strides(node: fx.Node, modules: Mapping[str, nn.Module], *, escapes: bool) -> str:

@@ -3,6 +3,7 @@
     y = wide(x)              becomes        y_i = layer_i(x)
     z = f(y)                 becomes        z_i = f(y_i)
     z = wide(y, apart)       becomes        z_i = layer_i(y_i)
+    y = f(batched(x_i))      becomes        y_i = f(x_i)
     r = g(y), g unknown      becomes        r = g(cat(y_1, ..., y_n))
 
 A graph is gone through once, in order. What is known of a wide value is the nodes of its parts and
@@ -22,8 +23,8 @@ import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
 
-from conjoin.graph import channelwise, edit, elementwise, hazards
-from conjoin.graph.bundles import rejoined
+from conjoin.graph import channelwise, edit, elementwise, hazards, samplewise
+from conjoin.graph.bundles import batched, rejoined
 from conjoin.layers.embedding import unstack
 from conjoin.layers.wide import Wide, wides
 
@@ -126,6 +127,8 @@ class Separation:
         module = self._modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(module, Wide):
             return self._layer(node, module)
+        if node.target is batched:
+            return self._batched(node)
         inputs = node.all_input_nodes
         held = self._values.get(inputs[0]) if len(inputs) == 1 else None
         value: Value | None
@@ -159,7 +162,7 @@ class Separation:
         dim, stacked = _layout(wide, node)
         if not node.kwargs:
             self._contiguous |= {nodes[i] for i in wide.contiguous}
-        root = node if before is None else before.root
+        root = node if before is None or before.root is None else before.root
         self.replaced[node] = root
         parts = Parts(
             nodes,
@@ -202,6 +205,16 @@ class Separation:
             return None
         self.replaced.setdefault(stack, call)
         return nodes
+
+    def _batched(self, node: fx.Node) -> Parts | None:
+        """What was stacked for one layer."""
+        items: Any = node.args[0]
+        if any(self._epochs[user] != self._epochs[node] for user in node.users):
+            return None
+        self.replaced[node] = None
+        ones = (1,) * len(items)
+        nodes = tuple(self._whole(item) for item in items)
+        return Parts(nodes, 0, True, ones, (), None, tuple(range(len(items))), ())
 
     def _item(self, node: fx.Node, items: tuple[fx.Node | Parts, ...]) -> fx.Node | Parts:
         """One item of a split."""
@@ -284,6 +297,10 @@ class Separation:
                 return None
             function = torch.log_softmax if logarithmic else torch.softmax
             nodes = [self._graph.call_function(function, (part, along)) for part in held.nodes]
+        elif samplewise.key(node, source, self._modules) is not None:
+            if not held.stacked:
+                return None
+            nodes = [self._copy(node, part) for part in held.nodes]
         elif (
             elementwise.key(node, source, self._modules) is None
             and channelwise.key(node, source, dim, self._modules) is None

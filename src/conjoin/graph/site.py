@@ -54,8 +54,8 @@ class Sightings:
         listed: for each layer that is come across when the model's code goes through the
             parameters or modules of some module, the names of those modules.
         changed: the layers whose parameters are changed in place while the model runs.
-        calls: for each module with children, the structures of its calls, see
-            `tracing/structures.py`.
+        calls: for each module with children, the structures of its calls, and which of their
+            tensors were always alike, see `tracing/structures.py`.
     """
 
     sites: tuple[Site, ...]
@@ -63,4 +63,4 @@ class Sightings:
     untraced: tuple[Untraced, ...] = ()
     listed: Mapping[str, Collection[str]] = field(default_factory=dict)
     changed: frozenset[str] = frozenset()
-    calls: Mapping[str, tuple[Any, ...]] = field(default_factory=dict)
+    calls: Mapping[str, Mapping[Any, tuple[int, ...]]] = field(default_factory=dict)

@@ -12,6 +12,12 @@ the other. A part of it is a tensor whose channels lie apart, so that `.view(bat
 sibling's output and every plain slice allow, raises; and with a copy of each part, n launches
 become n + 2. Repeating the input n times instead keeps the parts together in 2 launches, for widths
 that are equal, but has n times the input to write, read and keep for backward. So they are refused.
+Measured on one core, two depthwise 3x3 convolutions as one, copies included, take 1.0 to 4.4 of
+their time forward and 0.9 to 4.9 in training, since no fast path knows two channels a group.
+
+Kernels of different size could be padded with zeros to the largest, which multiplies the
+arithmetic: 1x1 beside 3x3 takes 1.0 to 1.9 of the time then, in nearly all widths and sizes that
+were measured, forward and in training. So they are refused as well.
 
 On different inputs x_i, with n equal shapes, the same blocks are the weight of a grouped
 convolution, of x (batch, n * in, *space) in n groups: (batch, n * out, *space').

@@ -63,14 +63,17 @@ class Embedding(Kind):
         return torch.where((input == padding).unsqueeze(-1), rows.detach(), rows)
 
 
-def unstack(stack: Tensor, count: int) -> list[Tensor]:
+def unstack(stack: Tensor, count: int) -> Sequence[Tensor]:
     """(n, *) -> n times (*), none of them a view, which `detach_` and others would not take.
 
     The count is n: a graph shows it, also where not all the parts are read.
     """
     if has_torch_function_unary(stack):  # A graph that is traced again keeps the call.
         return handle_torch_function(unstack, (stack,), stack, count)
-    return [torch.ops.aten._unsafe_view(p, p.shape[1:]) for p in torch.unsafe_split(stack, 1, 0)]
+    if stack.dim() > 1 and stack.is_contiguous():  # A third of the time of what stands below.
+        return torch.unsafe_chunk(stack.flatten(0, 1), count)
+    view = torch.ops.aten._unsafe_view.default
+    return [view(part, part.shape[1:]) for part in torch.unsafe_split(stack, 1, 0)]
 
 
 def _stacked(wide: Wide) -> bool:

@@ -35,7 +35,7 @@ from conjoin.layers.origin import Step, is_watched
 from conjoin.reachable import functions_of, words
 from conjoin.tracing import regions
 from conjoin.tracing.listings import Listings
-from conjoin.tracing.structures import Structure, structure_of
+from conjoin.tracing.structures import Alike, Structure, alike, structure_of
 from conjoin.tracing.undisturbed import letting_go, undisturbed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -245,7 +245,7 @@ def _observe(copied: Copy, calls: Sequence[Call], kinds: tuple[Kind, ...]) -> Si
         untraced,
         watch.listings.found,
         frozenset(watch.changed),
-        {name: tuple(structures) for name, structures in watch.calls.items()},
+        watch.calls,
     )
 
 
@@ -302,7 +302,7 @@ class _Watch(TorchFunctionMode):
         self._in_layer = False
         self._layers: dict[nn.Module, str] = {}
         self.changed: set[str] = set()
-        self.calls: dict[str, dict[Structure, None]] = {}
+        self.calls: dict[str, dict[Structure, Alike]] = {}
         for name, module in model.named_modules():
             kind = kind_of(module, kinds)
             if kind is None and module._modules:
@@ -349,17 +349,20 @@ class _Watch(TorchFunctionMode):
 
     def _noted(
         self,
-        seen: dict[Structure, None],
+        seen: dict[Structure, Alike],
         forward: Callable[..., Any],
         /,
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Notes the structure of a call, without those that each call has anew, as a counter."""
+        """Notes the structure of a call, without those that each call has anew, as a counter.
+
+        Also which of its tensors are alike.
+        """
         with torch._C.DisableTorchFunction():
             found = structure_of(args, kwargs)
-        if found is not None and len(seen) < MOST_STRUCTURES:
-            seen[found[0]] = None
+            if found is not None and (found[0] in seen or len(seen) < MOST_STRUCTURES):
+                seen[found[0]] = alike(found[1], seen.get(found[0]))
         return forward(*args, **kwargs)
 
     def _called(

@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.modules import module as nn_module
 
+from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.lockstep import in_transform
 from conjoin.layers.wide import View, Wide, views, wides
@@ -32,7 +33,7 @@ from conjoin.tracing import sound
 from conjoin.tracing.proxies import UnsoundError
 from conjoin.tracing.sandbox import FUNCTION_PARTS, MISSING, frozen, snapshots
 from conjoin.tracing.sound import Traced
-from conjoin.tracing.structures import Structure, is_plain, structure_of
+from conjoin.tracing.structures import Alike, Structure, is_plain, structure_of
 from conjoin.tracing.undisturbed import putting_back
 
 PLAN = "conjoin_plan"
@@ -41,6 +42,9 @@ PLAN = "conjoin_plan"
 OWN_COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__getattribute__", "__slots__")
 """A class that defines one of these keeps its forward: a region would get in the way of it."""
 
+
+_Structures = Mapping[Structure | None, Alike]
+"""The structures of calls, the required arguments alone for None, and which tensors were alike."""
 
 MOST_ROUNDS = 8
 """How often a region is traced until no pass finds more layers to merge; passes merge and stop."""
@@ -87,6 +91,16 @@ class Variant:
         classes, names, self.defined = _columns(self.classes, 3)
         self.inherited = classes, names, tuple(missing[: len(names)])
 
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the tensors of a call are as the new forward takes for granted."""
+        if self.traced.most is None:
+            return True
+        first: dict[int, Tensor] = {}
+        for number, tensor in zip(self.traced.alike, tensors, strict=False):
+            if not _are_alike(first.setdefault(number, tensor), tensor):
+                return False
+        return sum([tensor.numel() for tensor in tensors]) <= self.traced.most
+
     def holds(self) -> bool:
         """Whether nothing has happened that makes the new forward another function."""
         if torch.compiler.is_compiling():
@@ -123,6 +137,15 @@ class Variant:
             if mapping.get(name) is None:
                 return False
         return all(_is_as_before(container, before) for container, before in self.contents)
+
+
+def _are_alike(tensor: Tensor, other: Tensor) -> bool:
+    return tensor is other or (
+        tensor.shape == other.shape
+        and tensor.dtype is other.dtype
+        and tensor.device == other.device
+        and tensor.requires_grad is other.requires_grad
+    )
 
 
 def _columns(rows: Sequence[tuple[Any, ...]], count: int) -> list[tuple[Any, ...]]:
@@ -163,7 +186,7 @@ class Plan:
         if not torch.compiler.is_compiling() and in_transform():
             return None
         for variant in variants:
-            if variant.holds():
+            if variant.fits(args) and variant.holds():
                 return variant, args
         return None
 
@@ -181,11 +204,12 @@ class Plan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle holds no code: the loaded region is traced anew."""
-        return _traced_anew, (tuple(self.variants),)
+        calls = {of: variants[0].traced.alike for of, variants in self.variants.items()}
+        return _traced_anew, (calls,)
 
 
-def _traced_anew(structures: tuple[Structure, ...]) -> tuple[Structure, ...]:
-    """What a pickle holds: the structures of the calls."""
+def _traced_anew(structures: dict[Structure, Alike]) -> dict[Structure, Alike]:
+    """What a pickle holds: the structures of the calls, and which tensors were alike."""
     return structures
 
 
@@ -290,7 +314,7 @@ class Region(nn.Module):
         if not isinstance(held, list):
             self.__class__ = self.conjoin_base  # type: ignore[assignment]
             with putting_back(self):
-                _install(self, held or (None,), {MERGER: Merger(self, frozen=True)})
+                _install(self, held or {None: ()}, {MERGER: Merger(self, frozen=True)})
             return
         try:
             vars(self)[PLAN] = _bind(self, held)
@@ -338,14 +362,15 @@ def _new_region(base: type[nn.Module]) -> Region:
 
 def install(
     model: nn.Module,
-    calls: Mapping[str, Sequence[Structure]] | None = None,
+    calls: Mapping[str, Mapping[Structure, Alike]] | None = None,
     meta: dict[str, Any] | None = None,
 ) -> None:
     """Rewrites the forward of every region of `model` that is traced soundly.
 
     Args:
         model: the model, whose siblings are views.
-        calls: the structures of the calls of each module, by its name, where they were observed.
+        calls: the structures of the calls of each module, by its name, where they were observed,
+            and which tensors were alike.
         meta: what the passes find in the `meta` of the graph modules that they rewrite; with a
             `Merger` of the model they merge what follows the siblings.
     """
@@ -378,15 +403,14 @@ def _covered(module: nn.Module) -> set[Wide]:
     return set().union(*map(_whole, regions))
 
 
-def _structures(
-    calls: Mapping[str, Sequence[Structure]] | None, name: str
-) -> Sequence[Structure | None]:
-    return (calls or {}).get(name) or (None,)
+def _structures(calls: Mapping[str, Mapping[Structure, Alike]] | None, name: str) -> _Structures:
+    found: _Structures | None = (calls or {}).get(name)  # type: ignore[assignment]
+    return found or {None: ()}
 
 
 def _install_beyond(
     model: nn.Module,
-    calls: Mapping[str, Sequence[Structure]] | None,
+    calls: Mapping[str, Mapping[Structure, Alike]] | None,
     meta: dict[str, Any],
     unsound: set[nn.Module],
 ) -> None:
@@ -409,7 +433,8 @@ def _install_beyond(
         runs = has_forward and (not calls or bool(calls.get(name)))
         if runs and module not in unsound and _may_be_region(module):
             traced = _trace(module, _structures(calls, name), meta, sound_traces)
-            if _whole(module) - _covered(module):
+            batched = any(each.most is not None for each in traced)
+            if batched or _whole(module) - _covered(module):
                 _become(module, traced)
         if not sound_traces:
             prefix = f"{name}." if name else ""
@@ -437,9 +462,7 @@ def suspended(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
 
 
-def _install(
-    module: nn.Module, structures: Sequence[Structure | None], meta: dict[str, Any]
-) -> bool:
+def _install(module: nn.Module, structures: _Structures, meta: dict[str, Any]) -> bool:
     """Rewrites a forward where that is sound; whether a trace of it was."""
     seen: list[fx.GraphModule] = []
     if _may_be_region(module):
@@ -467,7 +490,7 @@ def _become(module: nn.Module, traced: list[Traced]) -> None:
 
 def _trace(
     module: nn.Module,
-    structures: Sequence[Structure | None],
+    structures: _Structures,
     meta: dict[str, Any],
     seen: list[fx.GraphModule],
 ) -> list[Traced]:
@@ -478,13 +501,17 @@ def _trace(
 
     Args:
         module: the module.
-        structures: the structures of its calls.
+        structures: the structures of its calls, and which tensors were alike.
         meta: what the passes find.
         seen: takes the graphs of sound traces, whether there was something to rewrite or not.
     """
     for _ in range(MOST_ROUNDS):
         before = _state(module)
-        traced = [each for of in structures for each in _in_both_modes(module, of, meta, seen)]
+        traced = [
+            each
+            for of, alike in structures.items()
+            for each in _in_both_modes(module, of, alike, meta, seen)
+        ]
         if _state(module) == before:
             return traced
     return []
@@ -501,10 +528,14 @@ def _state(module: nn.Module) -> list[tuple[type, str]]:
 def _in_both_modes(
     module: nn.Module,
     structure: Structure | None,
+    alike: Alike,
     meta: dict[str, Any],
     seen: list[fx.GraphModule],
 ) -> Iterator[Traced]:
-    """A trace in training and one in evaluation mode, or one where nothing asks for the mode."""
+    """Traces in training and in evaluation mode, or in one where nothing asks for the mode.
+
+    Where one takes something for granted of the tensors of a call, another that does not follows.
+    """
     asked: set[str] = set()
 
     def noted(graph_module: fx.GraphModule) -> bool:
@@ -516,12 +547,14 @@ def _in_both_modes(
         for mode in (True, False):
             for own, _ in flags:
                 own["training"] = mode
-            before = len(seen)
-            traced = sound.trace(module, noted, structure, meta, asked)
-            if traced is not None:
-                yield traced
-                if not traced.modes:
-                    return
+            inputs, before = Inputs(alike), len(seen)
+            traced = sound.trace(module, noted, structure, {**meta, INPUTS: inputs}, asked)
+            found = [traced]
+            if inputs.most is not None:
+                found.append(sound.trace(module, noted, structure, meta))
+            yield from (each for each in found if each is not None)
+            if traced is not None and not traced.modes:
+                return
             if len(seen) == before and not asked:  # It breaks off at the same place.
                 return
     finally:

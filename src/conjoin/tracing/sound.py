@@ -29,6 +29,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from conjoin.graph import channelwise, edit, elementwise
+from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.wide import View
 from conjoin.nn import Parallel, Split, Unite
@@ -43,7 +44,7 @@ from conjoin.tracing.sandbox import (
     plain_class,
     snapshots,
 )
-from conjoin.tracing.structures import Structure, names_of, rebuilt, required
+from conjoin.tracing.structures import Alike, Structure, names_of, rebuilt, required
 from conjoin.tracing.undisturbed import letting_go, undisturbed
 
 SUNK = elementwise.ACTIVATIONS | elementwise.DROPOUTS | channelwise.MODULES
@@ -69,6 +70,9 @@ class Traced:
         classes: classes and functions, the names of attributes, and their values.
         globals: namespaces, names, and their values.
         shared: containers that all copies of the region share, and what is in them.
+        alike: for each tensor of a call a number, equal for those that must be of one shape.
+        most: how many elements they may have all together; None where that does not matter, nor
+            which are alike.
     """
 
     function: Callable[..., Any]
@@ -82,6 +86,8 @@ class Traced:
     classes: tuple[tuple[type | FunctionType, str, Any], ...]
     globals: tuple[tuple[dict[str, Any], str, Any], ...]
     shared: tuple[tuple[Any, tuple[Any, ...]], ...]
+    alike: Alike
+    most: int | None
 
 
 class _Tracer(fx.Tracer):
@@ -225,6 +231,7 @@ def trace(
     _take_out_idle(graph, modules)
     graph_module = fx.GraphModule(region, graph)
     graph_module.meta.update(meta or {})
+    inputs: Inputs | None = graph_module.meta.setdefault(INPUTS, None)
     if not rewrite(graph_module):
         return None
     for path in called:
@@ -241,6 +248,8 @@ def trace(
         tuple((*key, value) for key, value in sandbox.classes.items()),
         tuple(sandbox.globals.values()),
         tuple(pair for value, _ in sandbox.shared.values() for pair in snapshots(value)),
+        inputs.alike if inputs is not None else (),
+        inputs.most if inputs is not None else None,
     )
 
 

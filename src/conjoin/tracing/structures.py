@@ -8,7 +8,7 @@ from __future__ import annotations
 
 import inspect
 import keyword
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import torch
@@ -21,6 +21,9 @@ Structure = int | tuple[Any, ...]
 
 VALUES = (bool, int, str, bytes, type(None), torch.dtype)
 """Types of argument, beside floats, that are a part of the structure themselves."""
+
+Alike = tuple[int, ...]
+"""A number for each tensor of a call, equal for those of one shape, dtype and device."""
 
 TENSOR = "tensor"
 """What stands for a tensor."""
@@ -42,6 +45,14 @@ def structure_of(
     except _UnknownError:
         return None
     return found, tuple(tensors)
+
+
+def alike(tensors: Sequence[Tensor], before: Alike | None = None) -> Alike:
+    """Which tensors of a call are alike, and were so before."""
+    numbers: dict[Any, int] = {}
+    found = [(tuple(t.shape), t.dtype, t.device) for t in tensors]
+    known = before or (0,) * len(found)
+    return tuple(numbers.setdefault(key, len(numbers)) for key in zip(known, found, strict=True))
 
 
 def is_plain(value: Any) -> bool:
