@@ -4,7 +4,7 @@
     stack(W[0], ..., W[n-1]), W stacked or of equal parts becomes    W with its dimensions moved
 
 where the parts come in order, along the dimension that they were cut along, and nobody else reads
-them. So `Split -> Unite -> Split` is one split, and experts that are stacked for their gates are
+them. `Widen` gives them that order, which is any at first. So `Split -> Unite -> Split` is one split, and experts that are stacked for their gates are
 the batched product as it is.
 """
 
@@ -18,11 +18,16 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from conjoin.graph import bundles, channelwise, congruence, edit, elementwise, hazards
+from conjoin.graph import (
+    bundles,
+    channelwise,
+    congruence,
+    edit,
+    elementwise,
+    hazards,
+    joints,
+)
 from conjoin.layers.wide import Wide
-
-CATS: frozenset[Any] = frozenset({torch.cat, torch.concat, torch.concatenate})
-"""`torch.cat` in all its spellings."""
 
 SPLITS: frozenset[Any] = frozenset({torch.unsafe_split_with_sizes, torch.split, "split"})
 """What cuts a tensor into parts of given sizes."""
@@ -36,14 +41,14 @@ class Cancel(PassBase):
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
         changed = False
         for node in list(graph.nodes):
-            if node.op == "call_function" and node.target in (*CATS, torch.stack):
+            if joints.is_joint(node):
                 changed |= _as_stack(graph, node) or _cancel(graph, node, modules)
         return PassResult(graph_module, changed)
 
 
 def _as_stack(graph: fx.Graph, cat: fx.Node) -> bool:
     """Writes `cat([x.unsqueeze(d), ...], d)` as `stack([x, ...], d)`."""
-    parts, dim = _joined(cat)
+    parts, dim = joints.joined(cat)
     if cat.target is torch.stack or not parts or not isinstance(dim, int):
         return False
     unsqueezed = [
@@ -65,7 +70,7 @@ def _as_stack(graph: fx.Graph, cat: fx.Node) -> bool:
 
 def _cancel(graph: fx.Graph, joint: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Takes out one joint, if it joins all parts of one tensor."""
-    parts, dim = _joined(joint)
+    parts, dim = joints.joined(joint)
     if not parts or not isinstance(dim, int) or any(len(part.users) != 1 for part in parts):
         return False
     split = parts[0].args[0] if parts[0].target is operator.getitem else None
@@ -100,9 +105,12 @@ def _whole(
     bundle = bundles.bundle_at(split)
     if joint.target is not torch.stack:
         given = split.args[2:] or (*split.kwargs.values(),)
-        if split.target not in SPLITS or given != (dim,) or not {*split.kwargs} <= {"dim"}:
+        if split.target not in SPLITS or len(given) != 1 or not {*split.kwargs} <= {"dim"}:
             return None
-        return graph.call_function(bundles.rejoined, (source, split.args[1], dim))
+        along = given[0]
+        if not isinstance(along, int) or not (along == dim or _may_be_one(along, dim)):
+            return None
+        return graph.call_function(bundles.rejoined, (source, split.args[1], along, dim))
     if bundle is None or hazards.reads_strides(joint, modules, escapes=True):
         return None
     if bundle.dim is None:
@@ -110,9 +118,18 @@ def _whole(
     if not bundle.equal:
         return None
     # Of parts (..., c, *rest), along c: (..., n, c, *rest), and then n to its place.
-    source = graph.call_function(bundles.rejoined, (source, list(bundle.sizes), bundle.dim))
+    arguments = (source, list(bundle.sizes), bundle.dim, bundle.dim)
+    source = graph.call_function(bundles.rejoined, arguments)
     parts = graph.call_method("unflatten", (source, bundle.dim, (len(bundle.parts), -1)))
     return graph.call_method("movedim", (parts, bundle.dim - 1, dim))
+
+
+def _may_be_one(along: int, dim: int) -> bool:
+    """Whether a dimension counted from the end is likely the one that is counted from the start.
+
+    That depends on the rank; images have their channels in dimension 1, if there is a batch.
+    """
+    return along < 0 < dim and (along == -1 or dim == 1)
 
 
 def _may_stand_for(split: fx.Node, joint: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -173,16 +190,6 @@ def _is_new(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 def _reads_shape(node: fx.Node) -> bool:
     attribute = node.target is getattr and node.args[1] in congruence.ATTRIBUTES
     return attribute or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
-
-
-def _joined(joint: fx.Node) -> tuple[list[fx.Node], object]:
-    """What a joint joins, and along which dimension; nothing where that is not plain to see."""
-    given = dict(zip(("tensors", "dim"), joint.args, strict=False)) | joint.kwargs
-    parts, dim = given.pop("tensors", ()), given.pop("dim", given.pop("axis", 0))
-    if given or not isinstance(parts, (list, tuple)):
-        return [], dim
-    found = [part for part in parts if isinstance(part, fx.Node)]
-    return (found if len(found) == len(parts) else []), dim
 
 
 def _in_order(parts: list[fx.Node], split: fx.Node) -> bool:

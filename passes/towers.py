@@ -19,10 +19,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from conjoin.graph import bundles, congruence, edit, hazards, order
+from conjoin.graph import bundles, congruence, edit, hazards, joints, order
 from conjoin.graph.bundles import Bundle
 from conjoin.layers import Kind
-from conjoin.layers.wide import WIDE
+from conjoin.layers.wide import WIDE, View
 from conjoin.merging import Merger, layer_key, merger_of
 
 
@@ -131,7 +131,14 @@ def _alike(
     for users in groups.values():
         inputs = {user.all_input_nodes[0] for user in users}
         if len(users) == len(inputs) > 1:
-            yield users
+            yield _in_order(users, modules)
+
+
+def _in_order(users: list[fx.Node], modules: Mapping[str, nn.Module]) -> list[fx.Node]:
+    """Calls of layers in the order in which they are merged, or are to be: that of a joint."""
+    layers = {user: modules[str(user.target)] for user in users}
+    known = {user: layer.conjoin_index for user, layer in layers.items() if isinstance(layer, View)}
+    return sorted(users, key=lambda user: (known.get(user, 0), joints.place(user)))
 
 
 def _fits(kind: Kind, bundle: Bundle) -> bool:

@@ -1,12 +1,25 @@
 """Joining the parts of a tensor again gives the tensor, where nobody could tell."""
 
+import itertools
+
 import pytest
 import torch
-from scripted import Scripted, assert_same, both, branches, linears, randn, targets
+from counting import OperationCounter
+from scripted import (
+    Scripted,
+    assert_released_to_the_bit,
+    assert_same,
+    both,
+    branches,
+    layers,
+    linears,
+    randn,
+    targets,
+)
 from torch import nn
 from torch.nn import functional as F
 
-from conjoin.passes import Cancel
+from conjoin.passes import Cancel, Separate
 
 
 def parts(m, x, function=lambda h: h):
@@ -23,11 +36,12 @@ GONE = {
     "stack": lambda m, x: torch.stack(parts(m, x), 1).sin().sum(1),
     "stack in front": lambda m, x: torch.stack(parts(m, x)).sin().sum(0),
     "stack at the end": lambda m, x: torch.stack(parts(m, x), -1).sin().sum(0),
+    "another order": lambda m, x: torch.cat(parts(m, x)[::-1], -1).sin(),
+    "another order of a stack": lambda m, x: torch.stack(parts(m, x, F.gelu)[::-1], 1).sin().sum(1),
     "unsqueezed": lambda m, x: torch.cat(parts(m, x, lambda h: h.unsqueeze(0)), 0).sin().sum(0),
 }
 
 LEFT = {
-    "another order": lambda m, x: torch.cat(parts(m, x)[::-1], -1).sin(),
     "another dimension": lambda m, x: torch.cat(parts(m, x), 0).sin(),
     "some": lambda m, x: torch.cat((p := parts(m, x))[:2], -1).sin() + p[2].sum(),
     "read by others": lambda m, x: torch.cat(p := parts(m, x), -1).sin() + p[0].sum(),
@@ -100,9 +114,83 @@ def test_a_source_that_is_read_by_others():
     assert targets(traced) == targets(plain)
 
 
-def test_unbatched_images():
+ORDERS = [list(order) for order in itertools.permutations("abc")]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="".join)
+@pytest.mark.parametrize("declared", ORDERS[::2], ids="".join)
+@pytest.mark.parametrize("called", [sorted, list], ids=["called in turn", "called as joined"])
+def test_any_order(order, declared, called):
+    """Whatever the orders of declarations, calls and parts, the joint is gone."""
+
+    def script(m, x):
+        h = {name: getattr(m, name)(x).cos() for name in called(order)}
+        return torch.cat([h[name] for name in order], -1).sin()
+
+    modules = {name: nn.Linear(4, "abc".index(name) + 2) for name in declared}
+    traced, plain = both(Scripted(script, **modules))
+    assert targets(traced).count("cos") == 1
+    assert not {"cat", "unsafe_split_with_sizes"} & {*targets(traced)}
+    assert_same(traced, plain, randn(3, 4))
+    assert_released_to_the_bit(traced, plain)
+
+
+def test_two_joints_of_one_layer():
+    """The first one that is called has the say."""
+
+    def script(m, x):
+        first = torch.cat([m.c(x), m.a(x), m.b(x)], -1).sin()
+        return first, torch.cat([m.b(2 * x), m.a(2 * x), m.c(2 * x)], -1).sin()
+
+    traced, plain = both(Scripted(script, **linears()))
+    assert targets(traced).count("cat") == 1
+    assert_same(traced, plain, randn(3, 4))
+
+
+def test_towers_that_are_stacked_in_another_order():
+    def script(m, x):
+        h = {name: getattr(m, name)(x).transpose(0, 1).relu() for name in "abc"}
+        for name in "abc":
+            h[name] = getattr(m, name + "2")(h[name])
+        return torch.stack([h[name] for name in "bca"]).sin()
+
+    traced, plain = both(Scripted(script, **linears("", "2")))
+    assert [target for target in targets(traced) if "wide" in target] == ["a.wide", "b2.wide"]
+    assert targets(traced).count("stack") == 1
+    assert_same(traced, plain, randn(4, 4), randn(2, 4, 4))
+
+
+IMAGES = {
+    "batched": (randn(2, 3, 6, 7), randn(1, 3, 5, 5)),
+    "unbatched": (randn(3, 6, 7), randn(3, 9, 7)),
+    "channels last": (randn(2, 3, 6, 7).to(memory_format=torch.channels_last),),
+    "one pixel": (randn(2, 3, 3, 3),),
+    "of another rank": (randn(3, 4),),
+}
+
+
+@pytest.mark.parametrize("inputs", IMAGES.values(), ids=IMAGES)
+@pytest.mark.parametrize("dim", [1, -3, 0, 2, 3])
+def test_images(inputs, dim):
     """Dimension 1 of what comes without a batch is no channel."""
-    convs = {name: nn.Conv2d(3, 4, 3) for name in "abc"}
-    script = branches(names="abc")
-    model = Scripted(lambda m, x: torch.cat(script(m, x), 1).sin(), **convs)
-    assert_same(*both(model), randn(2, 3, 6, 7), randn(3, 6, 7))
+    convs = {name: nn.Conv2d(3, width, 3) for name, width in zip("abc", (4, 2, 4), strict=True)}
+    steps = branches(lambda m, h, name: F.gelu(h), names="cab")
+    traced, plain = both(Scripted(lambda m, x: torch.cat(steps(m, x), dim).sin(), **convs))
+    assert ("cat" not in targets(traced)) == (dim in (1, -3))
+    assert_same(traced, plain, *inputs)
+
+
+def test_what_is_left_of_a_joint_is_taken_apart():
+    convs = layers(lambda: nn.Conv2d(3, 4, 3))
+    traced, plain = both(Scripted(lambda m, x: torch.cat(parts(m, x), 1).sin(), **convs))
+    Separate()(traced)
+    assert "cat" in targets(traced)
+    assert_same(traced, plain, randn(2, 3, 6, 7), randn(3, 6, 7))
+
+
+def test_a_rejoined_image_is_not_copied():
+    convs = layers(lambda: nn.Conv2d(3, 4, 3))
+    traced, _ = both(Scripted(lambda m, x: torch.cat(parts(m, x), 1).sin(), **convs))
+    with OperationCounter() as counter:
+        traced(randn(2, 3, 6, 7))
+    assert (counter.counts().joins, counter.counts().convolutions) == (0, 1)

@@ -222,14 +222,25 @@ def stacked(graph: fx.Graph, whole: fx.Node, count: int) -> fx.Node:
     return graph.call_method("movedim", (inside, -2, 0))
 
 
-def rejoined(whole: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+def rejoined(whole: Tensor, sizes: Sequence[int], along: int, dim: int) -> Tensor:
     """A tensor that was cut into parts of these sizes and joined again: the tensor itself.
+
+    Args:
+        whole: the tensor.
+        sizes: the sizes of the parts.
+        along: the dimension that it was cut along.
+        dim: the dimension that they were joined along, which for a tensor of another rank than
+            usual may be another one.
 
     Raises:
         RuntimeError: the sizes do not sum to its size, as `torch.split` says.
+        IndexError: it has no such dimension.
     """
     if has_torch_function_unary(whole):  # A graph that is traced again keeps the call.
-        return handle_torch_function(rejoined, (whole,), whole, sizes, dim)
-    if whole.shape[dim] != sum(sizes):
-        torch.split(whole, list(sizes), dim)
+        return handle_torch_function(rejoined, (whole,), whole, sizes, along, dim)
+    dimensions = range(whole.dim())
+    if along != dim and dimensions[along] != dimensions[dim]:
+        return torch.cat(torch.split(whole, list(sizes), along), dim)
+    if whole.shape[along] != sum(sizes):
+        torch.split(whole, list(sizes), along)
     return whole

@@ -14,7 +14,7 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -250,13 +250,15 @@ class Separation:
             start = stop
         return tuple(items) if start == len(held.nodes) else None
 
-    def _moved(self, node: fx.Node, held: Parts) -> Parts | None:
-        """The same parts, lying in another way."""
+    def _moved(self, node: fx.Node, held: Parts) -> Parts | fx.Node | None:
+        """The same parts, lying in another way; or joined, where the rank decides how they lie."""
         if node.target is rejoined:
             sizes: Any
-            sizes, dim = node.args[1:]
-            same = (held.dim, held.stacked) == (dim, False) and held.sizes == tuple(sizes)
-            return held if same else None
+            sizes, along, dim = node.args[1:]
+            same = (held.dim, held.stacked) == (along, False) and held.sizes == tuple(sizes)
+            if not same or along == dim:
+                return held if same else None
+            return self._joint(torch.cat, held, dim)
         if node.op != "call_method" or node.kwargs or self._uses[node.all_input_nodes[0]] != 1:
             return None
         given = node.args[1:]
@@ -334,12 +336,16 @@ class Separation:
         if isinstance(value, Parts):
             function = torch.stack if value.stacked else torch.cat
             with self._graph.inserting_before(node):  # Where its reader stands, no_grad may hold.
-                joint = self._graph.call_function(function, (list(value.nodes), value.dim))
-            if value.root is not None:
-                self.made[joint] = value.root
-            value = self._values[node] = joint
+                value = self._values[node] = self._joint(function, value, value.dim)
         assert isinstance(value, fx.Node)  # all that reads a split is its items
         return value
+
+    def _joint(self, function: Callable[..., Any], parts: Parts, dim: object) -> fx.Node:
+        """Parts joined, at the graph's insert point."""
+        joint = self._graph.call_function(function, (list(parts.nodes), dim))
+        if parts.root is not None:
+            self.made[joint] = parts.root
+        return joint
 
 
 def reachable(graph_module: fx.GraphModule) -> dict[str, nn.Module]:
