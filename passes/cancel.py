@@ -4,8 +4,14 @@
     stack(W[0], ..., W[n-1]), W stacked or of equal parts becomes    W with its dimensions moved
 
 where the parts come in order, along the dimension that they were cut along, and nobody else reads
-them. `Widen` gives them that order, which is any at first. So `Split -> Unite -> Split` is one split, and experts that are stacked for their gates are
-the batched product as it is.
+them. `Widen` gives them that order, which is any at first. So `Split -> Unite -> Split` is one
+split, and experts that are stacked for their gates are the batched product as it is.
+
+    split(cat(W[0], ..., W[n-1]))                         becomes    W[0], ..., W[n-1]
+
+where the pieces are the parts again, so that other passes see what is done to them. What joins
+outputs of several layers stays joined: a loss that leaves a piece out gives its layer zeros for a
+gradient, and would give it none.
 """
 
 from __future__ import annotations
@@ -29,6 +35,11 @@ from conjoin.graph import (
 )
 from conjoin.layers.wide import Wide
 
+PIECES: frozenset[Any] = frozenset(
+    {torch.split, torch.chunk, torch.split_with_sizes, "split", "chunk", "split_with_sizes"}
+)
+"""What cuts a tensor into views."""
+
 SPLITS: frozenset[Any] = frozenset({torch.unsafe_split_with_sizes, torch.split, "split"})
 """What cuts a tensor into parts of given sizes."""
 
@@ -43,6 +54,8 @@ class Cancel(PassBase):
         for node in list(graph.nodes):
             if joints.is_joint(node):
                 changed |= _as_stack(graph, node) or _cancel(graph, node, modules)
+            elif node.target in PIECES:
+                changed |= _recut(node, modules)
         return PassResult(graph_module, changed)
 
 
@@ -88,6 +101,29 @@ def _cancel(graph: fx.Graph, joint: fx.Node, modules: Mapping[str, nn.Module]) -
     bundles.substitute(graph, [joint], [whole])
     for node in (*parts, split):
         graph.erase_node(node)
+    return True
+
+
+def _recut(split: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Makes the pieces of a joint parts as they were before, if they are the same ones."""
+    joint = split.args[0] if split.args else None
+    if not isinstance(joint, fx.Node) or joint.target is not bundles.rejoined:
+        return False
+    sizes: Any
+    sizes, along, dim = joint.args[1:]
+    given = (*split.args[1:], *split.kwargs.values())
+    if along != dim or given[1:] != (dim,) or not {*split.kwargs} <= {"dim"}:
+        return False
+    pieces = given[0]
+    if hazards.called(split) == "chunk":
+        same = pieces == len(sizes) and len({*sizes}) == 1
+    else:
+        same = isinstance(pieces, (list, tuple)) and [*pieces] == [*sizes]
+    # Autograd does not let a piece be changed in place, and would a part.
+    if not same or any(hazards.is_seen(piece, modules) for piece in split.users):
+        return False
+    split.op, split.target = "call_function", torch.unsafe_split_with_sizes
+    split.args, split.kwargs = (joint, [*sizes], dim), {}
     return True
 
 

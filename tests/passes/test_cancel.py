@@ -19,6 +19,8 @@ from scripted import (
 from torch import nn
 from torch.nn import functional as F
 
+from conjoin import optimize
+from conjoin.nn import Split, Unite
 from conjoin.passes import Cancel, Separate
 
 
@@ -194,3 +196,75 @@ def test_a_rejoined_image_is_not_copied():
     with OperationCounter() as counter:
         traced(randn(2, 3, 6, 7))
     assert (counter.counts().joins, counter.counts().convolutions) == (0, 1)
+
+
+CUTS = {
+    "split": lambda h: torch.split(h, [2, 3, 4], -1),
+    "method": lambda h: h.split((2, 3, 4), dim=-1),
+    "with sizes": lambda h: h.split_with_sizes([2, 3, 4], -1),
+}
+
+OTHER_CUTS = {
+    "other sizes": lambda h: torch.split(h, [3, 2, 4], -1),
+    "one size": lambda h: torch.split(h, 3, -1),
+    "another dimension": lambda h: torch.split(h, [2, 3, 4], 1),
+}
+
+
+def joined_and_cut(cut, end):
+    modules = {name: nn.Linear(4, width) for name, width in zip("abc", (2, 3, 4), strict=True)}
+
+    def script(m, x):
+        pieces = cut(torch.cat(parts(m, x, F.gelu), -1))
+        return [end(pieces[index]).sum(-1) for index in range(3)]
+
+    return both(Scripted(script, **modules))
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_cut_again(cut):
+    """What is done to the pieces is done to all of them at once."""
+    traced, plain = joined_and_cut(cut, torch.sin)
+    assert targets(traced).count("sin") == 1
+    assert_same(traced, plain, randn(3, 4), randn(2, 3, 4))
+
+
+@pytest.mark.parametrize("cut", OTHER_CUTS.values(), ids=OTHER_CUTS)
+def test_cut_in_another_way(cut):
+    traced, plain = joined_and_cut(cut, torch.sin)
+    assert targets(traced).count("sin") == 3
+    assert_same(traced, plain, randn(3, 4), randn(2, 9, 4))
+
+
+def test_equal_parts_cut_again():
+    def script(m, x):
+        pieces = torch.cat(parts(m, x), -1).chunk(3, dim=-1)
+        return [pieces[index].sin().sum(-1) for index in range(3)]
+
+    traced, plain = both(Scripted(script, **linears()))
+    assert targets(traced).count("sin") == 1
+    assert_same(traced, plain, randn(3, 4), randn(2, 3, 4))
+
+
+def test_a_piece_that_is_changed_in_place():
+    """What `split` gives raises then, and must go on."""
+    traced, plain = joined_and_cut(CUTS["split"], torch.sin_)
+    assert targets(traced).count("sin_") == 3
+    assert_same(traced, plain, randn(3, 4))
+
+
+def test_split_unite_split():
+    """Nothing is joined, and nothing is copied, whatever the sizes are the second time."""
+    model = Scripted(
+        lambda m, x: [part.sin() for part in m.again(m.unite(m.split(x)))],
+        split=Split(nn.Linear(4, 6), sizes=[2, 4], dim=-1),
+        unite=Unite(dim=-1),
+        again=Split(nn.Identity(), sizes=[3, 3], dim=-1),
+    ).double()
+    optimized = optimize(model, (randn(3, 4),))
+    x = randn(3, 4)
+    with OperationCounter() as counter:
+        optimized(x)
+    counts = counter.counts()
+    assert (counts.joins, counts.copies, counts.splits) == (0, 0, 1)
+    assert_same(optimized, model, randn(3, 4), randn(2, 3, 4))

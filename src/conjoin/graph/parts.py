@@ -340,7 +340,7 @@ class Separation:
         assert isinstance(value, fx.Node)  # all that reads a split is its items
         return value
 
-    def _joint(self, function: Callable[..., Any], parts: Parts, dim: object) -> fx.Node:
+    def _joint(self, function: Callable[..., Any], parts: Parts, dim: Any) -> fx.Node:
         """Parts joined, at the graph's insert point."""
         joint = self._graph.call_function(function, (list(parts.nodes), dim))
         if parts.root is not None:
