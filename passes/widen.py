@@ -20,7 +20,7 @@ from conjoin.graph.siblings import candidates
 from conjoin.graph.site import Sightings, Site
 from conjoin.layers import kind_of
 from conjoin.layers.wide import WIDE, View, Wide
-from conjoin.merging import Merger, layer_key, merger_of
+from conjoin.merging import Merger, layer_key, merger_of, norm_key
 
 FORESIGHT = 8
 """How many operations behind siblings are looked at, to put those that go on alike together."""
@@ -121,7 +121,11 @@ def _sequel(
     steps: list[Hashable] = []
     while len(node.users) == 1 and len(steps) < FORESIGHT:
         user = next(iter(node.users))
-        step = elementwise.key(user, node, modules) or layer_key(user, node, modules, merger)
+        step = (
+            elementwise.key(user, node, modules)
+            or layer_key(user, node, modules, merger)
+            or norm_key(user, node, modules)
+        )
         named = modules[str(user.target)] if user.op == "call_module" else user.target
         step = step or (user.op, type(named) if user.op == "call_module" else named)
         steps.append((len(steps), step))

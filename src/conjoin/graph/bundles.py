@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.overrides import handle_torch_function, has_torch_function_unary
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from conjoin.layers.embedding import unstack
 
@@ -208,6 +208,13 @@ def substitute(graph: fx.Graph, old: Sequence[fx.Node], new: Sequence[fx.Node]) 
         after.meta = {**before.meta, **after.meta}
         before.replace_all_uses_with(after)
         graph.erase_node(before)
+
+
+def beside(tensors: Sequence[Tensor]) -> Tensor:
+    """N tensors (..., c) side by side: (..., n * c)."""
+    if has_torch_function(tensors):  # A graph that is traced again keeps the call.
+        return handle_torch_function(beside, tuple(tensors), tensors)
+    return torch.cat(list(tensors), -1)
 
 
 def side_by_side(graph: fx.Graph, stack: fx.Node) -> fx.Node:

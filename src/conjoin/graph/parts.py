@@ -21,9 +21,10 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
+from torch.nn import functional as F
 
 from conjoin.graph import channelwise, edit, elementwise, hazards
-from conjoin.graph.bundles import rejoined
+from conjoin.graph.bundles import beside, rejoined
 from conjoin.layers.embedding import unstack
 from conjoin.layers.wide import Wide, wides
 
@@ -165,7 +166,7 @@ class Separation:
             nodes,
             dim,
             stacked,
-            (1,) * len(nodes) if stacked else tuple(wide.widths),
+            (1,) * len(nodes) if stacked else tuple(node.kwargs.get("sizes") or wide.widths),  # type: ignore[arg-type]
             tuple(names),
             root,
             tuple(range(len(nodes))) if before is None else before.branches,
@@ -191,14 +192,22 @@ class Separation:
         return self._gathered(source, node, wide), None
 
     def _gathered(self, stack: fx.Node, call: fx.Node, wide: Wide) -> Sequence[fx.Node] | None:
-        """What was stacked for a wide layer."""
+        """What was stacked for a wide layer, or put side by side."""
         items = stack.args[0] if stack.args else None
-        known = stack.target is torch.stack and stack.args[1:] in ((), (0,)) and not stack.kwargs
-        if not known or not isinstance(items, (list, tuple)) or len(items) != len(wide.widths):
+        layout = _layout(wide, call)
+        if layout == (0, True):
+            known = stack.target is torch.stack and stack.args[1:] in ((), (0,))
+        else:
+            known = stack.target is beside and layout == (-1, False)
+        if (
+            not known
+            or stack.kwargs
+            or not isinstance(items, (list, tuple))
+            or len(items) != len(wide.widths)
+        ):
             return None
         nodes = [item for item in items if isinstance(item, fx.Node)]
-        stacked = _layout(wide, call) == (0, True)
-        if not stacked or len(nodes) < len(items) or self._epochs[stack] != self._epochs[call]:
+        if len(nodes) < len(items) or self._epochs[stack] != self._epochs[call]:
             return None
         self.replaced.setdefault(stack, call)
         return nodes
@@ -286,6 +295,15 @@ class Separation:
                 return None
             function = torch.log_softmax if logarithmic else torch.softmax
             nodes = [self._graph.call_function(function, (part, along)) for part in held.nodes]
+        elif node.target is channelwise.layer_norm_of_parts:
+            _, shape, eps, root_only, count, lies_along = node.args
+            if (lies_along, count) != (dim, len(held.nodes)) or (held.stacked and held.dim != 0):
+                return None
+            normalize = F.rms_norm if root_only else F.layer_norm
+            nodes = [
+                self._graph.call_function(normalize, (part, shape), {"eps": eps})
+                for part in held.nodes
+            ]
         elif (
             elementwise.key(node, source, self._modules) is None
             and channelwise.key(node, source, dim, self._modules) is None
