@@ -198,7 +198,7 @@ def _step(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | None:
     if node.target is channelwise.softmax_of_parts:
         return input
     if _is_norm(node, modules):
-        return None if input.target == "flatten" else input
+        return None if input.target in ("flatten", bundles.beside) else input
     known = elementwise.key(node, input, modules) or any(
         channelwise.key(node, input, -1 - dimensions, modules) for dimensions in (1, 2, 3)
     )
@@ -216,7 +216,7 @@ def _is_new(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a layer gave the node's value, in memory of its own, in the usual order."""
     if node.op != "call_module":
         return False
-    if _is_norm(node, modules):  # Of a stack that was laid side by side, see `_step`.
+    if _is_norm(node, modules):  # Of what was laid side by side for it, see `_step`.
         return True
     module = modules[str(node.target)]
     layers = (Wide, nn.Linear, nn.modules.conv._ConvNd)

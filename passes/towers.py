@@ -167,7 +167,8 @@ def _in_order(users: list[fx.Node], modules: Mapping[str, nn.Module]) -> list[fx
     """Calls of layers in the order in which they are merged, or are to be: that of a joint."""
     layers = {user: modules[str(user.target)] for user in users}
     known = {user: layer.conjoin_index for user, layer in layers.items() if isinstance(layer, View)}
-    return sorted(users, key=lambda user: (known.get(user, 0), joints.place(user)))
+    places = dict(zip(users, joints.places(users), strict=True))
+    return sorted(users, key=lambda user: (known.get(user, 0), places[user]))
 
 
 def _fits(kind: Kind, bundle: Bundle) -> bool:

@@ -105,7 +105,7 @@ def _in_order(
         for step in sequel:
             numbers.setdefault(step, len(numbers))
     steps = [[numbers[step] for step in sequel] for sequel in sequels]
-    places = [joints.place(sibling) for sibling in siblings]
+    places = joints.places(siblings)
     order = sorted(range(len(siblings)), key=lambda i: (steps[i], places[i]))
     merger.reorder([modules[str(sibling.target)] for sibling in siblings], order)
     views = [modules[str(sibling.target)] for sibling in siblings]

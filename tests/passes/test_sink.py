@@ -6,7 +6,7 @@ import pickle
 
 import pytest
 import torch
-from counting import count
+from counting import OperationCounter, count
 from equivalence import assert_same_state
 from scripted import (
     Scripted,
@@ -589,6 +589,23 @@ def test_dtypes(dtype):
         torch.testing.assert_close(*[model(x.float()) for model in models], rtol=5e-2, atol=5e-2)
 
 
+def last_norms(norm):
+    modules = {**linears("", "2"), **layers(norm, "n")}
+    return both(Scripted(branches(called("n"), called("2"), last), **modules))
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(4), lambda: nn.RMSNorm(4), nn.PReLU])
+def test_last_dimension_under_autocast(norm):
+    models = [model.float() for model in last_norms(norm)]
+    x = torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (model(x) for model in models)
+    torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-2)
+    with torch.autocast("cpu", torch.bfloat16), OperationCounter() as counter:
+        models[0](x)
+    assert counter.counts().norms == (norm().__class__ is nn.LayerNorm)
+
+
 TRANSFORMS = {
     "compile": lambda model, x: torch.compile(model, backend="eager", fullgraph=True)(x),
     "export": lambda model, x: torch.export.export(model, (x,)).module()(x),
@@ -602,6 +619,22 @@ TRANSFORMS = {
 def test_transforms(transform):
     x = randn(3, 4)
     ours, theirs = (transform(model.eval(), x) for model in towers())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(4), lambda: nn.RMSNorm(4), nn.PReLU])
+def test_transforms_of_the_last_dimension(transform, norm):
+    x = randn(3, 4)
+    ours, theirs = (transform(model.eval(), x) for model in last_norms(norm))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_of_images(transform):
+    x = randn(2, 3, 6, 6)
+    plain = Normed().double().eval()
+    ours, theirs = (transform(m, x) for m in (conjoin.optimize(plain, (x,)), plain))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 

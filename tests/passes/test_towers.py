@@ -190,6 +190,19 @@ def test_normalizations_of_different_inputs(norm, gathered):
     assert_released_to_the_bit(*both(model))
 
 
+def test_normalizations_that_are_joined():
+    """The parts lie as the joint wants them, in its order."""
+
+    def script(m, x):
+        h = {name: getattr(m, name + "n")(turned(getattr(m, name), x)) for name in "abc"}
+        return torch.cat([h[name] for name in "bca"], -1).sin()
+
+    traced, plain = both(Scripted(script, **linears(), **layers(lambda: nn.LayerNorm(4), "n")))
+    assert "bn.wide" in targets(traced)
+    assert "cat" not in targets(traced)
+    assert_same(traced, plain, randn(3, 4), randn(2, 3, 4))
+
+
 def two_norms(m, x):
     return m.an(turned(m.a, x)).sin(), m.bn(turned(m.b, x)).sin()
 

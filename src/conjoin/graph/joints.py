@@ -5,6 +5,7 @@ cat(x_0, ..., x_{n-1}, dim)        stack(x_0, ..., x_{n-1}, dim)
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from typing import Any
 
 import torch
@@ -29,15 +30,26 @@ def joined(joint: fx.Node) -> tuple[list[fx.Node], object]:
     return (found if len(found) == len(parts) else []), dim
 
 
-def place(node: fx.Node) -> tuple[fx.Node, int] | tuple[()]:
-    """The joint that a branch ends in, and which of its tensors the branch is.
+Place = tuple[fx.Node, int] | tuple[()]
+"""A joint, and which of its tensors a branch is; empty, and before all others, without a joint."""
 
-    Branches that end in none come before all others.
-    """
-    while len(node.users) == 1:
-        user = next(iter(node.users))
-        if is_joint(user):
-            parts, _ = joined(user)
-            return (user, parts.index(node)) if node in parts else ()
-        node = user
-    return ()
+
+def places(nodes: Sequence[fx.Node]) -> list[Place]:
+    """Where each branch that begins with a node ends, as long as one node reads it at a time."""
+    known: dict[fx.Node, Place] = {}
+    for start in nodes:
+        node, path = start, [start]
+        while node not in known and (user := _only_reader(node)) is not None:
+            if is_joint(user):
+                parts, _ = joined(user)
+                known[node] = (user, parts.index(node)) if node in parts else ()
+            else:
+                node = user
+                path.append(node)
+        found = known.get(node, ())
+        known.update(dict.fromkeys(path, found))
+    return [known[node] for node in nodes]
+
+
+def _only_reader(node: fx.Node) -> fx.Node | None:
+    return next(iter(node.users)) if len(node.users) == 1 else None

@@ -234,10 +234,14 @@ class _LastDimension(Norm):
     channels = -1
 
     def fits(self, wide: Wide, input: Tensor, dim: int) -> bool:
-        """Whether the last dimensions have that size, and all tensors are of one dtype."""
+        """Whether the last dimensions have that size, and the dtypes mean the same to `run`."""
+        sized = dim == -1 and input.shape[-1] == sum(wide.widths)
+        return sized and self.typed(wide, input)
+
+    def typed(self, wide: Wide, input: Tensor) -> bool:
+        """Whether `run` gives the dtype that the layers give."""
         held = (wide.weight, wide.bias)
-        alike = all(tensor is None or tensor.dtype == input.dtype for tensor in held)
-        return alike and dim == -1 and input.shape[-1] == sum(wide.widths)
+        return all(tensor is None or tensor.dtype == input.dtype for tensor in held)
 
 
 class LayerNorm(_LastDimension):
@@ -245,6 +249,12 @@ class LayerNorm(_LastDimension):
 
     layer = nn.LayerNorm
     gathered = 3
+
+    def typed(self, wide: Wide, input: Tensor) -> bool:
+        """Also under autocast, which treats both functions alike."""
+        device = input.device.type
+        cast = torch.is_autocast_enabled(device) and input.dtype == torch.get_autocast_dtype(device)
+        return cast or super().typed(wide, input)
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(..., n * c) -> the same: each branch is a group of channels without space."""
