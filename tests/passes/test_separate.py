@@ -374,3 +374,34 @@ def test_each_branch_has_its_own_activation():
 
 def test_it_is_in_no_pipeline():
     assert not any(isinstance(run, Separate) for run in PIPELINE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_normalizations_without_weights(training):
+    """They are functions of all parts at once, and then of each."""
+
+    class Unweighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.images = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(4, width, 3), nn.InstanceNorm2d(width), nn.ReLU())
+                for width in (3, 2)
+            )
+            self.rows = nn.ModuleList(
+                nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4, elementwise_affine=False))
+                for _ in range(3)
+            )
+
+        def forward(self, x):
+            images = [branch(x).sum((-1, -2)) for branch in self.images]
+            x = x[..., 0]
+            return images, [branch(x).sin() * 2 for branch in self.rows]
+
+    plain = Unweighted().double().train(training)
+    found = separated(copy.deepcopy(plain))
+    assert not list(views(found))
+    called = calls(found.graph)
+    assert called.count("instance_norm_of_images") == 2
+    assert called.count("layer_norm") == 3
+    args = (torch.randn(2, 4, 6, 6, dtype=torch.float64),)
+    assert_same_step(step(found, args), step(fx.symbolic_trace(plain), args))
