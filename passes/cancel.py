@@ -4,8 +4,14 @@
     stack(W[0], ..., W[n-1]), W stacked or of equal parts becomes    W with its dimensions moved
 
 where the parts come in order, along the dimension that they were cut along, and nobody else reads
-them. So `Split -> Unite -> Split` is one split, and experts that are stacked for their gates are
-the batched product as it is.
+them. `Widen` gives them that order, which is any at first. So `Split -> Unite -> Split` is one
+split, and experts that are stacked for their gates are the batched product as it is.
+
+    split(cat(W[0], ..., W[n-1]))                         becomes    W[0], ..., W[n-1]
+
+where the pieces are the parts again, so that other passes see what is done to them. What joins
+outputs of several layers stays joined: a loss that leaves a piece out gives its layer zeros for a
+gradient, and would give it none.
 """
 
 from __future__ import annotations
@@ -18,14 +24,21 @@ import torch
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from conjoin.graph import bundles, channelwise, congruence, edit, elementwise, hazards
+from conjoin.graph import (
+    bundles,
+    channelwise,
+    congruence,
+    edit,
+    elementwise,
+    hazards,
+    joints,
+)
 from conjoin.layers.wide import Wide
 
-CATS: frozenset[Any] = frozenset({torch.cat, torch.concat, torch.concatenate})
-"""`torch.cat` in all its spellings."""
-
-STACKS: frozenset[Any] = frozenset({torch.stack, bundles.batched})
-"""What stacks tensors."""
+PIECES: frozenset[Any] = frozenset(
+    {torch.split, torch.chunk, torch.split_with_sizes, "split", "chunk", "split_with_sizes"}
+)
+"""What cuts a tensor into views."""
 
 SPLITS: frozenset[Any] = frozenset({torch.unsafe_split_with_sizes, torch.split, "split"})
 """What cuts a tensor into parts of given sizes."""
@@ -39,15 +52,17 @@ class Cancel(PassBase):
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
         changed = False
         for node in list(graph.nodes):
-            if node.op == "call_function" and node.target in CATS | STACKS:
+            if joints.is_joint(node):
                 changed |= _as_stack(graph, node) or _cancel(graph, node, modules)
+            elif node.target in PIECES:
+                changed |= _recut(node, modules)
         return PassResult(graph_module, changed)
 
 
 def _as_stack(graph: fx.Graph, cat: fx.Node) -> bool:
     """Writes `cat([x.unsqueeze(d), ...], d)` as `stack([x, ...], d)`."""
-    parts, dim = _joined(cat)
-    if cat.target in STACKS or not parts or not isinstance(dim, int):
+    parts, dim = joints.joined(cat)
+    if cat.target in joints.STACKS or not parts or not isinstance(dim, int):
         return False
     unsqueezed = [
         part.args[0]
@@ -68,7 +83,7 @@ def _as_stack(graph: fx.Graph, cat: fx.Node) -> bool:
 
 def _cancel(graph: fx.Graph, joint: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Takes out one joint, if it joins all parts of one tensor."""
-    parts, dim = _joined(joint)
+    parts, dim = joints.joined(joint)
     if not parts or not isinstance(dim, int) or any(len(part.users) != 1 for part in parts):
         return False
     split = parts[0].args[0] if parts[0].target is operator.getitem else None
@@ -89,6 +104,29 @@ def _cancel(graph: fx.Graph, joint: fx.Node, modules: Mapping[str, nn.Module]) -
     return True
 
 
+def _recut(split: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Makes the pieces of a joint parts as they were before, if they are the same ones."""
+    joint = split.args[0] if split.args else None
+    if not isinstance(joint, fx.Node) or joint.target is not bundles.rejoined:
+        return False
+    sizes: Any
+    sizes, along, dim = joint.args[1:]
+    given = (*split.args[1:], *split.kwargs.values())
+    if along != dim or given[1:] != (dim,) or not {*split.kwargs} <= {"dim"}:
+        return False
+    pieces = given[0]
+    if hazards.called(split) == "chunk":
+        same = pieces == len(sizes) and len({*sizes}) == 1
+    else:
+        same = isinstance(pieces, (list, tuple)) and [*pieces] == [*sizes]
+    # Autograd does not let a piece be changed in place, and would a part.
+    if not same or any(hazards.is_seen(piece, modules) for piece in split.users):
+        return False
+    split.op, split.target = "call_function", torch.unsafe_split_with_sizes
+    split.args, split.kwargs = (joint, [*sizes], dim), {}
+    return True
+
+
 def _whole(
     graph: fx.Graph,
     joint: fx.Node,
@@ -101,11 +139,14 @@ def _whole(
     if not isinstance(source, fx.Node):
         return None
     bundle = bundles.bundle_at(split)
-    if joint.target not in STACKS:
+    if joint.target not in joints.STACKS:
         given = split.args[2:] or (*split.kwargs.values(),)
-        if split.target not in SPLITS or given != (dim,) or not {*split.kwargs} <= {"dim"}:
+        if split.target not in SPLITS or len(given) != 1 or not {*split.kwargs} <= {"dim"}:
             return None
-        return graph.call_function(bundles.rejoined, (source, split.args[1], dim))
+        along = given[0]
+        if not isinstance(along, int) or not (along == dim or _may_be_one(along, dim)):
+            return None
+        return graph.call_function(bundles.rejoined, (source, split.args[1], along, dim))
     if bundle is None or hazards.reads_strides(joint, modules, escapes=True):
         return None
     if bundle.dim is None:
@@ -113,9 +154,18 @@ def _whole(
     if not bundle.equal:
         return None
     # Of parts (..., c, *rest), along c: (..., n, c, *rest), and then n to its place.
-    source = graph.call_function(bundles.rejoined, (source, list(bundle.sizes), bundle.dim))
+    arguments = (source, list(bundle.sizes), bundle.dim, bundle.dim)
+    source = graph.call_function(bundles.rejoined, arguments)
     parts = graph.call_method("unflatten", (source, bundle.dim, (len(bundle.parts), -1)))
     return graph.call_method("movedim", (parts, bundle.dim - 1, dim))
+
+
+def _may_be_one(along: int, dim: int) -> bool:
+    """Whether a dimension counted from the end is likely the one that is counted from the start.
+
+    That depends on the rank; images have their channels in dimension 1, if there is a batch.
+    """
+    return along < 0 < dim and (along == -1 or dim == 1)
 
 
 def _may_stand_for(split: fx.Node, joint: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -148,7 +198,7 @@ def _step(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | None:
     if node.target is channelwise.softmax_of_parts:
         return input
     if _is_norm(node, modules):
-        return None if input.target == "flatten" else input
+        return None if input.target in ("flatten", bundles.beside) else input
     known = elementwise.key(node, input, modules) or any(
         channelwise.key(node, input, -1 - dimensions, modules) for dimensions in (1, 2, 3)
     )
@@ -166,7 +216,7 @@ def _is_new(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a layer gave the node's value, in memory of its own, in the usual order."""
     if node.op != "call_module":
         return False
-    if _is_norm(node, modules):  # Of a stack that was laid side by side, see `_step`.
+    if _is_norm(node, modules):  # Of what was laid side by side for it, see `_step`.
         return True
     module = modules[str(node.target)]
     layers = (Wide, nn.Linear, nn.modules.conv._ConvNd)
@@ -176,18 +226,6 @@ def _is_new(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 def _reads_shape(node: fx.Node) -> bool:
     attribute = node.target is getattr and node.args[1] in congruence.ATTRIBUTES
     return attribute or (node.op == "call_method" and node.target in ("size", "dim", "numel"))
-
-
-def _joined(joint: fx.Node) -> tuple[list[fx.Node], object]:
-    """What a joint joins, and along which dimension; nothing where that is not plain to see."""
-    if joint.target is bundles.batched:
-        return list(joint.all_input_nodes), 0
-    given = dict(zip(("tensors", "dim"), joint.args, strict=False)) | joint.kwargs
-    parts, dim = given.pop("tensors", ()), given.pop("dim", given.pop("axis", 0))
-    if given or not isinstance(parts, (list, tuple)):
-        return [], dim
-    found = [part for part in parts if isinstance(part, fx.Node)]
-    return (found if len(found) == len(parts) else []), dim
 
 
 def _in_order(parts: list[fx.Node], split: fx.Node) -> bool:

@@ -2,7 +2,8 @@
 
     p_i = W[i];  y_i = f(p_i)        becomes        y = f(W);  y_i = y[i]
 
-for f that acts on each element, on the space of each channel, or on each channel by itself. Where
+for f that acts on each element, on the space of each channel, or on each channel by itself, also
+with weights of the branches' own, as normalizations and PReLU have, which are merged then. Where
 only neighbouring branches go on alike, the split is made in two steps, and theirs moves. What
 draws random numbers stays where it is, since it would draw others.
 """
@@ -10,7 +11,7 @@ draws random numbers stays where it is, since it would draw others.
 from __future__ import annotations
 
 from collections.abc import Hashable, Mapping, Sequence
-from typing import cast
+from typing import Any, cast
 
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -19,7 +20,7 @@ from conjoin.graph import bundles, channelwise, edit, elementwise, hazards
 from conjoin.graph.bundles import Bundle
 from conjoin.layers import norm_of
 from conjoin.layers.wide import WIDE, View, Wide
-from conjoin.merging import Merger, merger_of
+from conjoin.merging import Merger, merger_of, norm_key
 
 
 class Sink(PassBase):
@@ -51,7 +52,7 @@ def _sink(
         # Autograd would not notice that a part of what it keeps for backward was changed.
         if elementwise.saves_output(node, modules) and hazards.is_seen(node, modules):
             return None
-        norm = _norm_key(node, part, modules)
+        norm = _norm_key(node, part, bundle.dim, modules)
         # A stack consists of contiguous parts; what lies side by side does not.
         beside = bundle.dim is not None or norm is not None
         if beside and _reads_strides(node, modules):
@@ -60,7 +61,7 @@ def _sink(
             norm
             or elementwise.key(node, part, modules)
             or channelwise.key(node, part, bundle.dim, modules)
-            or _softmax_key(node, part, size, modules)
+            or _of_parts(node, part, bundle.dim, size, modules)
         )
 
     for positions in bundles.runs(bundle, key):
@@ -77,23 +78,28 @@ def _reads_strides(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return bool(hazards.reads_strides(node, modules, escapes=True))
 
 
-def _softmax_key(
-    node: fx.Node, part: fx.Node, size: int, modules: Mapping[str, nn.Module]
+def _of_parts(
+    node: fx.Node, part: fx.Node, dim: int | None, size: int, modules: Mapping[str, nn.Module]
 ) -> Hashable | None:
-    """A softmax, which must be along the channels of parts of equal size."""
-    found = channelwise.softmax_key(node, part, modules)
-    return None if found is None else (*found, size)
+    """What goes along the channels of each part, which must be of equal size; or along space."""
+    images = channelwise.instance_norm_key(node, part, modules)
+    if images is not None:
+        channels, number, eps = images
+        return (channels, eps) if (channels, number) == (dim, size) else None
+    if softmax := channelwise.softmax_key(node, part, modules):
+        return *softmax, size
+    found = channelwise.layer_norm_key(node, part, modules) if dim in (None, -1) else None
+    return None if found is None else (found, size)
 
 
-def _norm_key(node: fx.Node, part: fx.Node, modules: Mapping[str, nn.Module]) -> Hashable | None:
-    """A normalization with a weight, whose blocks become one."""
-    if node.op != "call_module" or edit.only_input(node) is not part:
+def _norm_key(
+    node: fx.Node, part: fx.Node, dim: int | None, modules: Mapping[str, nn.Module]
+) -> Hashable | None:
+    """A normalization with a weight, of channels that lie along `dim`."""
+    found = norm_key(node, part, modules)
+    if found is None or found[0].channels not in (None, -1 if dim is None else dim):
         return None
-    module = modules[str(node.target)]
-    kind = norm_of(module)
-    if kind is None or module.weight is None:
-        return None
-    return kind, module.training, tuple(kind.key(module).items())
+    return found
 
 
 def _width(stack: fx.Node, modules: Mapping[str, nn.Module]) -> int:
@@ -126,6 +132,34 @@ def _called_between(
     return False
 
 
+def _merge(
+    bundle: Bundle,
+    users: Sequence[fx.Node],
+    sizes: Sequence[int],
+    modules: Mapping[str, nn.Module],
+    merger: Merger,
+) -> dict[str, Any] | None:
+    """Merges the normalizations of some parts.
+
+    Returns:
+        How their wide layer is called; None where they stay apart.
+    """
+    layers = [modules[str(user.target)] for user in users]
+    kind = norm_of(layers[0])
+    if kind is None or len(layers) < kind.least:
+        return None
+    widths = [cast(Tensor, layer.weight).shape[0] for layer in layers]
+    spreads = kind.spreads(layers[0]) and all(sizes)
+    if widths != sizes and not spreads:
+        return None
+    if kind.running and _called_between(bundle.split, users, layers, modules):
+        return None
+    if merger.wide(kind, layers, together=False) is None:
+        return None
+    options = {"dim": -1 if bundle.dim is None else bundle.dim}
+    return {**options, "sizes": sizes} if spreads else options
+
+
 def _move(
     graph: fx.Graph,
     bundle: Bundle,
@@ -136,31 +170,25 @@ def _move(
     """Moves the split of the parts at some positions below what they are read by."""
     users = bundles.readers(bundle, positions)
     part = bundle.parts[positions.start]
-    layers = [modules[str(user.target)] for user in users if user.op == "call_module"]
-    kind = norm_of(layers[0]) if layers else None
     sizes = [bundle.sizes[i] for i in positions]
-    if kind is not None:
-        widths = [cast(Tensor, layer.weight).shape[0] for layer in layers]
+    options: dict[str, Any] | None = None
+    if norm_key(users[0], part, modules) is not None:
         if bundle.dim is None:
             sizes = [_width(bundle.whole, modules)] * len(sizes)
-        if widths != sizes:
+        options = _merge(bundle, users, sizes, modules, merger)
+        if options is None:
             return []
-        if kind.running and _called_between(bundle.split, users, layers, modules):
-            return []
-        if merger.wide(kind, layers, together=False) is None:
-            return []
-    softmax = channelwise.softmax_key(users[0], part, modules)
+    known = channelwise.of_parts(users[0], part, bundle.dim, len(users), modules)
     inner = bundles.carve(graph, bundle, positions.start, positions.stop)
-    dim = inner.dim
+    dim, whole = inner.dim, inner.whole
     with graph.inserting_before(inner.split):
-        if kind is not None:
-            whole = inner.whole if dim is not None else bundles.side_by_side(graph, inner.whole)
-            target = f"{users[0].target}.{WIDE}"
-            dim = -1 if dim is None else dim
-            result = graph.call_module(target, (whole,), {"dim": dim})
-        elif softmax is not None:
-            arguments = (inner.whole, *softmax, len(inner.parts), dim)
-            result = graph.call_function(channelwise.softmax_of_parts, arguments)
+        if options is not None:
+            whole = whole if dim is not None else bundles.side_by_side(graph, whole)
+            result = graph.call_module(f"{users[0].target}.{WIDE}", (whole,), options)
+            dim = options["dim"]
+        elif known is not None:
+            function, arguments = known
+            result = graph.call_function(function, (whole, *arguments))
         else:
-            result = graph.node_copy(users[0], lambda node: inner.whole)
+            result = graph.node_copy(users[0], lambda _: whole)
     return bundles.replace(graph, inner, users, result, sizes, dim)

@@ -15,12 +15,12 @@ from typing import cast
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from conjoin.graph import edit, elementwise, hazards
+from conjoin.graph import edit, elementwise, hazards, joints
 from conjoin.graph.siblings import connected
 from conjoin.graph.site import Sightings, Site
 from conjoin.layers import kind_of
 from conjoin.layers.wide import WIDE, View, Wide
-from conjoin.merging import Merger, layer_key, merger_of
+from conjoin.merging import Merger, layer_key, merger_of, norm_key
 
 FORESIGHT = 8
 """How many operations behind siblings are looked at, to put those that go on alike together."""
@@ -96,13 +96,18 @@ def _whole(
 def _in_order(
     siblings: list[fx.Node], modules: Mapping[str, nn.Module], merger: Merger
 ) -> tuple[list[fx.Node], Wide]:
-    """Siblings in an order in which those that go on alike are neighbours, and their wide layer."""
+    """Siblings in an order in which those that go on alike are neighbours, and their wide layer.
+
+    Of those that go on alike, each has the place that it has in a joint of theirs.
+    """
     sequels = [_sequel(sibling, modules, merger) for sibling in siblings]
     numbers: dict[Hashable, int] = {}
     for sequel in sequels:
         for step in sequel:
             numbers.setdefault(step, len(numbers))
-    order = sorted(range(len(siblings)), key=lambda i: [numbers[step] for step in sequels[i]])
+    steps = [[numbers[step] for step in sequel] for sequel in sequels]
+    places = joints.places(siblings)
+    order = sorted(range(len(siblings)), key=lambda i: (steps[i], places[i]))
     merger.reorder([modules[str(sibling.target)] for sibling in siblings], order)
     views = [modules[str(sibling.target)] for sibling in siblings]
     wide = cast(View, views[0]).wide_layer
@@ -117,7 +122,11 @@ def _sequel(
     steps: list[Hashable] = []
     while len(node.users) == 1 and len(steps) < FORESIGHT:
         user = next(iter(node.users))
-        step = elementwise.key(user, node, modules) or layer_key(user, node, modules, merger)
+        step = (
+            elementwise.key(user, node, modules)
+            or layer_key(user, node, modules, merger)
+            or norm_key(user, node, modules)
+        )
         named = modules[str(user.target)] if user.op == "call_module" else user.target
         step = step or (user.op, type(named) if user.op == "call_module" else named)
         steps.append((len(steps), step))

@@ -11,7 +11,7 @@ from torch import Tensor, fx, nn
 from conjoin.graph import edit
 from conjoin.graph.siblings import Candidate, held_elsewhere, overlaps
 from conjoin.graph.site import Sightings
-from conjoin.layers import KINDS, NORMS, Kind, activation, kind_of
+from conjoin.layers import KINDS, NORMS, Kind, Norm, activation, kind_of, norm_of
 from conjoin.layers.kind import TENSORS, common, tensors
 from conjoin.layers.wide import View, Wide, fuse, release
 
@@ -205,6 +205,20 @@ def layer_key(
         return None
     shape = tuple(weight.shape)
     return kind, (shape, tuple(kind.key(layer).items()))
+
+
+def norm_key(
+    node: fx.Node, input: fx.Node, modules: Mapping[str, nn.Module]
+) -> tuple[Norm, Hashable] | None:
+    """What a normalization with a weight does to `input`; equal for those that can be merged."""
+    if node.op != "call_module" or edit.only_input(node) is not input:
+        return None
+    module = modules[str(node.target)]
+    kind = norm_of(module)
+    if kind is None or module.weight is None:
+        return None
+    biased = getattr(module, "bias", None) is not None
+    return kind, (module.training, biased, tuple(kind.key(module).items()))
 
 
 def merger_of(graph_module: fx.GraphModule) -> Merger:

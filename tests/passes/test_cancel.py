@@ -1,12 +1,27 @@
 """Joining the parts of a tensor again gives the tensor, where nobody could tell."""
 
+import itertools
+
 import pytest
 import torch
-from scripted import Scripted, assert_same, both, branches, linears, randn, targets
+from counting import OperationCounter
+from scripted import (
+    Scripted,
+    assert_released_to_the_bit,
+    assert_same,
+    both,
+    branches,
+    layers,
+    linears,
+    randn,
+    targets,
+)
 from torch import nn
 from torch.nn import functional as F
 
-from conjoin.passes import Cancel
+from conjoin import optimize
+from conjoin.nn import Split, Unite
+from conjoin.passes import Cancel, Separate
 
 
 def parts(m, x, function=lambda h: h):
@@ -23,11 +38,12 @@ GONE = {
     "stack": lambda m, x: torch.stack(parts(m, x), 1).sin().sum(1),
     "stack in front": lambda m, x: torch.stack(parts(m, x)).sin().sum(0),
     "stack at the end": lambda m, x: torch.stack(parts(m, x), -1).sin().sum(0),
+    "another order": lambda m, x: torch.cat(parts(m, x)[::-1], -1).sin(),
+    "another order of a stack": lambda m, x: torch.stack(parts(m, x, F.gelu)[::-1], 1).sin().sum(1),
     "unsqueezed": lambda m, x: torch.cat(parts(m, x, lambda h: h.unsqueeze(0)), 0).sin().sum(0),
 }
 
 LEFT = {
-    "another order": lambda m, x: torch.cat(parts(m, x)[::-1], -1).sin(),
     "another dimension": lambda m, x: torch.cat(parts(m, x), 0).sin(),
     "some": lambda m, x: torch.cat((p := parts(m, x))[:2], -1).sin() + p[2].sum(),
     "read by others": lambda m, x: torch.cat(p := parts(m, x), -1).sin() + p[0].sum(),
@@ -100,9 +116,155 @@ def test_a_source_that_is_read_by_others():
     assert targets(traced) == targets(plain)
 
 
-def test_unbatched_images():
+ORDERS = [list(order) for order in itertools.permutations("abc")]
+
+
+@pytest.mark.parametrize("order", ORDERS, ids="".join)
+@pytest.mark.parametrize("declared", ORDERS[::2], ids="".join)
+@pytest.mark.parametrize("called", [sorted, list], ids=["called in turn", "called as joined"])
+def test_any_order(order, declared, called):
+    """Whatever the orders of declarations, calls and parts, the joint is gone."""
+
+    def script(m, x):
+        h = {name: getattr(m, name)(x).cos() for name in called(order)}
+        return torch.cat([h[name] for name in order], -1).sin()
+
+    modules = {name: nn.Linear(4, "abc".index(name) + 2) for name in declared}
+    traced, plain = both(Scripted(script, **modules))
+    assert targets(traced).count("cos") == 1
+    assert not {"cat", "unsafe_split_with_sizes"} & {*targets(traced)}
+    assert_same(traced, plain, randn(3, 4))
+    assert_released_to_the_bit(traced, plain)
+
+
+def test_two_joints_of_one_layer():
+    """The first one that is called has the say."""
+
+    def script(m, x):
+        first = torch.cat([m.c(x), m.a(x), m.b(x)], -1).sin()
+        return first, torch.cat([m.b(2 * x), m.a(2 * x), m.c(2 * x)], -1).sin()
+
+    traced, plain = both(Scripted(script, **linears()))
+    assert targets(traced).count("cat") == 1
+    assert_same(traced, plain, randn(3, 4))
+
+
+def test_towers_that_are_stacked_in_another_order():
+    def script(m, x):
+        h = {name: getattr(m, name)(x).transpose(0, 1).relu() for name in "abc"}
+        for name in "abc":
+            h[name] = getattr(m, name + "2")(h[name])
+        return torch.stack([h[name] for name in "bca"]).sin()
+
+    traced, plain = both(Scripted(script, **linears("", "2")))
+    assert [target for target in targets(traced) if "wide" in target] == ["a.wide", "b2.wide"]
+    assert targets(traced).count("stack") == 1
+    assert_same(traced, plain, randn(4, 4), randn(2, 4, 4))
+
+
+IMAGES = {
+    "batched": (randn(2, 3, 6, 7), randn(1, 3, 5, 5)),
+    "unbatched": (randn(3, 6, 7), randn(3, 9, 7)),
+    "channels last": (randn(2, 3, 6, 7).to(memory_format=torch.channels_last),),
+    "one pixel": (randn(2, 3, 3, 3),),
+    "of another rank": (randn(3, 4),),
+}
+
+
+@pytest.mark.parametrize("inputs", IMAGES.values(), ids=IMAGES)
+@pytest.mark.parametrize("dim", [1, -3, 0, 2, 3])
+def test_images(inputs, dim):
     """Dimension 1 of what comes without a batch is no channel."""
-    convs = {name: nn.Conv2d(3, 4, 3) for name in "abc"}
-    script = branches(names="abc")
-    model = Scripted(lambda m, x: torch.cat(script(m, x), 1).sin(), **convs)
-    assert_same(*both(model), randn(2, 3, 6, 7), randn(3, 6, 7))
+    convs = {name: nn.Conv2d(3, width, 3) for name, width in zip("abc", (4, 2, 4), strict=True)}
+    steps = branches(lambda m, h, name: F.gelu(h), names="cab")
+    traced, plain = both(Scripted(lambda m, x: torch.cat(steps(m, x), dim).sin(), **convs))
+    assert ("cat" not in targets(traced)) == (dim in (1, -3))
+    assert_same(traced, plain, *inputs)
+
+
+def test_what_is_left_of_a_joint_is_taken_apart():
+    convs = layers(lambda: nn.Conv2d(3, 4, 3))
+    traced, plain = both(Scripted(lambda m, x: torch.cat(parts(m, x), 1).sin(), **convs))
+    Separate()(traced)
+    assert "cat" in targets(traced)
+    assert_same(traced, plain, randn(2, 3, 6, 7), randn(3, 6, 7))
+
+
+def test_a_rejoined_image_is_not_copied():
+    convs = layers(lambda: nn.Conv2d(3, 4, 3))
+    traced, _ = both(Scripted(lambda m, x: torch.cat(parts(m, x), 1).sin(), **convs))
+    with OperationCounter() as counter:
+        traced(randn(2, 3, 6, 7))
+    assert (counter.counts().joins, counter.counts().convolutions) == (0, 1)
+
+
+CUTS = {
+    "split": lambda h: torch.split(h, [2, 3, 4], -1),
+    "method": lambda h: h.split((2, 3, 4), dim=-1),
+    "with sizes": lambda h: h.split_with_sizes([2, 3, 4], -1),
+}
+
+OTHER_CUTS = {
+    "other sizes": lambda h: torch.split(h, [3, 2, 4], -1),
+    "one size": lambda h: torch.split(h, 3, -1),
+    "another dimension": lambda h: torch.split(h, [2, 3, 4], 1),
+}
+
+
+def joined_and_cut(cut, end):
+    modules = {name: nn.Linear(4, width) for name, width in zip("abc", (2, 3, 4), strict=True)}
+
+    def script(m, x):
+        pieces = cut(torch.cat(parts(m, x, F.gelu), -1))
+        return [end(pieces[index]).sum(-1) for index in range(3)]
+
+    return both(Scripted(script, **modules))
+
+
+@pytest.mark.parametrize("cut", CUTS.values(), ids=CUTS)
+def test_cut_again(cut):
+    """What is done to the pieces is done to all of them at once."""
+    traced, plain = joined_and_cut(cut, torch.sin)
+    assert targets(traced).count("sin") == 1
+    assert_same(traced, plain, randn(3, 4), randn(2, 3, 4))
+
+
+@pytest.mark.parametrize("cut", OTHER_CUTS.values(), ids=OTHER_CUTS)
+def test_cut_in_another_way(cut):
+    traced, plain = joined_and_cut(cut, torch.sin)
+    assert targets(traced).count("sin") == 3
+    assert_same(traced, plain, randn(3, 4), randn(2, 9, 4))
+
+
+def test_equal_parts_cut_again():
+    def script(m, x):
+        pieces = torch.cat(parts(m, x), -1).chunk(3, dim=-1)
+        return [pieces[index].sin().sum(-1) for index in range(3)]
+
+    traced, plain = both(Scripted(script, **linears()))
+    assert targets(traced).count("sin") == 1
+    assert_same(traced, plain, randn(3, 4), randn(2, 3, 4))
+
+
+def test_a_piece_that_is_changed_in_place():
+    """What `split` gives raises then, and must go on."""
+    traced, plain = joined_and_cut(CUTS["split"], torch.sin_)
+    assert targets(traced).count("sin_") == 3
+    assert_same(traced, plain, randn(3, 4))
+
+
+def test_split_unite_split():
+    """Nothing is joined, and nothing is copied, whatever the sizes are the second time."""
+    model = Scripted(
+        lambda m, x: [part.sin() for part in m.again(m.unite(m.split(x)))],
+        split=Split(nn.Linear(4, 6), sizes=[2, 4], dim=-1),
+        unite=Unite(dim=-1),
+        again=Split(nn.Identity(), sizes=[3, 3], dim=-1),
+    ).double()
+    optimized = optimize(model, (randn(3, 4),))
+    x = randn(3, 4)
+    with OperationCounter() as counter:
+        optimized(x)
+    counts = counter.counts()
+    assert (counts.joins, counts.copies, counts.splits) == (0, 0, 1)
+    assert_same(optimized, model, randn(3, 4), randn(2, 3, 4))

@@ -32,11 +32,13 @@ FUNCTIONS = {
 IN_SPACE = {
     "pool": lambda h: F.avg_pool2d(h, 3, stride=1, padding=1),
     "pad": lambda h: F.pad(h, (1, 0)),
+    "instance_norm": lambda h: F.instance_norm(h),
 }
 
 JOINS = {
     "cat": lambda outputs: torch.cat(outputs, 1),
     "cat from the end": lambda outputs: torch.cat(outputs, -1),
+    "cat backwards": lambda outputs: torch.cat(outputs[::-1], 1),
     "stack": lambda outputs: torch.stack(outputs, 1).sum(1),
     "sum": sum,
     "returned": list,
@@ -53,6 +55,13 @@ def towers(seed):
         "layer": (lambda: nn.Conv2d(4, 4, 3, padding=1)) if images else (lambda: nn.Linear(4, 4)),
         "norm": (lambda: nn.BatchNorm2d(4)) if images else (lambda: nn.BatchNorm1d(4)),
         "groups": lambda: nn.GroupNorm(2, 4),
+        "instances": (lambda: nn.InstanceNorm2d(4, affine=draw.random() < 0.8))
+        if images
+        else (lambda: nn.LayerNorm(4, bias=draw.random() < 0.8)),
+        "tracked": (lambda: nn.InstanceNorm2d(4, affine=True, track_running_stats=True))
+        if images
+        else (lambda: nn.RMSNorm(4)),
+        "slopes": lambda: nn.PReLU(draw.choice([1, 1, 4])),
         "dropout": lambda: nn.Dropout(0.3),
     }
     common = ["layer"]

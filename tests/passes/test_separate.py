@@ -125,6 +125,51 @@ class GroupNorms(nn.Module):
         return self.a(x) * self.b(x)
 
 
+class LastNorms(nn.Module):
+    """Normalizations of the last dimension, with weights and without, beside and stacked."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(6, 4),
+                nn.LayerNorm(4),
+                nn.PReLU(),
+                nn.Linear(4, 4),
+                nn.RMSNorm(4),
+                nn.PReLU(4),
+                nn.Linear(4, 4),
+                nn.PReLU(),
+            )
+            for _ in range(3)
+        )
+
+    def forward(self, x):
+        a, b, c = (F.layer_norm(self.branches[i](x), (4,)) for i in range(3))
+        return a.sin() * b * F.rms_norm(c, (4,)).cos()
+
+
+class Styles(nn.Module):
+    """Normalizations of images, in branches of different widths."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(4, width, 3),
+                nn.InstanceNorm2d(width, affine=True, track_running_stats=True),
+                nn.PReLU(),
+                nn.MaxPool2d(2),
+                nn.InstanceNorm2d(width, affine=True),
+                nn.PReLU(width),
+            )
+            for width in (3, 2, 3)
+        )
+
+    def forward(self, x):
+        return torch.cat([self.branches[2](x), self.branches[0](x), self.branches[1](x)], 1)
+
+
 def flat():
     return (torch.randn(5, 6, dtype=torch.float64),)
 
@@ -141,6 +186,8 @@ CASES = {
     Joined: flat,
     Tables: lambda: (torch.randint(7, (5,)),),
     GroupNorms: flat,
+    LastNorms: flat,
+    Styles: lambda: (torch.randn(3, 4, 8, 8, dtype=torch.float64),),
 }
 
 models = pytest.mark.parametrize("model", CASES, ids=lambda model: model.__name__)
@@ -327,3 +374,34 @@ def test_each_branch_has_its_own_activation():
 
 def test_it_is_in_no_pipeline():
     assert not any(isinstance(run, Separate) for run in PIPELINE)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_normalizations_without_weights(training):
+    """They are functions of all parts at once, and then of each."""
+
+    class Unweighted(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.images = nn.ModuleList(
+                nn.Sequential(nn.Conv2d(4, width, 3), nn.InstanceNorm2d(width), nn.ReLU())
+                for width in (3, 2)
+            )
+            self.rows = nn.ModuleList(
+                nn.Sequential(nn.Linear(6, 4), nn.LayerNorm(4, elementwise_affine=False))
+                for _ in range(3)
+            )
+
+        def forward(self, x):
+            images = [branch(x).sum((-1, -2)) for branch in self.images]
+            x = x[..., 0]
+            return images, [branch(x).sin() * 2 for branch in self.rows]
+
+    plain = Unweighted().double().train(training)
+    found = separated(copy.deepcopy(plain))
+    assert not list(views(found))
+    called = calls(found.graph)
+    assert called.count("instance_norm_of_images") == 2
+    assert called.count("layer_norm") == 3
+    args = (torch.randn(2, 4, 6, 6, dtype=torch.float64),)
+    assert_same_step(step(found, args), step(fx.symbolic_trace(plain), args))

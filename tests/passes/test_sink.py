@@ -6,6 +6,8 @@ import pickle
 
 import pytest
 import torch
+from counting import OperationCounter, count
+from equivalence import assert_same_state
 from scripted import (
     Scripted,
     assert_released_to_the_bit,
@@ -25,6 +27,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn import functional as F
 
+import conjoin
 from conjoin.passes import PIPELINE, Sink, Widen
 
 PASSES = (Widen(), Sink())
@@ -71,6 +74,7 @@ IN_SPACE = {
     "reflect": lambda h: F.pad(h, (1, 1, 1, 1), mode="reflect"),
     "nearest": lambda h: F.interpolate(h, scale_factor=2),
     "bilinear": lambda h: F.interpolate(h, scale_factor=2.0, mode="bilinear"),
+    "instance_norm": lambda h: F.instance_norm(h, eps=0.1),
 }
 """Sinks in images only."""
 
@@ -79,7 +83,7 @@ NOWHERE = {
     "dropout": lambda h: F.dropout(h, 0.5),
     "dropout2d": lambda h: F.dropout2d(h),
     "layer_norm": lambda h: F.layer_norm(h, h.shape[-1:]),
-    "instance_norm": lambda h: F.instance_norm(h),
+    "instance_norm with statistics": lambda h: F.instance_norm(h, use_input_stats=False),
     "sum": lambda h: h.sum(),
     "clone": lambda h: h.clone(),
     "indices": lambda h: F.adaptive_max_pool2d(h, 2, True)[0],
@@ -182,6 +186,12 @@ NORMS = {
     "BatchNorm1d": lambda: nn.BatchNorm1d(4),
     "without bias": lambda: nn.BatchNorm1d(4, eps=0.1, momentum=0.3),
     "GroupNorm": lambda: nn.GroupNorm(2, 4),
+    "PReLU": lambda: nn.PReLU(4),
+    "LayerNorm": lambda: nn.LayerNorm(4),
+    "RMSNorm": lambda: nn.RMSNorm(4),
+    "PReLU of one number": nn.PReLU,
+    "LayerNorm without weight": lambda: nn.LayerNorm(4, elementwise_affine=False),
+    "RMSNorm without weight": lambda: nn.RMSNorm(4, elementwise_affine=False),
 }
 
 
@@ -197,6 +207,12 @@ OTHER_NORMS = {
     "groups without weight": lambda: nn.GroupNorm(2, 4, affine=False),
     "in images only": lambda: nn.BatchNorm2d(4),
     "bias frozen": lambda: bias_frozen(nn.BatchNorm1d(4)),
+    "LayerNorm of two dimensions": lambda: nn.LayerNorm((4, 4)),
+    "LayerNorm of another size": lambda: nn.LayerNorm(3),
+    "InstanceNorm along the rows": lambda: nn.InstanceNorm1d(4),
+    "InstanceNorm with a weight along the rows": lambda: nn.InstanceNorm1d(4, affine=True),
+    "InstanceNorm of images": lambda: nn.InstanceNorm2d(4, affine=True),
+    "PReLU of another size": lambda: nn.PReLU(3),
 }
 
 
@@ -214,6 +230,117 @@ def test_normalizations(norm):
 def test_normalizations_left_alone(norm):
     traced, plain = both(norms(norm), PASSES)
     assert_same(traced, plain, randn(3, 4), randn(2, 4, 4))
+
+
+IMAGE_NORMS = {
+    "InstanceNorm": lambda width: nn.InstanceNorm2d(width),
+    "with weight": lambda width: nn.InstanceNorm2d(width, eps=0.1, affine=True),
+    "tracked": lambda width: nn.InstanceNorm2d(width, affine=True, track_running_stats=True),
+    "without momentum": lambda width: nn.InstanceNorm2d(
+        width, momentum=None, affine=True, track_running_stats=True
+    ),
+    "PReLU": lambda width: nn.PReLU(width),
+    "PReLU of one number": lambda width: nn.PReLU(),
+}
+
+LEFT_IN_IMAGES = {
+    "statistics without weight": lambda width: nn.InstanceNorm2d(width, track_running_stats=True),
+    "of another rank": lambda width: nn.InstanceNorm1d(width, affine=True),
+    "LayerNorm": lambda width: nn.LayerNorm(6),
+    "a warning": lambda width: nn.InstanceNorm2d(9),
+}
+
+
+def of_widths(make, *steps):
+    """Convolutions of different widths."""
+    modules = {}
+    for name, width in zip("abc", (4, 2, 4), strict=True):
+        modules[name] = nn.Conv2d(3, width, 3)
+        modules[name + "n"] = make(width)
+    return both(Scripted(branches(called("n"), *steps, last), **modules), PASSES)
+
+
+@pytest.mark.parametrize("make", IMAGE_NORMS.values(), ids=IMAGE_NORMS)
+def test_normalizations_of_images(make):
+    traced, plain = of_widths(make, step(lambda h: h.relu_()))
+    assert targets(traced).count("sin") == 1
+    assert_same(traced, plain, *IMAGES, randn(1, 3, 5, 5), randn(2, 3, 3, 3))
+    assert_trains_alike(traced, plain.train(), *IMAGES[:2])
+    assert_released_to_the_bit(*of_widths(make))
+
+
+@pytest.mark.parametrize("make", LEFT_IN_IMAGES.values(), ids=LEFT_IN_IMAGES)
+@pytest.mark.filterwarnings("ignore:input's size at dim")
+def test_normalizations_left_alone_in_images(make):
+    traced, plain = of_widths(make)
+    assert targets(traced).count("sin") == 3
+    assert_same(traced, plain, randn(2, 3, 8, 8), randn(3, 8, 8))
+
+
+def test_neighbours_are_those_of_one_width():
+    traced, plain = of_widths(lambda width: nn.GroupNorm(1, width))
+    assert targets(traced).count("an.wide") == 1
+    assert targets(traced).count("sin") == 2
+    assert_same(traced, plain, randn(2, 3, 8, 8), randn(3, 8, 8))
+
+
+ROW_NORMS = {
+    "LayerNorm": lambda: nn.LayerNorm(4),
+    "LayerNorm without weight": lambda: nn.LayerNorm(4, elementwise_affine=False),
+    "RMSNorm": lambda: nn.RMSNorm(4),
+    "PReLU": lambda: nn.PReLU(4),
+    "PReLU of one number": lambda: nn.PReLU(),
+}
+
+
+@pytest.mark.parametrize("norm", ROW_NORMS.values(), ids=ROW_NORMS)
+def test_normalizations_of_a_stack(norm):
+    steps = (step(F.relu), called("2"), called("n"), called("3"), last)
+    modules = {**linears("", "2", "3"), **layers(norm, "n")}
+    traced, plain = both(Scripted(branches(*steps), **modules))
+    assert targets(traced).count("sin") == 1
+    assert_same(traced, plain, randn(3, 4), randn(2, 4, 4), randn(4))
+    assert_trains_alike(traced, plain.train(), randn(5, 4), randn(3, 4))
+
+
+def test_two_branches_are_too_few_for_rms_norm():
+    """The product with the weight would be a launch of its own."""
+    norms = {name + "n": nn.RMSNorm(4) for name in "ab"}
+    script = branches(called("n"), last, names="ab")
+    traced, plain = both(Scripted(script, a=nn.Linear(4, 4), b=nn.Linear(4, 4), **norms))
+    assert targets(traced).count("sin") == 2
+    assert_same(traced, plain, randn(3, 4))
+
+
+LAST = {
+    "layer_norm": (lambda h: F.layer_norm(h, (4,), eps=0.1), 1),
+    "rms_norm": (lambda h: F.rms_norm(h, [4]), 1),
+    "of another size": (lambda h: F.layer_norm(h, (3,)), 1),
+    "of two dimensions": (lambda h: F.layer_norm(h, (4, 4)), 3),
+    "with a weight": (lambda h: F.layer_norm(h, (4,), h.mean((0, 1))), 3),
+}
+
+
+@pytest.mark.parametrize(("function", "sines"), LAST.values(), ids=LAST)
+def test_functions_of_the_last_dimension(function, sines):
+    traced, plain = both(of_rows(function), PASSES)
+    assert targets(traced).count("sin") == sines
+    assert_same(traced, plain, randn(3, 4), randn(2, 4, 4), randn(4))
+
+
+ODD = {
+    "without weight": lambda: nn.LayerNorm(4, elementwise_affine=False),
+    "without bias": lambda: nn.LayerNorm(4, bias=False),
+    "eps": lambda: nn.LayerNorm(4, eps=0.1),
+    "another class": lambda: nn.RMSNorm(4),
+}
+
+
+@pytest.mark.parametrize("odd", ODD.values(), ids=ODD)
+def test_one_layer_norm_unlike_the_others(odd):
+    traced, plain = both(norms(lambda: nn.LayerNorm(4), bn=odd()))
+    assert targets(traced).count("sin") == 2
+    assert_same(traced, plain, randn(3, 4), randn(2, 3, 4))
 
 
 UNLIKE = {
@@ -362,6 +489,63 @@ EVENTS = {
 }
 
 
+class Normed(nn.Module):
+    """Images and rows, in branches that are normalized in all ways."""
+
+    def __init__(self):
+        super().__init__()
+        self.images = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(3, width, 3),
+                nn.InstanceNorm2d(width, affine=True, track_running_stats=True),
+                nn.PReLU(),
+                nn.InstanceNorm2d(width, affine=True),
+                nn.PReLU(width),
+            )
+            for width in (4, 2)
+        )
+        self.rows = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(6, 4), nn.LayerNorm(4), nn.PReLU(), nn.Linear(4, 4), nn.RMSNorm(4)
+            )
+            for _ in range(3)
+        )
+
+    def forward(self, x):
+        x = torch.cat([branch(x).sin().mean((-1, -2)) for branch in self.images], 1)
+        return [branch(x).sin().sum(-1) for branch in self.rows]
+
+
+NORMED_EVENTS = {
+    "nothing": lambda model: model,
+    "loaded": loaded(assign=False),
+    "assigned": loaded(assign=True),
+    "copied": copy.deepcopy,
+    "pickled": lambda model: pickle.loads(pickle.dumps(model)),
+    "converted": lambda model: model.float().double(),
+    "one evaluated": lambda model: (model.images[1].eval(), model)[1],
+    "one frozen": lambda model: (model.rows[1].requires_grad_(False), model)[1],
+    "eps": lambda model: (setattr(model.rows[1][1], "eps", 0.3), model)[1],
+    "unfused": lambda model: conjoin.unfuse(model),
+}
+
+
+@pytest.mark.parametrize("event", NORMED_EVENTS.values(), ids=NORMED_EVENTS)
+@pytest.mark.filterwarnings("ignore:.* is taken out of its wide layer")
+def test_an_optimized_model(event):
+    plain = Normed().double()
+    x = randn(3, 3, 6, 6)
+    optimized = conjoin.optimize(plain, (x,))
+    assert_same_state(optimized, plain)
+    assert_same_state(conjoin.unfuse(optimized), plain)
+    counts = count(optimized, (x,), training=True)
+    assert (counts.products, counts.others["_prelu_kernel"]) == (3, 3)
+    assert counts.norms in (3, 4)  # An RMSNorm is one operation, or several others.
+    ours, theirs = event(optimized), plain if event is conjoin.unfuse else event(plain)
+    assert_same(ours, theirs, x)
+    assert_trains_alike(ours, theirs, x, randn(2, 3, 5, 5))
+
+
 def towers():
     modules = {**linears("", "2"), **layers(lambda: nn.BatchNorm1d(4), "n")}
     steps = (called("n"), step(lambda h: h.relu_()), called("2"), last)
@@ -405,6 +589,23 @@ def test_dtypes(dtype):
         torch.testing.assert_close(*[model(x.float()) for model in models], rtol=5e-2, atol=5e-2)
 
 
+def last_norms(norm):
+    modules = {**linears("", "2"), **layers(norm, "n")}
+    return both(Scripted(branches(called("n"), called("2"), last), **modules))
+
+
+@pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(4), lambda: nn.RMSNorm(4), nn.PReLU])
+def test_last_dimension_under_autocast(norm):
+    models = [model.float() for model in last_norms(norm)]
+    x = torch.randn(3, 4)
+    with torch.autocast("cpu", torch.bfloat16):
+        ours, theirs = (model(x) for model in models)
+    torch.testing.assert_close(ours, theirs, rtol=5e-2, atol=5e-2)
+    with torch.autocast("cpu", torch.bfloat16), OperationCounter() as counter:
+        models[0](x)
+    assert counter.counts().norms == (norm().__class__ is nn.LayerNorm)
+
+
 TRANSFORMS = {
     "compile": lambda model, x: torch.compile(model, backend="eager", fullgraph=True)(x),
     "export": lambda model, x: torch.export.export(model, (x,)).module()(x),
@@ -418,6 +619,22 @@ TRANSFORMS = {
 def test_transforms(transform):
     x = randn(3, 4)
     ours, theirs = (transform(model.eval(), x) for model in towers())
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+@pytest.mark.parametrize("norm", [lambda: nn.LayerNorm(4), lambda: nn.RMSNorm(4), nn.PReLU])
+def test_transforms_of_the_last_dimension(transform, norm):
+    x = randn(3, 4)
+    ours, theirs = (transform(model.eval(), x) for model in last_norms(norm))
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_transforms_of_images(transform):
+    x = randn(2, 3, 6, 6)
+    plain = Normed().double().eval()
+    ours, theirs = (transform(m, x) for m in (conjoin.optimize(plain, (x,)), plain))
     torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 

@@ -19,7 +19,7 @@ from scripted import (
 from torch import nn
 from torch.nn import functional as F
 
-from conjoin.passes import Towers
+from conjoin.passes import Separate, Towers
 
 
 def activated(m, h, name):
@@ -160,6 +160,73 @@ def test_different_inputs(script):
         script not in (crossed, one_reads_another, of_unknown_length, alike_by_accident, masked)
     )
     assert_same(traced, plain, randn(3, 4), randn(5, 4))
+
+
+def normalized(m, x):
+    """Each on a tensor of its own."""
+    return [getattr(m, name + "n")(turned(getattr(m, name), x)).sin().sum(-1) for name in "abc"]
+
+
+LAYER_NORMS = {
+    "LayerNorm": (lambda: nn.LayerNorm(4), True),
+    "without bias": (lambda: nn.LayerNorm(4, eps=0.1, bias=False), True),
+    "RMSNorm": (lambda: nn.RMSNorm(4), False),
+    "of another shape": (lambda: nn.LayerNorm((3, 4)), False),
+}
+
+
+@pytest.mark.parametrize(("norm", "gathered"), LAYER_NORMS.values(), ids=LAYER_NORMS)
+def test_normalizations_of_different_inputs(norm, gathered):
+    model = Scripted(normalized, **linears(), **layers(norm, "n"))
+    traced, plain = both(model)
+    assert ("an.wide" in targets(traced)) == gathered
+    assert targets(traced).count("sin") == (1 if gathered else 3)
+    assert_same(traced, plain, randn(3, 4), randn(2, 3, 4))
+    assert_trains_alike(traced, plain.train(), randn(3, 4))
+    traced, plain = both(model)
+    Separate()(traced)
+    assert sorted(targets(traced)) == sorted(targets(plain))
+    assert_same(traced, plain, randn(3, 4))
+    assert_released_to_the_bit(*both(model))
+
+
+def test_normalizations_that_are_joined():
+    """The parts lie as the joint wants them, in its order."""
+
+    def script(m, x):
+        h = {name: getattr(m, name + "n")(turned(getattr(m, name), x)) for name in "abc"}
+        return torch.cat([h[name] for name in "bca"], -1).sin()
+
+    traced, plain = both(Scripted(script, **linears(), **layers(lambda: nn.LayerNorm(4), "n")))
+    assert "bn.wide" in targets(traced)
+    assert "cat" not in targets(traced)
+    assert_same(traced, plain, randn(3, 4), randn(2, 3, 4))
+
+
+def two_norms(m, x):
+    return m.an(turned(m.a, x)).sin(), m.bn(turned(m.b, x)).sin()
+
+
+def norms_and_strides(m, x):
+    return [y.view(-1).sin() for y in norms_that_are_returned(m, x)]
+
+
+def norms_that_are_returned(m, x):
+    return [getattr(m, name + "n")(turned(getattr(m, name), x)) for name in "abc"]
+
+
+def norms_one_after_another(m, x):
+    return m.cn(turned(m.c, m.bn(turned(m.b, m.an(turned(m.a, x)))))).sin()
+
+
+NOT_GATHERED = [two_norms, norms_and_strides, norms_that_are_returned, norms_one_after_another]
+
+
+@pytest.mark.parametrize("script", NOT_GATHERED)
+def test_normalizations_left_alone(script):
+    traced, plain = both(Scripted(script, **linears(), **layers(lambda: nn.LayerNorm(4), "n")))
+    assert "an.wide" not in targets(traced)
+    assert_same(traced, plain, randn(3, 4))
 
 
 def test_two_inputs_that_are_alike_in_the_example():

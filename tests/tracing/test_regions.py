@@ -291,6 +291,16 @@ def test_changed_afterwards(name, change, copied):
     same_outputs(optimized, model, x)
 
 
+@pytest.mark.filterwarnings("ignore:.* is taken out of its wide layer")
+def test_copied_after_a_part_was_taken_out():
+    """The forward that knows all the parts is over, for the copy too."""
+    towers = Towers().eval()
+    optimized = conjoin.optimize(towers, (torch.randn(3, 4),))
+    for each in (towers, optimized):
+        each.critics[1][0].bias = nn.Parameter(torch.full((3,), 5.0))
+    same_outputs(copy.deepcopy(optimized), towers, torch.randn(3, 4))
+
+
 REFUSED_CHANGES = {
     "weight_norm": lambda model: parametrizations.weight_norm(model.mean),
     "old weight_norm": lambda model: nn.utils.weight_norm(model.mean),

@@ -15,11 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
-from torch.overrides import (
-    handle_torch_function,
-    has_torch_function,
-    has_torch_function_unary,
-)
+from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
 from conjoin.layers.embedding import unstack
 
@@ -214,6 +210,13 @@ def substitute(graph: fx.Graph, old: Sequence[fx.Node], new: Sequence[fx.Node]) 
         graph.erase_node(before)
 
 
+def beside(tensors: Sequence[Tensor]) -> Tensor:
+    """N tensors (..., c) side by side: (..., n * c)."""
+    if has_torch_function(tensors):  # A graph that is traced again keeps the call.
+        return handle_torch_function(beside, tuple(tensors), tensors)
+    return torch.cat(list(tensors), -1)
+
+
 def side_by_side(graph: fx.Graph, stack: fx.Node) -> fx.Node:
     """Stacked parts (n, ..., c) as (..., n * c), at the graph's insert point."""
     inside = graph.call_method("movedim", (stack, 0, -2))
@@ -226,16 +229,27 @@ def stacked(graph: fx.Graph, whole: fx.Node, count: int) -> fx.Node:
     return graph.call_method("movedim", (inside, -2, 0))
 
 
-def rejoined(whole: Tensor, sizes: Sequence[int], dim: int) -> Tensor:
+def rejoined(whole: Tensor, sizes: Sequence[int], along: int, dim: int) -> Tensor:
     """A tensor that was cut into parts of these sizes and joined again: the tensor itself.
+
+    Args:
+        whole: the tensor.
+        sizes: the sizes of the parts.
+        along: the dimension that it was cut along.
+        dim: the dimension that they were joined along, which for a tensor of another rank than
+            usual may be another one.
 
     Raises:
         RuntimeError: the sizes do not sum to its size, as `torch.split` says.
+        IndexError: it has no such dimension.
     """
     if has_torch_function_unary(whole):  # A graph that is traced again keeps the call.
-        return handle_torch_function(rejoined, (whole,), whole, sizes, dim)
-    if whole.shape[dim] != sum(sizes):
-        torch.split(whole, list(sizes), dim)
+        return handle_torch_function(rejoined, (whole,), whole, sizes, along, dim)
+    dimensions = range(whole.dim())
+    if along != dim and dimensions[along] != dimensions[dim]:
+        return torch.cat(torch.split(whole, list(sizes), along), dim)
+    if whole.shape[along] != sum(sizes):
+        torch.split(whole, list(sizes), along)
     return whole
 
 

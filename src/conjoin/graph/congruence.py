@@ -20,9 +20,10 @@ from conjoin.layers.wide import View, Wide
 NAMES = elementwise.NAMES | frozenset(
     "view reshape flatten unflatten permute transpose t movedim squeeze unsqueeze expand "
     "contiguous clone softmax log_softmax softmax_of_parts sum mean amax amin norm matmul bmm mm "
-    "baddbmm addmm einsum cat concat stack where dropout layer_norm normalize linear pad "
+    "baddbmm addmm einsum cat concat stack where dropout layer_norm rms_norm normalize linear pad "
     "interpolate size dim numel getattr getitem matmul floordiv mod unsafe_split_with_sizes "
-    "unstack split chunk batched long int float double half bfloat16 bool".split()
+    "unstack split chunk batched layer_norm_of_parts instance_norm_of_images "
+    "long int float double half bfloat16 bool".split()
 )
 """Functions and methods whose result has a shape that follows from the shapes of the inputs."""
 

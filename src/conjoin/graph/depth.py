@@ -188,4 +188,8 @@ def _name(node: fx.Node, modules: Mapping[str, nn.Module]) -> str:
         return module.kind.name if isinstance(module, Wide) else type(module).__name__
     if node.target is channelwise.softmax_of_parts:
         return "log_softmax" if node.args[2] else "softmax"
+    if node.target is channelwise.layer_norm_of_parts:
+        return "rms_norm" if node.args[3] else "layer_norm"
+    if node.target is channelwise.instance_norm_of_images:
+        return "instance_norm"
     return str(getattr(node.target, "__name__", node.target))

@@ -15,16 +15,17 @@ from __future__ import annotations
 import copy
 import dataclasses
 import operator
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.fx.node import map_arg
+from torch.nn import functional as F
 
 from conjoin.graph import channelwise, edit, elementwise, hazards, samplewise
-from conjoin.graph.bundles import batched, rejoined
+from conjoin.graph.bundles import batched, beside, rejoined
 from conjoin.layers.embedding import unstack
 from conjoin.layers.wide import Wide, wides
 
@@ -168,7 +169,7 @@ class Separation:
             nodes,
             dim,
             stacked,
-            (1,) * len(nodes) if stacked else tuple(wide.widths),
+            (1,) * len(nodes) if stacked else tuple(node.kwargs.get("sizes") or wide.widths),  # type: ignore[arg-type]
             tuple(names),
             root,
             tuple(range(len(nodes))) if before is None else before.branches,
@@ -194,14 +195,22 @@ class Separation:
         return self._gathered(source, node, wide), None
 
     def _gathered(self, stack: fx.Node, call: fx.Node, wide: Wide) -> Sequence[fx.Node] | None:
-        """What was stacked for a wide layer."""
+        """What was stacked for a wide layer, or put side by side."""
         items = stack.args[0] if stack.args else None
-        known = stack.target is torch.stack and stack.args[1:] in ((), (0,)) and not stack.kwargs
-        if not known or not isinstance(items, (list, tuple)) or len(items) != len(wide.widths):
+        layout = _layout(wide, call)
+        if layout == (0, True):
+            known = stack.target is torch.stack and stack.args[1:] in ((), (0,))
+        else:
+            known = stack.target is beside and layout == (-1, False)
+        if (
+            not known
+            or stack.kwargs
+            or not isinstance(items, (list, tuple))
+            or len(items) != len(wide.widths)
+        ):
             return None
         nodes = [item for item in items if isinstance(item, fx.Node)]
-        stacked = _layout(wide, call) == (0, True)
-        if not stacked or len(nodes) < len(items) or self._epochs[stack] != self._epochs[call]:
+        if len(nodes) < len(items) or self._epochs[stack] != self._epochs[call]:
             return None
         self.replaced.setdefault(stack, call)
         return nodes
@@ -263,13 +272,15 @@ class Separation:
             start = stop
         return tuple(items) if start == len(held.nodes) else None
 
-    def _moved(self, node: fx.Node, held: Parts) -> Parts | None:
-        """The same parts, lying in another way."""
+    def _moved(self, node: fx.Node, held: Parts) -> Parts | fx.Node | None:
+        """The same parts, lying in another way; or joined, where the rank decides how they lie."""
         if node.target is rejoined:
             sizes: Any
-            sizes, dim = node.args[1:]
-            same = (held.dim, held.stacked) == (dim, False) and held.sizes == tuple(sizes)
-            return held if same else None
+            sizes, along, dim = node.args[1:]
+            same = (held.dim, held.stacked) == (along, False) and held.sizes == tuple(sizes)
+            if not same or along == dim:
+                return held if same else None
+            return self._joint(torch.cat, held, dim)
         if node.op != "call_method" or node.kwargs or self._uses[node.all_input_nodes[0]] != 1:
             return None
         given = node.args[1:]
@@ -301,6 +312,15 @@ class Separation:
             if not held.stacked:
                 return None
             nodes = [self._copy(node, part) for part in held.nodes]
+        elif node.target is channelwise.layer_norm_of_parts:
+            _, shape, eps, root_only, count, lies_along = node.args
+            if (lies_along, count) != (dim, len(held.nodes)) or (held.stacked and held.dim != 0):
+                return None
+            normalize = F.rms_norm if root_only else F.layer_norm
+            nodes = [
+                self._graph.call_function(normalize, (part, shape), {"eps": eps})
+                for part in held.nodes
+            ]
         elif (
             elementwise.key(node, source, self._modules) is None
             and channelwise.key(node, source, dim, self._modules) is None
@@ -351,12 +371,16 @@ class Separation:
         if isinstance(value, Parts):
             function = torch.stack if value.stacked else torch.cat
             with self._graph.inserting_before(node):  # Where its reader stands, no_grad may hold.
-                joint = self._graph.call_function(function, (list(value.nodes), value.dim))
-            if value.root is not None:
-                self.made[joint] = value.root
-            value = self._values[node] = joint
+                value = self._values[node] = self._joint(function, value, value.dim)
         assert isinstance(value, fx.Node)  # all that reads a split is its items
         return value
+
+    def _joint(self, function: Callable[..., Any], parts: Parts, dim: Any) -> fx.Node:
+        """Parts joined, at the graph's insert point."""
+        joint = self._graph.call_function(function, (list(parts.nodes), dim))
+        if parts.root is not None:
+            self.made[joint] = parts.root
+        return joint
 
 
 def reachable(graph_module: fx.GraphModule) -> dict[str, nn.Module]:

@@ -17,7 +17,9 @@ from conjoin.layers.conv import (
 from conjoin.layers.embedding import Embedding
 from conjoin.layers.kind import Kind
 from conjoin.layers.linear import Linear
-from conjoin.layers.norm import NORMS, Norm
+from conjoin.layers.norm import NORMS as NORMALIZATIONS
+from conjoin.layers.norm import Norm
+from conjoin.layers.prelu import PReLU
 from conjoin.layers.wide import View
 
 KINDS: tuple[Kind, ...] = (
@@ -31,6 +33,9 @@ KINDS: tuple[Kind, ...] = (
     Embedding(),
 )
 """Every kind of layer that siblings are looked for in."""
+
+NORMS: tuple[Kind, ...] = (*NORMALIZATIONS, PReLU())
+"""The kinds that follow wide layers and keep the number of channels."""
 
 
 def kind_of(layer: object, kinds: tuple[Kind, ...] = KINDS) -> Kind | None:
@@ -125,4 +130,4 @@ def _are_names(settings: object) -> bool:
     return isinstance(settings, tuple) and all(isinstance(name, str) for name in settings)
 
 
-__all__ = ["KINDS", "NORMS", "Kind", "checked", "kind_of", "norm_of"]
+__all__ = ["KINDS", "NORMS", "Kind", "Norm", "checked", "kind_of", "norm_of"]

@@ -115,6 +115,9 @@ class Kind(ABC):
     """Whether siblings on different inputs read and give a stack (n, ...), or tensors side by side
     along `output_dim`; None where they cannot run at once."""
 
+    gathered: ClassVar[int] = 2
+    """How many there must be, so that it pays to join tensors of their own for it; 0 for never."""
+
     running: ClassVar[tuple[str, ...]] = ()
     """Buffers of a layer that a call updates; the wide layer holds those of all siblings."""
 
@@ -259,13 +262,16 @@ class Kind(ABC):
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """The wide layer's output for `input`: all parts side by side along `output_dim`."""
 
-    def along(self, wide: Wide, input: Tensor, dim: int) -> Tensor:
+    def along(
+        self, wide: Wide, input: Tensor, dim: int, sizes: Sequence[int] | None = None
+    ) -> Tensor:
         """The wide layer's output where each sibling reads its own part of the input.
 
         Args:
             wide: a wide layer of a kind that keeps the number of channels.
             input: what the siblings read, side by side along `dim`.
             dim: the dimension, counted from the end.
+            sizes: the sizes of the parts along it, where they are not the siblings' widths.
         """
         raise NotImplementedError(f"{self.name} does not follow along a dimension")
 

@@ -5,9 +5,10 @@ are x: (batch, sum c_i, *space), and the blocks one after another are weight and
 that norm(x) holds the norm_i(x_i) side by side:
 
     BatchNorm      statistics of one channel          the running ones are blocks as well
-    InstanceNorm   statistics of one channel
+    InstanceNorm   statistics of one channel          likewise, where there are any
     GroupNorm      of c_i / groups_i channels         merged where that number is equal
-    LayerNorm      of the last dimension              x: (..., n, c), equal c
+    LayerNorm      of the last dimension, c           x: (..., n * c) in n groups of channels
+    RMSNorm        likewise                           x: (..., n, c), then times weight (n, c)
 
 No two of them read the same tensor, so nothing looks for siblings among them: they follow wide
 layers (see `conjoin.passes.sink`).
@@ -16,7 +17,8 @@ layers (see `conjoin.passes.sink`).
 from __future__ import annotations
 
 from abc import abstractmethod
-from typing import TYPE_CHECKING, Any
+from collections.abc import Sequence
+from typing import TYPE_CHECKING, Any, ClassVar, cast
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +34,24 @@ if TYPE_CHECKING:
 class Norm(Kind):
     """A kind whose wide layer reads the branches' tensors side by side."""
 
+    channels: ClassVar[int | None] = None
+    """The dimension of the channels, counted from the end; None where it is dimension 1."""
+
+    least: ClassVar[int] = 2
+    """How many branches there must be, so that merging saves more than it adds."""
+
+    gathered = 0
+
+    def spreads(self, layer: nn.Module) -> bool:
+        """Whether a layer goes with any number of channels."""
+        return False
+
+    def fits(self, wide: Wide, input: Tensor, dim: int) -> bool:
+        """Whether `run` gives what the branches give that lie along `dim`."""
+        # One value a channel is an error in training, which is the first branch's to raise.
+        single = wide.training and input.numel() == input.shape[dim]
+        return input.dim() + dim == 1 and not single
+
     def _shaped(self, layer: nn.Module) -> Verdict | None:
         shape = tuple(layer._parameters["weight"].shape)  # type: ignore[union-attr]
         return None if len(shape) == 1 else (Reason.UNSUPPORTED_OPTION, f"weight is {shape}")
@@ -41,25 +61,33 @@ class Norm(Kind):
         held = {"weight": wide.weight, "bias": wide.bias}
         return self.normalize(wide, input, {**held, **wide.running}, sum(wide.widths))
 
-    def along(self, wide: Wide, input: Tensor, dim: int) -> Tensor:
+    def along(
+        self, wide: Wide, input: Tensor, dim: int, sizes: Sequence[int] | None = None
+    ) -> Tensor:
         """Like `run`, for branches that lie along `dim`, counted from the end.
 
-        The channels of these layers are dimension 1 of what each is called with. Where that is
-        another dimension than `dim`, each branch is normalized by itself. So is each where
-        somebody has given one buffers of its own, or another mode.
+        Where the channels of these layers are another dimension than `dim`, each branch is
+        normalized by itself. So is each where somebody has given one buffers of its own, or
+        another mode.
         """
         apart = wide.out_of_step()
-        # One value a channel is an error in training, which is the first branch's to raise.
-        single = wide.training and input.numel() == input.shape[dim]
-        if input.dim() + dim == 1 and not apart and not single:
+        if not apart and self.fits(wide, input, dim):
             return self.run(wide, input)
-        total, widths = input.shape[dim], wide.widths
-        sizes = widths if sum(widths) == total else [total // len(widths)] * len(widths)
         each = [
-            apart[i](part) if i in apart else self.normalize(wide, part, wide.held_by(i), widths[i])
-            for i, part in enumerate(torch.split(input, sizes, dim))
+            apart[i](part)
+            if i in apart
+            else self.normalize(wide, part, wide.held_by(i), wide.widths[i])
+            for i, part in enumerate(self.parts(wide, input, dim, sizes))
         ]
         return torch.cat(each, dim)
+
+    def parts(
+        self, wide: Wide, input: Tensor, dim: int, sizes: Sequence[int] | None
+    ) -> Sequence[Tensor]:
+        """The branches' tensors; of the sizes, of their widths, or of one size."""
+        total, widths = input.shape[dim], wide.widths
+        found = sizes or (widths if sum(widths) == total else [total // len(widths)] * len(widths))
+        return torch.split(input, list(found), dim)
 
     @abstractmethod
     def normalize(self, wide: Wide, input: Tensor, held: dict[str, Any], channels: int) -> Tensor:
@@ -81,11 +109,7 @@ class _BatchNorm(Norm):
 
     def key(self, layer: nn.Module) -> dict[str, object]:
         """Also the types of the running statistics."""
-        running = [layer._buffers[name] for name in self.running]
-        return {
-            **super().key(layer),
-            "running": tuple((t.dtype, t.device) for t in running if t is not None),
-        }
+        return {**super().key(layer), "running": _types(self, layer)}
 
     def normalize(self, wide: Wide, input: Tensor, held: dict[str, Any], channels: int) -> Tensor:
         """As `nn.BatchNorm1d.forward` does."""
@@ -141,5 +165,146 @@ class GroupNorm(Norm):
         return F.group_norm(input, groups, held["weight"], held["bias"], settings["eps"])
 
 
-NORMS: tuple[Kind, ...] = (BatchNorm1d(), BatchNorm2d(), BatchNorm3d(), GroupNorm())
+class _InstanceNorm(Norm):
+    settings = ("eps", "momentum", "affine", "track_running_stats")
+    running = ("running_mean", "running_var", "num_batches_tracked")
+    counters = frozenset({"num_batches_tracked"})
+
+    def check(self, layer: nn.Module) -> Verdict | None:
+        """Also refuses layers that have only some of their running statistics."""
+        tracked = [layer._buffers.get(name) is not None for name in self.running]
+        if {*tracked} != {layer.track_running_stats}:
+            return Reason.UNSUPPORTED_OPTION, "its running statistics were replaced"
+        return super().check(layer)
+
+    def key(self, layer: nn.Module) -> dict[str, object]:
+        """Also the types of the running statistics."""
+        return {**super().key(layer), "running": _types(self, layer)}
+
+    def fits(self, wide: Wide, input: Tensor, dim: int) -> bool:
+        """Whether the images have a batch or none, and lie along the channels."""
+        return dim == self.channels and input.dim() in (-dim, 1 - dim)
+
+    def normalize(self, wide: Wide, input: Tensor, held: dict[str, Any], channels: int) -> Tensor:
+        """As `nn.InstanceNorm1d.forward` does."""
+        settings: dict[str, Any] = wide.settings
+        check: Any = self.layer
+        check._check_input_dim(wide, input)
+        assert self.channels is not None  # each of these kinds says which
+        single = input.dim() == -self.channels
+        momentum = settings["momentum"]
+        output = F.instance_norm(
+            input.unsqueeze(0) if single else input,
+            held.get("running_mean"),
+            held.get("running_var"),
+            held["weight"],
+            held["bias"],
+            wide.training or not settings["track_running_stats"],
+            0.0 if momentum is None else momentum,
+            settings["eps"],
+        )
+        return output.squeeze(0) if single else output
+
+
+class InstanceNorm1d(_InstanceNorm):
+    """`nn.InstanceNorm1d`."""
+
+    layer = nn.InstanceNorm1d
+    channels = -2
+
+
+class InstanceNorm2d(_InstanceNorm):
+    """`nn.InstanceNorm2d`."""
+
+    layer = nn.InstanceNorm2d
+    channels = -3
+
+
+class InstanceNorm3d(_InstanceNorm):
+    """`nn.InstanceNorm3d`."""
+
+    layer = nn.InstanceNorm3d
+    channels = -4
+
+
+class _LastDimension(Norm):
+    """What normalizes the last dimension, of one size in all branches."""
+
+    settings = ("normalized_shape", "eps", "elementwise_affine")
+    channels = -1
+
+    def fits(self, wide: Wide, input: Tensor, dim: int) -> bool:
+        """Whether the last dimensions have that size, and the dtypes mean the same to `run`."""
+        sized = dim == -1 and input.shape[-1] == sum(wide.widths)
+        return sized and self.typed(wide, input)
+
+    def typed(self, wide: Wide, input: Tensor) -> bool:
+        """Whether `run` gives the dtype that the layers give."""
+        held = (wide.weight, wide.bias)
+        return all(tensor is None or tensor.dtype == input.dtype for tensor in held)
+
+
+class LayerNorm(_LastDimension):
+    """`nn.LayerNorm`."""
+
+    layer = nn.LayerNorm
+    gathered = 3
+
+    def typed(self, wide: Wide, input: Tensor) -> bool:
+        """Also under autocast, which treats both functions alike."""
+        device = input.device.type
+        cast = torch.is_autocast_enabled(device) and input.dtype == torch.get_autocast_dtype(device)
+        return cast or super().typed(wide, input)
+
+    def run(self, wide: Wide, input: Tensor) -> Tensor:
+        """(..., n * c) -> the same: each branch is a group of channels without space."""
+        count, eps = len(wide.widths), cast(float, wide.settings["eps"])
+        rows = input.reshape(-1, input.shape[-1])
+        return torch.group_norm(rows, count, wide.weight, wide.bias, eps).view(input.shape)
+
+    def normalize(self, wide: Wide, input: Tensor, held: dict[str, Any], channels: int) -> Tensor:
+        """As `nn.LayerNorm.forward` does."""
+        settings: dict[str, Any] = wide.settings
+        shape, eps = settings["normalized_shape"], settings["eps"]
+        return F.layer_norm(input, shape, held["weight"], held["bias"], eps)
+
+
+class RMSNorm(_LastDimension):
+    """`nn.RMSNorm`."""
+
+    layer = nn.RMSNorm
+    # The weight is multiplied by itself then, which is one launch more, and in backward too.
+    least = 3
+
+    def run(self, wide: Wide, input: Tensor) -> Tensor:
+        """(..., n * c) -> the same."""
+        settings: dict[str, Any] = wide.settings
+        shape = len(wide.widths), wide.widths[0]
+        parts: Tensor = torch.unflatten(input, -1, shape)
+        normed = F.rms_norm(parts, shape[1:], None, settings["eps"])
+        return (normed * wide.weight.view(shape)).flatten(-2)
+
+    def normalize(self, wide: Wide, input: Tensor, held: dict[str, Any], channels: int) -> Tensor:
+        """As `nn.RMSNorm.forward` does."""
+        settings: dict[str, Any] = wide.settings
+        return F.rms_norm(input, settings["normalized_shape"], held["weight"], settings["eps"])
+
+
+def _types(kind: Kind, layer: nn.Module) -> tuple[object, ...]:
+    """The types of a layer's running statistics."""
+    running = [layer._buffers.get(name) for name in kind.running]
+    return tuple((t.dtype, t.device) for t in running if t is not None)
+
+
+NORMS: tuple[Kind, ...] = (
+    BatchNorm1d(),
+    BatchNorm2d(),
+    BatchNorm3d(),
+    InstanceNorm1d(),
+    InstanceNorm2d(),
+    InstanceNorm3d(),
+    GroupNorm(),
+    LayerNorm(),
+    RMSNorm(),
+)
 """The kinds that follow wide layers."""

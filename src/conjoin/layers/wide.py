@@ -99,7 +99,9 @@ class Wide(nn.Module):
         self.register_parameter("bias", self._merge("bias", layers))
         self._zeros: Tensor | None = self._new_zeros()
         self.running = {
-            name: _row([layer._buffers[name] for layer in layers]) for name in kind.running
+            name: _row([layer._buffers[name] for layer in layers])
+            for name in kind.running
+            if layers[0]._buffers.get(name) is not None
         }
         self._lent = self._cut_running()
 
@@ -199,18 +201,26 @@ class Wide(nn.Module):
             merged.grad = self.kind.merge(self, name, grads)
         return merged
 
-    def forward(self, input: Tensor, *, apart: bool = False, dim: int | None = None) -> Tensor:
+    def forward(
+        self,
+        input: Tensor,
+        *,
+        apart: bool = False,
+        dim: int | None = None,
+        sizes: Sequence[int] | None = None,
+    ) -> Tensor:
         """All parts of the output, side by side.
 
         Args:
             input: what all siblings read; or what each reads, one beside the other.
             apart: each sibling reads its own part of the input.
             dim: the same, for a kind whose siblings keep the number of channels along it.
+            sizes: the sizes of the parts along it, where they are not the siblings' widths.
         """
         if apart:
             return self.kind.apart(self, input)
         if dim is not None:
-            return self.kind.along(self, input, dim)
+            return self.kind.along(self, input, dim, sizes)
         try:
             return self.kind.run(self, input)
         except (RuntimeError, TypeError, ValueError, IndexError):

@@ -195,11 +195,16 @@ class Plan:
         return self.unbound()
 
     def unbound(self) -> _Unbound:
-        """The forwards, for other modules than those that they are bound to."""
+        """The forwards, for other modules than those that they are bound to.
+
+        Not those that are over, since a module that they call has another class by now: a copy
+        could not tell.
+        """
         return [
-            (variant.traced, _marks([module for module, _ in variant.kinds]))
+            (variant.traced, _marks(variant.reached))
             for variants in self.variants.values()
             for variant in variants
+            if all(type(module) is cls for module, cls in variant.kinds)
         ]
 
     def __reduce__(self) -> tuple[Any, ...]:
