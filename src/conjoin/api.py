@@ -6,7 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -16,6 +16,8 @@ from conjoin.graph.siblings import Candidate, candidates, in_order
 from conjoin.graph.site import Sightings, Untraced
 from conjoin.launches import UNCOUNTED, Counted, Launches
 from conjoin.layers import KINDS, Kind, activation, checked
+from conjoin.layers.owner import reclaim
+from conjoin.layers.product import SUFFIX
 from conjoin.layers.wide import ENCLOSES, Wide, release, views, wides
 from conjoin.merging import MERGER, Level, Merger
 from conjoin.report import Group, Report
@@ -99,7 +101,8 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
     regions.uninstall(plain)
     for _, view in list(views(plain)):
         release(view)
-    for module in plain.modules():
+    for module in list(plain.modules()):
+        reclaim(module)
         activation.forget(module)
         vars(module).pop(ENCLOSES, None)
     return plain
@@ -249,6 +252,7 @@ class _Counts:
         optimized: those of the optimized model, also by wide layer, by the least name of a layer.
         apart: those of the optimized model without its rewritten forwards, by layer.
         levels: what was merged beyond what was found at first, or runs in a rewritten forward.
+        refused: products that read one tensor and stay as they are.
         depths: what is behind groups, by their layers.
     """
 
@@ -257,12 +261,15 @@ class _Counts:
     apart: Counted = UNCOUNTED
     levels: tuple[Level, ...] = ()
     depths: Mapping[frozenset[str], _Depth] = dataclasses.field(default_factory=dict)
+    refused: tuple[Candidate, ...] = ()
 
     def groups(self, found: Sequence[Candidate]) -> Iterator[Candidate]:
         """What was found, and what was merged beyond, but for what is behind another group."""
         known = {frozenset(names) for depth in self.depths.values() for names in depth.levels}
         levels = [Candidate(level.kind, level.layers, level.widths) for level in self.levels]
-        for candidate in (*found, *levels):
+        merged = {name for candidate in (*found, *levels) for name in candidate.layers}
+        refused = (each for each in self.refused if merged.isdisjoint(each.layers))
+        for candidate in (*found, *levels, *refused):
             if frozenset(candidate.layers) not in known:
                 known.add(frozenset(candidate.layers))
                 yield candidate
@@ -330,12 +337,24 @@ def _count_on(
     with undisturbed(plain.model):
         watched.count(call, {})
         return _Counts(
-            plain.count(call, {name: plain.model.get_submodule(name) for name in names}),
+            plain.count(call, _named(plain.model, names), _products(plain.model, names)),
             optimized.count(call, wide),
-            apart.count(call, {name: apart.model.get_submodule(name) for name in names}),
+            apart.count(call, _named(apart.model, names)),
             (*merger.levels, *map(_levels(watched.model).__getitem__, depths.roots)),
             _depths(depths, watched.model),
+            tuple(merger.refused.values()),
         )
+
+
+def _named(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
+    """The layers of these names, but for products that are none in this model."""
+    return {name: module for name, module in model.named_modules() if name in names}
+
+
+def _products(model: nn.Module, names: Collection[str]) -> dict[str, nn.Parameter]:
+    """The weights of products, by the names of their layers."""
+    raw = (name for name in names if name.endswith(SUFFIX))
+    return {name: model.get_parameter(name.removesuffix(SUFFIX)) for name in raw}
 
 
 def _levels(model: nn.Module) -> dict[Wide, Level]:
@@ -362,10 +381,10 @@ def _group(candidate: Candidate, counts: _Counts) -> Group:
     refusal = candidate.refusal
     return Group(
         kind=candidate.kind.name,
-        layers=candidate.layers,
+        layers=tuple(name.removesuffix(SUFFIX) for name in candidate.layers),
         fused=refusal is None,
         reason=None if refusal is None else refusal.reason,
-        detail="" if refusal is None else refusal.detail,
+        detail="" if refusal is None else refusal.detail.replace(SUFFIX, ""),
         widths=candidate.widths,
         launches=counts.of(candidate.layers),
         depth=counts.chains(candidate.layers),

@@ -68,8 +68,25 @@ def candidates(
         The candidates, in the order of their first calls.
     """
     modules = dict(model.named_modules())
-    shared = overlaps(modules)
-    found: list[Candidate] = []
+    found = list(among(modules, overlaps(modules), sightings, kinds))
+    found += _unseen(model, {name for candidate in found for name in candidate.layers})
+    return in_order(found, model, sightings)
+
+
+def among(
+    modules: Mapping[str, nn.Module],
+    shared: Mapping[str, str],
+    sightings: Sightings,
+    kinds: tuple[Kind, ...],
+) -> Iterator[Candidate]:
+    """The candidates among layers of which all are known.
+
+    Args:
+        modules: the layers, by name.
+        shared: the tensors, by name, that share memory, and with which.
+        sightings: what was seen of them.
+        kinds: the kinds of layer to look for.
+    """
     for calls in _connected(modules, sightings.sites, kinds):
         kind = kind_of(modules[next(iter(calls))], kinds)
         assert kind is not None  # _connected looked it up
@@ -78,9 +95,7 @@ def candidates(
             widths = tuple(_width(kind, modules[name]) for name in names)
             strided = frozenset(i for i, name in enumerate(names) if name in sightings.strided)
             activations = _activations(names, sightings.sites)
-            found.append(Candidate(kind, names, widths, refusal, strided, activations))
-    found += _unseen(model, {name for candidate in found for name in candidate.layers})
-    return in_order(found, model, sightings)
+            yield Candidate(kind, names, widths, refusal, strided, activations)
 
 
 def in_order(
@@ -92,7 +107,9 @@ def in_order(
 
     def key(candidate: Candidate) -> tuple[int, int]:
         calls = min(first.get(name, len(sightings.sites)) for name in candidate.layers)
-        return calls, min(place[name] for name in candidate.layers)
+        # A product that is not made a layer is where its owner is.
+        at = (place.get(name, place.get(name.rpartition(".")[0], 0)) for name in candidate.layers)
+        return calls, min(at)
 
     return tuple(sorted(found, key=key))
 
@@ -127,7 +144,7 @@ Calls = tuple[tuple[Hashable, Hashable, Hashable], ...]
 
 
 def _connected(
-    modules: dict[str, nn.Module], sites: Iterable[Site], kinds: tuple[Kind, ...]
+    modules: Mapping[str, nn.Module], sites: Iterable[Site], kinds: tuple[Kind, ...]
 ) -> Iterator[dict[str, Calls]]:
     """Sets of two or more layers of one kind that are connected by tensors that they read."""
     calls: dict[str, list[tuple[Hashable, Hashable, Hashable]]] = {}
@@ -160,7 +177,7 @@ def _resolve(
     kind: Kind,
     layers: dict[str, nn.Module],
     calls: dict[str, Calls],
-    shared: dict[str, str],
+    shared: Mapping[str, str],
     sightings: Sightings,
 ) -> Iterator[tuple[tuple[str, ...], Refusal | None]]:
     """Splits connected layers into groups that are or may be merged and refusals."""
@@ -307,6 +324,8 @@ def _touched(name: str, siblings: Iterable[str], sightings: Sightings) -> Verdic
     """What the model's own code does with a layer's parameters; None where that is nothing."""
     if name in sightings.changed:
         return Reason.PARAMETERS_CHANGED, "in the run on the example inputs"
+    if name in sightings.read:
+        return Reason.PARAMETERS_READ, "beside the product"
     for root in sightings.listed.get(name, ()):
         if any(other != name and _is_within(other, root) for other in siblings):
             return Reason.PARAMETERS_LISTED, f"those of {root or 'the model'}"

@@ -24,13 +24,21 @@ from torch.nn.modules import module as nn_module
 
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.lockstep import in_transform
+from conjoin.layers.owner import Owner, copies_itself, owner_class, raw_parameters
 from conjoin.layers.wide import View, Wide, views, wides
 from conjoin.merging import MERGER, Merger
 from conjoin.nn import Split, Unite
 from conjoin.passes import rewrite
 from conjoin.tracing import sound
 from conjoin.tracing.proxies import UnsoundError
-from conjoin.tracing.sandbox import FUNCTION_PARTS, MISSING, frozen, snapshots
+from conjoin.tracing.sandbox import (
+    FUNCTION_PARTS,
+    MISSING,
+    frozen,
+    plain_class,
+    plain_of,
+    snapshots,
+)
 from conjoin.tracing.sound import Traced
 from conjoin.tracing.structures import Structure, is_plain, structure_of
 from conjoin.tracing.undisturbed import putting_back
@@ -38,9 +46,8 @@ from conjoin.tracing.undisturbed import putting_back
 PLAN = "conjoin_plan"
 """The attribute of a region that holds its plan."""
 
-OWN_COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__getattribute__", "__slots__")
-"""A class that defines one of these keeps its forward: a region would get in the way of it."""
-
+WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Modules that only hold others, or Parameters."""
 
 MOST_ROUNDS = 8
 """How often a region is traced until no pass finds more layers to merge; passes merge and stop."""
@@ -245,14 +252,18 @@ def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -
         tuple((module, mark[0]) for module, mark in zip(modules, marks, strict=True)),
         tuple((vars(at[path])[holder], name) for path, holder, name in traced.present),
         tuple((at[path]._modules, names) for path, names in traced.children),
-        tuple((_last_class(cls, name), name, value) for cls, name, value in traced.classes),
+        tuple((_last_class(at, cls, name), name, value) for cls, name, value in traced.classes),
         (*traced.shared, *_contents(at, traced)),
     )
 
 
-def _last_class(cls: Any, name: str) -> Any:
+def _last_class(at: Mapping[str, nn.Module], cls: Any, name: str) -> Any:
     """The class that regions of a class have, on which somebody may set an attribute as well."""
-    return cls if name == "forward" else _region_classes.get(cls, cls)
+    if name == "forward":
+        return cls
+    owners = {type(module) for module in at.values() if isinstance(module, Owner)}
+    last = next((owner for owner in owners if plain_of(owner) is cls), cls)
+    return _region_classes.get(last, last)
 
 
 def _contents(at: dict[str, nn.Module], traced: Traced) -> Iterator[tuple[Any, tuple[Any, ...]]]:
@@ -280,7 +291,8 @@ class Region(nn.Module):
         """Not the user's: a region is no new class of theirs."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new_region, (self.conjoin_base,), self.__dict__.copy()
+        names = self.conjoin_names if isinstance(self, Owner) else ()
+        return _new_region, (plain_class(self), names), self.__dict__.copy()
 
     def __setstate__(self, state: Any) -> None:
         """A copy is bound to its own modules; what comes out of a pickle is traced anew."""
@@ -331,8 +343,8 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def _new_region(base: type[nn.Module]) -> Region:
-    cls = region_class(base)
+def _new_region(base: type[nn.Module], names: tuple[str, ...] = ()) -> Region:
+    cls = region_class(owner_class(base, names))
     return cls.__new__(cls)
 
 
@@ -393,10 +405,11 @@ def _install_beyond(
     while pending:
         name, module = pending.pop()
         layers = (m for m in module.modules() if merger.kind_of(m) is not None)
-        if isinstance(module, (View, Region)) or len([*itertools.islice(layers, 2)]) < 2:
+        found = itertools.chain(layers, raw_parameters(module))
+        if isinstance(module, (View, Region)) or len([*itertools.islice(found, 2)]) < 2:
             continue
         sound_traces: list[fx.GraphModule] = []
-        has_forward = not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        has_forward = not isinstance(module, WITHOUT_FORWARD)
         runs = has_forward and (not calls or bool(calls.get(name)))
         if runs and _may_be_region(module):
             traced = _trace(module, _structures(calls, name), meta, sound_traces)
@@ -436,8 +449,7 @@ def _install(
 
 
 def _may_be_region(module: nn.Module) -> bool:
-    before = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    return not any(name in vars(cls) for cls in before for name in OWN_COPYING)
+    return not copies_itself(plain_class(module))
 
 
 def _become(module: nn.Module, traced: list[Traced]) -> None:
@@ -531,6 +543,6 @@ def _enclosing(model: nn.Module) -> Iterator[nn.Module]:
         chain = [model]
         for name in found[0][:common]:
             chain.append(chain[-1].get_submodule(name))
-        with_forward = [m for m in chain if not isinstance(m, (nn.ModuleList, nn.ModuleDict, View))]
+        with_forward = [m for m in chain if not isinstance(m, (*WITHOUT_FORWARD, View))]
         if with_forward:
             yield with_forward[-1]
