@@ -16,8 +16,8 @@ from conjoin.graph.siblings import Candidate, candidates, in_order
 from conjoin.graph.site import Sightings, Untraced
 from conjoin.launches import UNCOUNTED, Counted, Launches
 from conjoin.layers import KINDS, Kind, activation, checked
-from conjoin.layers.owner import reclaim
-from conjoin.layers.product import SUFFIX
+from conjoin.layers.owner import raw_parameters, reclaim
+from conjoin.layers.product import PRODUCTS, SUFFIX
 from conjoin.layers.wide import ENCLOSES, Wide, release, views, wides
 from conjoin.merging import MERGER, Level, Merger
 from conjoin.report import Group, Report
@@ -141,7 +141,10 @@ def report(
     calls = example_calls(example_inputs, example_kwargs)
     kinds = checked(kinds)
     found, sightings = _find(model, calls, kinds)
-    counts = _count(model, calls[0], found, sightings, kinds) if calls else _Counts()
+    if calls:
+        counts = _count(model, calls[0], found, sightings, kinds)
+    else:
+        counts = _uncounted(model, found, sightings, kinds)
     groups = tuple(
         _group(candidate, counts) for candidate in in_order(counts.groups(found), model, sightings)
     )
@@ -225,6 +228,7 @@ def _merge(
     if merger.merge_all(found):
         regions.uninstall(model)  # They may know wide layers that are no more.
     regions.install(model, sightings.calls, {MERGER: merger})
+    merger.give_back(regions.covered(model))
     return merger
 
 
@@ -314,6 +318,18 @@ def _count(
         except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
             copies = [Copy(model, fake=False) for _ in range(4)]
             return _count_on(copies, call, found, sightings, kinds)
+    return _Counts()
+
+
+def _uncounted(
+    model: nn.Module, found: Sequence[Candidate], sightings: Sightings, kinds: tuple[Kind, ...]
+) -> _Counts:
+    """What becomes of products with raw Parameters, which are found where a forward is traced."""
+    if any(True for _ in raw_parameters(model)):
+        with contextlib.suppress(UncopyableError), undisturbed(model):
+            merger = _merge(Copy(model, fake=False).model, found, sightings, kinds)
+            levels = tuple(level for level in merger.levels if level.kind in PRODUCTS)
+            return _Counts(levels=levels, refused=tuple(merger.refused.values()))
     return _Counts()
 
 

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -16,9 +16,9 @@ from conjoin.graph.siblings import Candidate, among, held_elsewhere, overlaps
 from conjoin.graph.site import Sightings, Site
 from conjoin.layers import KINDS, NORMS, Kind, activation, kind_of
 from conjoin.layers.kind import common, tensors
-from conjoin.layers.owner import lend, may_lend
+from conjoin.layers.owner import lend, may_lend, reclaim
 from conjoin.layers.product import PRODUCTS, SUFFIX, Product
-from conjoin.layers.wide import View, Wide, fuse, release
+from conjoin.layers.wide import View, Wide, fuse, release, wides
 
 MERGER = "conjoin_merger"
 """The entry of a GraphModule's `meta` that holds the merger of the model behind it."""
@@ -182,6 +182,17 @@ class Merger:
             product = RawProduct(owner, names, layer, not read.isdisjoint(targets.values()))
             found[call] = made.setdefault(call.reads, product)
         return found
+
+    def give_back(self, running: Collection[Wide]) -> None:
+        """Undoes the merging of products that no rewritten forward runs."""
+        for wide, members in wides(self._model).items():
+            if wide.kind in PRODUCTS and wide not in running:
+                names = tuple(name for name, _ in members)
+                self.levels = [level for level in self.levels if level.layers != names]
+                for _, view in members:
+                    release(view)
+        for module in list(self._model.modules()):
+            reclaim(module)
 
     def kind_of(self, layer: nn.Module) -> Kind | None:
         """The kind of a layer or a normalization; None where it is of none."""

@@ -7,11 +7,13 @@ from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
+import torch
 from torch import fx, nn
 from torch._ops import OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
 from conjoin.layers.kind import FORWARDS
+from conjoin.layers.product import Product
 from conjoin.layers.wide import View, Wide
 
 VIEW_METHODS = frozenset(
@@ -239,8 +241,9 @@ SPLITS = frozenset({"unsafe_split_with_sizes", "unstack"})
 
 ARITHMETIC: frozenset[Any] = frozenset(
     {operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, operator.neg}
+    | {F.linear, torch.matmul, torch.mm}
 )
-"""Operators whose result is a tensor with memory of its own, or no tensor."""
+"""Functions whose result is a tensor with memory of its own, or no tensor."""
 
 
 def _changes_first_only(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -259,6 +262,7 @@ def _allocates(module: nn.Module) -> bool:
         module,
         (
             Wide,
+            Product,
             nn.Linear,
             nn.Embedding,
             modules.conv._ConvNd,

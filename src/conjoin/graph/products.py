@@ -41,7 +41,7 @@ class Call:
         weight: the node of the weight.
         bias: the node of the bias, where there is one.
         function: the name of the function.
-        equation: for `einsum`, its equation.
+        equation: for `einsum`, its equation; for `tensordot`, a number of dimensions, if given.
     """
 
     node: fx.Node
@@ -145,7 +145,9 @@ def _written(node: fx.Node) -> tuple[str, str, Sequence[Any]]:
     if node.op == "call_function" and node.target is torch.tensordot:
         given = dict(zip(("a", "b", "dims"), node.args, strict=False)) | node.kwargs
         plain = given.get("out") is None and _is_last_by_first(given.get("dims"))
-        return ("tensordot", "", [given.get("a"), given.get("b")]) if plain else none
+        # How often to sum is kept, since an error tells it.
+        equation = "1" if given.get("dims") == 1 else ""
+        return ("tensordot", equation, [given.get("a"), given.get("b")]) if plain else none
     if node.op == "call_function" and node.target is torch.einsum and not node.kwargs:
         equation, *operands = node.args
         if len(operands) == 1 and isinstance(operands[0], (list, tuple)):

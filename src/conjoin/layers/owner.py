@@ -204,14 +204,15 @@ def lend(owner: nn.Module, product: Product, names: dict[str, str]) -> None:
 
 
 def reclaim(module: nn.Module) -> None:
-    """Gives an owner back all that it lent, and its own class."""
+    """Gives an owner back what it lent to products that are not merged, and its own class."""
     if not isinstance(module, Owner):
         return
-    for name in list(module.conjoin_lent):
-        if name in module.conjoin_lent:
+    for name, (key, _) in module._places():
+        if name in module.conjoin_lent and not isinstance(module._modules[key], View):
             _reclaim(module, name)
-    module.__class__ = module.conjoin_base  # type: ignore[assignment]
-    del vars(module)[LENT]
+    if not module.conjoin_lent and type(module).__mro__[1] is Owner:
+        module.__class__ = module.conjoin_base  # type: ignore[assignment]
+        del vars(module)[LENT]
 
 
 def _reclaim(owner: Owner, name: str) -> None:

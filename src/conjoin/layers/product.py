@@ -46,7 +46,7 @@ class Product(nn.Module):
 
     Attributes:
         function: the name of the function.
-        equation: for `einsum`, its equation.
+        equation: for `einsum`, its equation; for `tensordot`, a number of dimensions, if given.
         stacked: whether siblings are multiplied as a stack.
     """
 
@@ -170,7 +170,8 @@ def _multiply(function: str, equation: str, input: Tensor, weight: Tensor) -> Te
     if function == "einsum":
         return torch.einsum(equation, input, weight)
     if function == "tensordot":
-        return cast(Tensor, torch.tensordot(input, weight, dims=([-1], [0])))
+        dims: Any = 1 if equation else ([-1], [0])
+        return cast(Tensor, torch.tensordot(input, weight, dims=dims))
     return torch.mm(input, weight) if function == "mm" else torch.matmul(input, weight)
 
 

@@ -379,7 +379,7 @@ def _whole(module: nn.Module) -> set[Wide]:
     return {wide for wide, held in wides(module).items() if len(held) == len(wide.widths)}
 
 
-def _covered(module: nn.Module) -> set[Wide]:
+def covered(module: nn.Module) -> set[Wide]:
     """Those among them that are in a region within the module."""
     regions = [inner for inner in module.modules() if isinstance(inner, Region)]
     return set().union(*map(_whole, regions))
@@ -412,8 +412,9 @@ def _install_beyond(
         has_forward = not isinstance(module, WITHOUT_FORWARD)
         runs = has_forward and (not calls or bool(calls.get(name)))
         if runs and _may_be_region(module):
+            known = covered(module)  # A region knows nothing of what is merged from here on.
             traced = _trace(module, _structures(calls, name), meta, sound_traces)
-            if _whole(module) - _covered(module):
+            if _whole(module) - known:
                 _become(module, traced)
         if not sound_traces:
             prefix = f"{name}." if name else ""
