@@ -11,6 +11,7 @@ from torch.nn import functional as F
 import conjoin
 from conjoin.layers.wide import Wide
 from conjoin.legality import Reason
+from conjoin.tracing import regions
 
 every_model = pytest.mark.parametrize("name", MODELS)
 
@@ -371,3 +372,63 @@ def test_a_class_that_copies_itself_keeps_its_parameters():
 
     model = Own()
     assert type(conjoin.optimize(model, (X,), inplace=True)) is Own
+
+
+def test_products_behind_equal_operations():
+    model = pair(lambda self, x: (torch.relu(x) @ self.a, torch.relu(x) @ self.b))
+    fused = conjoin.optimize(model, (X,))
+    counted = count(fused, (X,))
+    assert (counted.products, counted.activations) == (1, 1)
+    assert_equivalent(fused, model, (X,))
+
+
+class Attention(nn.Module):
+    """Its keys and values are siblings by themselves, and all three where one tensor is given."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k, self.v = (normal(6, 6) for _ in range(3))
+
+    def forward(self, query, key, value):
+        q, k, v = query @ self.q, key @ self.k, value @ self.v
+        return (q @ k.t()).softmax(-1) @ v, key @ self.k
+
+
+class Around(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+        self.heads = nn.ModuleList([nn.Linear(6, 2), nn.Linear(6, 3)])
+
+    def forward(self, x):
+        y, k = self.attention(x, x, x)
+        return [head(y) for head in self.heads], k
+
+
+def test_siblings_that_a_caller_makes():
+    model = Around().double()
+    fused = conjoin.optimize(model, (X,))
+    assert count(model, (X,)).products == 8
+    assert_equivalent(fused, model, (X,))
+    assert conjoin.verify(model, fused, (X,))
+
+
+def test_products_that_no_forward_runs_are_given_back(monkeypatch):
+    """A class may refuse to be made a subclass of."""
+    monkeypatch.setattr(regions, "_become", lambda module, traced: None)
+    model = Pair()
+    fused = conjoin.optimize(model, (X,))
+    assert type(fused) is Pair
+    assert_same_structure(fused, model)
+    assert_same_state(fused, model)
+    assert not conjoin.report(model, (X,)).groups
+
+
+@every_model
+def test_without_example_inputs(name):
+    model, inputs = build(name)
+    fused = conjoin.optimize(model)
+    assert_equivalent(fused, model, inputs)
+    layers = {group.layers for group in conjoin.report(model).groups if group.fused}
+    assert layers <= {group.layers for group in conjoin.report(model, inputs).groups}
+    assert any(set(each) & {n for n, _ in model.named_parameters()} for each in layers)
