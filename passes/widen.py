@@ -38,8 +38,7 @@ class Widen(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Changes the graph in place; the layers are merged."""
         merger = merger_of(graph_module)
-        if merger.lends:
-            _merge_products(graph_module, merger)
+        _merge_products(graph_module, merger)
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
         epochs = hazards.epochs(graph, modules)
         _merge_siblings(graph_module, modules, epochs, merger)
@@ -54,7 +53,7 @@ def _merge_products(graph_module: fx.GraphModule, merger: Merger) -> None:
     """Merges the products with Parameters that read one tensor, and calls them as layers."""
     graph = graph_module.graph
     inputs = Counter(call.input for call in products.calls(graph))
-    if max(inputs.values(), default=0) < 2 or products.tells_offsets(graph):
+    if max(inputs.values(), default=0) < 2 or products.tells_offsets(graph) or not merger.lends:
         return
     found = merger.raw_products(graph_module)
     modules = edit.called_modules(graph_module)

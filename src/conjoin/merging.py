@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import functools
 import itertools
 from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
@@ -19,9 +20,14 @@ from conjoin.layers.kind import common, tensors
 from conjoin.layers.owner import lend, may_lend, reclaim
 from conjoin.layers.product import PRODUCTS, SUFFIX, Product
 from conjoin.layers.wide import View, Wide, fuse, release, wides
+from conjoin.reachable import functions_of, words
 
 MERGER = "conjoin_merger"
 """The entry of a GraphModule's `meta` that holds the merger of the model behind it."""
+
+
+REGISTERED = frozenset({"_parameters", "_modules"})
+"""Attributes of modules in which raw Parameters that are merged are not found, but products are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -113,10 +119,16 @@ class Merger:
             apart |= {*sightings.changed, *sightings.listed}
         self._apart = apart
 
-    @property
+    @functools.cached_property
     def lends(self) -> bool:
-        """Whether Parameters of the model's own modules may be merged: its forwards are watched."""
-        return self._sightings is not None and not self.frozen
+        """Whether Parameters of the model's own modules may be merged.
+
+        Its forwards must be watched, and no code may look where the Parameters would be missed.
+        """
+        if self._sightings is None or self.frozen:
+            return False
+        codes = (function.__code__ for function in functions_of(self._model))
+        return not any(REGISTERED.intersection(words(code)) for code in codes)
 
     def merge_products(self, found: Sequence[RawProduct], sites: Sequence[Site]) -> None:
         """Merges products with Parameters that read one tensor, and notes which stay as they are.
@@ -176,7 +188,8 @@ class Merger:
             whole = places.keys() == targets.keys() and all(p == owner for p, _ in places.values())
             if not whole or is_lazy(held["weight"]) or held["weight"].dim() != 2:
                 continue
-            if not may_lend(self._model.get_submodule(owner), tuple(names.values())):
+            module = self._model.get_submodule(owner)
+            if self.kind_of(module) is not None or not may_lend(module, tuple(names.values())):
                 continue
             layer = call.layer(held["weight"], held.get("bias"), stacked=call.input in stacked)
             product = RawProduct(owner, names, layer, not read.isdisjoint(targets.values()))

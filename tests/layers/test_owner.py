@@ -11,6 +11,7 @@ import torch
 from equivalence import assert_equivalent, assert_same_state, assert_same_structure
 from products import AutoInt, Heads, MMoE, build
 from torch import nn
+from torch.nn.utils import parametrize, prune, weight_norm
 
 import conjoin
 from conjoin import checkpoints
@@ -287,6 +288,36 @@ def test_compiles_and_exports(name):
     parameters = dict(fused.named_parameters())
     called = torch.func.functional_call(fused, parameters, inputs)
     torch.testing.assert_close(called, model(*inputs))
+
+
+def test_functional_call_takes_either_name():
+    model, inputs, fused = optimized("AutoInt")
+    weight = torch.randn(8, 8, dtype=torch.float64)
+    outputs = [torch.func.functional_call(m, {"W_key": weight}, inputs) for m in (fused, model)]
+    torch.testing.assert_close(*outputs)
+    torch.testing.assert_close(fused(*inputs), model(*inputs))
+
+
+def by_weight_norm(module):
+    weight_norm(module, "W_key")
+
+
+def by_pruning(module):
+    prune.l1_unstructured(module, "W_key", amount=0.5)
+
+
+def by_parametrization(module):
+    parametrize.register_parametrization(module, "W_key", nn.Tanh())
+
+
+@pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("change", [by_weight_norm, by_pruning, by_parametrization])
+def test_a_parameter_that_becomes_computed(change):
+    model, inputs, fused = optimized("AutoInt")
+    for each in (model, fused):
+        change(each)
+    torch.testing.assert_close(fused(*inputs), model(*inputs))
+    assert_same_state(fused, model)
 
 
 def test_isinstance_and_class():

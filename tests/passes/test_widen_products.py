@@ -365,6 +365,24 @@ def test_linears_are_one_product_side_by_side():
     assert_equivalent(fused, model, (X,))
 
 
+def test_code_that_goes_through_all_children_finds_no_products():
+    class Chain(Pair):
+        def __init__(self):
+            super().__init__()
+            self.layer = nn.Linear(4, 4).double()
+
+        def forward(self, x):
+            y = x @ self.a + x @ self.b
+            for layer in self._modules.values():
+                y = layer(y)
+            return y
+
+    model = Chain()
+    fused = conjoin.optimize(model, (X,))
+    assert not is_fused(fused)
+    assert_equivalent(fused, model, (X,))
+
+
 def test_a_class_that_copies_itself_keeps_its_parameters():
     class Own(Pair):
         def __reduce__(self):

@@ -239,9 +239,11 @@ def _parts_of_their_own(split: fx.Node) -> set[fx.Node]:
 SPLITS = frozenset({"unsafe_split_with_sizes", "unstack"})
 """Functions that cut a tensor into parts that have no memory in common."""
 
+PRODUCTS: tuple[Any, ...] = (operator.matmul, torch.matmul, torch.mm, F.linear)
+"""Functions that multiply matrices."""
+
 ARITHMETIC: frozenset[Any] = frozenset(
-    {operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul, operator.neg}
-    | {F.linear, torch.matmul, torch.mm}
+    {operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, *PRODUCTS}
 )
 """Functions whose result is a tensor with memory of its own, or no tensor."""
 

@@ -149,11 +149,11 @@ def _written(node: fx.Node) -> tuple[str, str, Sequence[Any]]:
         equation = "1" if given.get("dims") == 1 else ""
         return ("tensordot", equation, [given.get("a"), given.get("b")]) if plain else none
     if node.op == "call_function" and node.target is torch.einsum and not node.kwargs:
-        equation, *operands = node.args
+        written, *operands = node.args
         if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
             operands = [*operands[0]]
-        if isinstance(equation, str) and len(operands) == 2 and _is_product(equation):
-            return "einsum", equation.replace(" ", ""), operands
+        if isinstance(written, str) and len(operands) == 2 and _is_product(written):
+            return "einsum", written.replace(" ", ""), operands
     return none
 
 

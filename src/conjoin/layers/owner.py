@@ -11,7 +11,8 @@ from __future__ import annotations
 
 import contextlib
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
+from types import MappingProxyType
 from typing import Any, cast
 
 from torch import Tensor, nn
@@ -32,10 +33,14 @@ class Owner(nn.Module):
 
     conjoin_base: type[nn.Module]
     conjoin_names: tuple[str, ...]
-    conjoin_lent: dict[str, tuple[str, str]]
+    conjoin_lent: Mapping[str, tuple[str, str]] = MappingProxyType({})
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not the user's: an owner is no new class of theirs."""
+
+    def lends(self, name: str) -> bool:
+        """Whether a Parameter is lent: None is in its place, where nobody has put anything."""
+        return name in self.conjoin_lent and self._parameters.get(name, self) is None
 
     def _products(self) -> dict[str, Product]:
         """The products by their names among the children."""
@@ -44,7 +49,7 @@ class Owner(nn.Module):
 
     def __setattr__(self, name: str, value: Any) -> None:
         """Assigning a Parameter that was lent gives its product's others back."""
-        if name in self.conjoin_lent and self._parameters[name] is None:
+        if self.lends(name):
             if not (value is None or isinstance(value, nn.Parameter)):
                 super().__setattr__(name, value)  # Raises what PyTorch says of it.
             _reclaim(self, name)
@@ -55,13 +60,13 @@ class Owner(nn.Module):
 
     def __delattr__(self, name: str) -> None:
         """Deleting a Parameter that was lent gives its product's others back."""
-        if name in self.conjoin_lent:
+        if self.lends(name):
             _reclaim(self, name)
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """A Parameter of the module's own, also in the place of one that was lent."""
-        if name in self.conjoin_lent and self._parameters[name] is None:
+        if self.lends(name):
             _reclaim(self, name)
         super().register_parameter(name, param)
 
@@ -80,7 +85,7 @@ class Owner(nn.Module):
         if recurse or distributed:
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
             return
-        with _filled(self, {name: lent(self, name) for name in self.conjoin_lent}):
+        with _filled(self, {name: lent(self, name) for name, _ in self._places()}):
             found = list(super().named_parameters(prefix, recurse, remove_duplicate))
         yield from found
 
@@ -91,7 +96,7 @@ class Owner(nn.Module):
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        held = {name: lent(self, name, slices=not keep_vars) for name in self.conjoin_lent}
+        held = {name: lent(self, name, slices=not keep_vars) for name, _ in self._places()}
         with _filled(self, held):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
@@ -114,7 +119,7 @@ class Owner(nn.Module):
                 product._parameters.update(parameters[key])
 
     def _places(self) -> list[tuple[str, tuple[str, str]]]:
-        return list(self.conjoin_lent.items())
+        return [(name, place) for name, place in self.conjoin_lent.items() if self.lends(name)]
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_owner, (self.conjoin_base, self.conjoin_names), self.__dict__.copy()
@@ -175,7 +180,7 @@ def may_lend(owner: nn.Module, names: tuple[str, ...]) -> bool:
     plain = cls if not isinstance(owner, Owner) else owner.conjoin_base
     if "conjoin_base" in vars(plain) or (isinstance(owner, Owner) and cls.__mro__[1] is not Owner):
         return False
-    if copies_itself(plain):
+    if copies_itself(plain) or isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return False
     return all(owner._parameters.get(name) is not None for name in names) and not any(
         hasattr(owner, name + SUFFIX) or hasattr(plain, name) for name in names
@@ -207,7 +212,7 @@ def reclaim(module: nn.Module) -> None:
     """Gives an owner back what it lent to products that are not merged, and its own class."""
     if not isinstance(module, Owner):
         return
-    for name, (key, _) in module._places():
+    for name, (key, _) in list(module.conjoin_lent.items()):
         if name in module.conjoin_lent and not isinstance(module._modules[key], View):
             _reclaim(module, name)
     if not module.conjoin_lent and type(module).__mro__[1] is Owner:
@@ -224,7 +229,8 @@ def _reclaim(owner: Owner, name: str) -> None:
     for own, (other, tensor) in owner._places():
         if other == key:
             owner._parameters[own] = cast(nn.Module, product)._parameters[tensor]
-    vars(owner)[LENT] = {own: place for own, place in owner._places() if place[0] != key}
+    lent = {own: place for own, place in owner.conjoin_lent.items() if place[0] != key}
+    vars(owner)[LENT] = lent
     del owner._modules[key]
 
 
@@ -253,7 +259,7 @@ def _place_of(name: str) -> property:
     """The attribute of an owner where a Parameter was; anything may be put there later."""
 
     def get(self: Owner) -> Tensor:
-        if name in self.conjoin_lent:
+        if self.lends(name):
             return lent(self, name)  # type: ignore[no-any-return]
         if name in self.__dict__:
             return self.__dict__[name]  # type: ignore[no-any-return]

@@ -69,6 +69,10 @@ class Product(nn.Module):
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
 
+    def extra_repr(self) -> str:
+        """The shape of the weight."""
+        return f"weight={tuple(_held(self).shape)}"
+
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Nothing: the owner emits the Parameters."""
         return {} if destination is None else destination

@@ -403,7 +403,7 @@ class Sandbox:
                 self.places |= dict.fromkeys((path, child) for child in held[name])
                 return MappingProxyType(held[name]) if own else held[name]
             return raw(name)
-        if name in held.get(LENT, {}):
+        if name in held.get(LENT, {}) and held["_parameters"].get(name, MISSING) is None:
             return self._lent(path, held, name)
         found = _static(plain_class(module), name)
         if isinstance(found, property):

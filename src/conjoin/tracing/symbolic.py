@@ -46,12 +46,10 @@ class _Tracer(fx.Tracer):
 
     def create_arg(self, a: Any) -> Any:
         """A part of a wide weight by the place of its view; everything else as ever."""
-        if isinstance(a, Part):
-            return self.create_node("get_attr", f"{self._path(a)}.{a.conjoin_name}", (), {})
-        return super().create_arg(a)
-
-    def _path(self, part: Part) -> str:
-        return next(n for n, m in self.root.named_modules() if m is part.conjoin_view)
+        if not isinstance(a, Part):
+            return super().create_arg(a)
+        names = {module: name for name, module in self.root.named_modules()}
+        return self.create_node("get_attr", f"{names[a.conjoin_view]}.{a.conjoin_name}", (), {})
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
