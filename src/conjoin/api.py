@@ -271,11 +271,16 @@ class _Counts:
         """What was found, and what was merged beyond, but for what is behind another group."""
         known = {frozenset(names) for depth in self.depths.values() for names in depth.levels}
         levels = [Candidate(level.kind, level.layers, level.widths) for level in self.levels]
-        merged = {name for candidate in (*found, *levels) for name in candidate.layers}
-        refused = (each for each in self.refused if merged.isdisjoint(each.layers))
-        for candidate in (*found, *levels, *refused):
+        told: set[str] = set()
+        for candidate in (*found, *levels):
+            told |= {*candidate.layers}
             if frozenset(candidate.layers) not in known:
                 known.add(frozenset(candidate.layers))
+                yield candidate
+        # What one graph refuses another one may merge, or refuse for some other reason.
+        for candidate in self.refused:
+            if told.isdisjoint(candidate.layers):
+                told |= {*candidate.layers}
                 yield candidate
 
     def chains(self, layers: tuple[str, ...]) -> tuple[Chain, ...]:
@@ -349,13 +354,14 @@ def _count_on(
     wide = {min(level.layers): wide for wide, level in _levels(optimized.model).items()}
     groups = [candidate.layers for candidate in found]
     groups += [level.layers for level in _levels(optimized.model).values()]
+    groups += [candidate.layers for candidate in merger.refused.values()]
     names = {name for layers in groups for name in layers}
     with undisturbed(plain.model):
         watched.count(call, {})
         return _Counts(
             plain.count(call, _named(plain.model, names), _products(plain.model, names)),
             optimized.count(call, wide),
-            apart.count(call, _named(apart.model, names)),
+            apart.count(call, _named(apart.model, names), _products(apart.model, names)),
             (*merger.levels, *map(_levels(watched.model).__getitem__, depths.roots)),
             _depths(depths, watched.model),
             tuple(merger.refused.values()),

@@ -233,6 +233,7 @@ def test_refusals(name):
     assert not is_fused(fused)
     (group,) = conjoin.report(model, (X,)).groups
     assert (group.layers, group.fused, group.reason) == (("a", "b"), False, reason)
+    assert group.launches == (count(model, (X,)).products,) * 2
     assert detail in group.detail
     with torch.no_grad():
         torch.testing.assert_close(fused(X), model(X))

@@ -31,14 +31,7 @@ from conjoin.nn import Split, Unite
 from conjoin.passes import rewrite
 from conjoin.tracing import sound
 from conjoin.tracing.proxies import UnsoundError
-from conjoin.tracing.sandbox import (
-    FUNCTION_PARTS,
-    MISSING,
-    frozen,
-    plain_class,
-    plain_of,
-    snapshots,
-)
+from conjoin.tracing.sandbox import FUNCTION_PARTS, MISSING, frozen, plain_class, snapshots
 from conjoin.tracing.sound import Traced
 from conjoin.tracing.structures import Structure, is_plain, structure_of
 from conjoin.tracing.undisturbed import putting_back
@@ -233,6 +226,9 @@ def _bind(region: nn.Module, unbound: _Unbound) -> Plan:
 def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -> Variant:
     reached = [(at[path]._modules, name, at[path]._modules[name]) for path, name in traced.places]
     modules = [module for _, _, module in reached if module is not None]
+    owners: dict[Any, type] = {
+        plain_class(module): type(module) for module in at.values() if isinstance(module, Owner)
+    }
     if [mark[1:] for mark in _marks(modules)] != [mark[1:] for mark in marks]:
         raise KeyError("its views have other wide layers")
     return Variant(
@@ -252,18 +248,15 @@ def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -
         tuple((module, mark[0]) for module, mark in zip(modules, marks, strict=True)),
         tuple((vars(at[path])[holder], name) for path, holder, name in traced.present),
         tuple((at[path]._modules, names) for path, names in traced.children),
-        tuple((_last_class(at, cls, name), name, value) for cls, name, value in traced.classes),
+        tuple((_last_class(cls, name, owners), name, value) for cls, name, value in traced.classes),
         (*traced.shared, *_contents(at, traced)),
     )
 
 
-def _last_class(at: Mapping[str, nn.Module], cls: Any, name: str) -> Any:
+def _last_class(cls: Any, name: str, owners: Mapping[Any, type]) -> Any:
     """The class that regions of a class have, on which somebody may set an attribute as well."""
-    if name == "forward":
-        return cls
-    owners = {type(module) for module in at.values() if isinstance(module, Owner)}
-    last = next((owner for owner in owners if plain_of(owner) is cls), cls)
-    return _region_classes.get(last, last)
+    last = owners.get(cls, cls)
+    return cls if name == "forward" else _region_classes.get(last, last)
 
 
 def _contents(at: dict[str, nn.Module], traced: Traced) -> Iterator[tuple[Any, tuple[Any, ...]]]:
