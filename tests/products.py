@@ -1,8 +1,13 @@
 """Models in the idiom of public code that hold raw Parameters, and what becomes of each."""
 
+import copy
+import functools
+
 import torch
 from torch import nn
 from torch.nn import functional as F
+
+import conjoin
 
 
 def normal(*shape):
@@ -149,6 +154,18 @@ MODELS = {
     "Nested": (Nested, [(3, 5, 8)], 12, 6),
 }
 """The model, the shapes of its inputs, and its products in a forward pass, before and after."""
+
+
+@functools.cache
+def _optimized(name):
+    model, inputs = build(name)
+    return model, inputs, conjoin.optimize(model, inputs)
+
+
+def optimized(name):
+    """A model of this name, its inputs and the same model optimized; copies."""
+    model, inputs, fused = _optimized(name)
+    return copy.deepcopy(model), inputs, copy.deepcopy(fused)
 
 
 def build(name):

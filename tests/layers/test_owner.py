@@ -9,7 +9,7 @@ import pytest
 import safetensors.torch
 import torch
 from equivalence import assert_equivalent, assert_same_state, assert_same_structure
-from products import AutoInt, Heads, MMoE, build
+from products import AutoInt, Heads, MMoE, optimized
 from torch import nn
 from torch.nn.utils import parametrize, prune, weight_norm
 
@@ -19,12 +19,6 @@ from conjoin.layers.wide import Part
 
 EACH = ("AutoInt", "CrossAttention", "MMoE", "Heads", "Nested")
 each_model = pytest.mark.parametrize("name", EACH)
-
-
-def optimized(name):
-    """A model, its inputs, and the same model optimized."""
-    model, inputs = build(name)
-    return model, inputs, conjoin.optimize(model, inputs)
 
 
 def raw(model):
