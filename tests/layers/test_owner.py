@@ -15,6 +15,7 @@ from torch.nn.utils import parametrize, prune, weight_norm
 
 import conjoin
 from conjoin import checkpoints
+from conjoin.layers.owner import Owner
 from conjoin.layers.wide import Part
 
 EACH = ("AutoInt", "CrossAttention", "MMoE", "Heads", "Nested")
@@ -344,3 +345,8 @@ def test_optimizing_again_changes_nothing():
     again = conjoin.optimize(fused, inputs)
     assert [n for n, _ in again.named_parameters()] == [n for n, _ in fused.named_parameters()]
     assert_equivalent(again, model, inputs)
+
+
+def test_an_owner_has_no_names_that_the_users_class_may_have():
+    added = {name for name in vars(Owner) if not hasattr(nn.Module, name)}
+    assert all(name.startswith(("conjoin_", "__")) for name in added)

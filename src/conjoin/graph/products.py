@@ -12,7 +12,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from conjoin.graph import hazards
+from conjoin.graph import edit, hazards
 from conjoin.layers.product import LinearProduct, Matmul, Product
 
 OFFSETS = frozenset({"storage_offset", "as_strided", "as_strided_"})
@@ -85,14 +85,8 @@ def call(
         target, _ = lent.get(str(found.weight.target), ("", ""))
         layer = modules.get(target)
         if isinstance(layer, Product) and _is_of(found, lent, target, layer):
-            with graph.inserting_before(found.node):
-                made = graph.call_module(target, (found.input,))
-            made.meta = dict(found.node.meta)
-            found.node.replace_all_uses_with(made)
-            graph.erase_node(found.node)
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and node.target in lent and not node.users:
-            graph.erase_node(node)
+            edit.call_instead(graph, found.node, target, found.input)
+    edit.erase_unread(graph, lent)
 
 
 def _is_of(call: Call, lent: Mapping[str, tuple[str, str]], target: str, layer: Product) -> bool:

@@ -29,7 +29,10 @@ OWN_COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__getattribute__"
 
 
 class Owner(nn.Module):
-    """A module that lent Parameters; always together with its own class, see `owner_class`."""
+    """A module that lent Parameters; always together with its own class, see `owner_class`.
+
+    It defines no names of its own that might be the user's.
+    """
 
     conjoin_base: type[nn.Module]
     conjoin_names: tuple[str, ...]
@@ -38,41 +41,32 @@ class Owner(nn.Module):
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not the user's: an owner is no new class of theirs."""
 
-    def lends(self, name: str) -> bool:
-        """Whether a Parameter is lent: None is in its place, where nobody has put anything."""
-        return name in self.conjoin_lent and self._parameters.get(name, self) is None
-
-    def _products(self) -> dict[str, Product]:
-        """The products by their names among the children."""
-        keys = dict.fromkeys(key for key, _ in self.conjoin_lent.values())
-        return {key: cast(Product, self._modules[key]) for key in keys}
-
     def __setattr__(self, name: str, value: Any) -> None:
         """Assigning a Parameter that was lent gives its product's others back."""
-        if self.lends(name):
+        if _lends(self, name):
             if not (value is None or isinstance(value, nn.Parameter)):
                 super().__setattr__(name, value)  # Raises what PyTorch says of it.
             _reclaim(self, name)
         super().__setattr__(name, unshared(value))
         if name == "training":
-            for product in self._products().values():
+            for product in _products(self).values():
                 product.training = value
 
     def __delattr__(self, name: str) -> None:
         """Deleting a Parameter that was lent gives its product's others back."""
-        if self.lends(name):
+        if _lends(self, name):
             _reclaim(self, name)
         super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """A Parameter of the module's own, also in the place of one that was lent."""
-        if self.lends(name):
+        if _lends(self, name):
             _reclaim(self, name)
         super().register_parameter(name, param)
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:
         """The module's own children."""
-        products = self._products()
+        products = _products(self)
         return ((name, child) for name, child in super().named_children() if name not in products)
 
     def named_parameters(
@@ -85,44 +79,57 @@ class Owner(nn.Module):
         if recurse or distributed:
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
             return
-        with _filled(self, {name: lent(self, name) for name, _ in self._places()}):
+        with _filled(self, {name: lent(self, name) for name, _ in _places(self)}):
             found = list(super().named_parameters(prefix, recurse, remove_duplicate))
         yield from found
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """Also the products, which are not among the children."""
-        for product in list(self._products().values()):
+        for product in list(_products(self).values()):
             product._apply(fn)  # type: ignore[no-untyped-call]
         return super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
 
     def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        held = {name: lent(self, name, slices=not keep_vars) for name, _ in self._places()}
+        held = {name: lent(self, name, slices=not keep_vars) for name, _ in _places(self)}
         with _filled(self, held):
             super()._save_to_state_dict(destination, prefix, keep_vars)
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """PyTorch's own loading, on Parameters that are slices of the wide layers'."""
         parameters: dict[str, dict[str, nn.Parameter]] = {}
-        for key, product in self._products().items():
+        for key, product in _products(self).items():
             own = product.slices() if isinstance(product, View) else tensors(product)
             parameters[key] = own
-        held = {name: parameters[key][tensor] for name, (key, tensor) in self._places()}
+        held = {name: parameters[key][tensor] for name, (key, tensor) in _places(self)}
         with _filled(self, held):
             super()._load_from_state_dict(*args, **kwargs)
             loaded = {name: self._parameters[name] for name in held}
-        for name, (key, tensor) in self._places():
+        for name, (key, tensor) in _places(self):
             parameters[key][tensor] = cast(nn.Parameter, loaded[name])
-        for key, product in self._products().items():
+        for key, product in _products(self).items():
             if isinstance(product, View):
                 product.settle(parameters[key])
             else:
                 product._parameters.update(parameters[key])
 
-    def _places(self) -> list[tuple[str, tuple[str, str]]]:
-        return [(name, place) for name, place in self.conjoin_lent.items() if self.lends(name)]
-
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         return _new_owner, (self.conjoin_base, self.conjoin_names), self.__dict__.copy()
+
+
+def _lends(owner: Owner, name: str) -> bool:
+    """Whether a Parameter is lent: None is in its place, where nobody has put anything."""
+    return name in owner.conjoin_lent and owner._parameters.get(name, owner) is None
+
+
+def _places(owner: Owner) -> list[tuple[str, tuple[str, str]]]:
+    """The Parameters that are lent, each with the name of its product and its name there."""
+    return [(name, place) for name, place in owner.conjoin_lent.items() if _lends(owner, name)]
+
+
+def _products(owner: Owner) -> dict[str, Product]:
+    """The products by their names among the children."""
+    keys = dict.fromkeys(key for key, _ in owner.conjoin_lent.values())
+    return {key: cast(Product, owner._modules[key]) for key in keys}
 
 
 def lent(owner: nn.Module, name: str, *, slices: bool = False) -> Any:
@@ -226,7 +233,7 @@ def _reclaim(owner: Owner, name: str) -> None:
     product = owner._modules[key]
     if isinstance(product, View):
         product = take_out(product)
-    for own, (other, tensor) in owner._places():
+    for own, (other, tensor) in _places(owner):
         if other == key:
             owner._parameters[own] = cast(nn.Module, product)._parameters[tensor]
     lent = {own: place for own, place in owner.conjoin_lent.items() if place[0] != key}
@@ -259,7 +266,7 @@ def _place_of(name: str) -> property:
     """The attribute of an owner where a Parameter was; anything may be put there later."""
 
     def get(self: Owner) -> Tensor:
-        if self.lends(name):
+        if _lends(self, name):
             return lent(self, name)  # type: ignore[no-any-return]
         if name in self.__dict__:
             return self.__dict__[name]  # type: ignore[no-any-return]
