@@ -366,6 +366,21 @@ def test_linears_are_one_product_side_by_side():
     assert_equivalent(fused, model, (X,))
 
 
+def test_parameters_of_layers_of_pytorch_stay():
+    class Borrowed(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.MultiheadAttention(6, 2).double() for _ in range(2))
+
+        def forward(self, x):
+            return F.linear(x, self.a.in_proj_weight), F.linear(x, self.b.in_proj_weight)
+
+    model = Borrowed()
+    fused = conjoin.optimize(model, (X,))
+    assert not is_fused(fused)
+    assert_equivalent(fused, model, (X,))
+
+
 def test_code_that_goes_through_all_children_finds_no_products():
     class Chain(Pair):
         def __init__(self):

@@ -174,11 +174,16 @@ def copies_itself(cls: type) -> bool:
 def raw_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
     """The Parameters that modules of the user's own classes hold themselves, by qualified name."""
     for prefix, module in model.named_modules():
-        own = not type(module).__module__.startswith(("torch.", "conjoin."))
-        if own or isinstance(module, (nn.ParameterList, nn.ParameterDict)):
+        if _holds_raw(module):
             for name, parameter in module._parameters.items():
                 if parameter is not None:
                     yield f"{prefix}.{name}".lstrip("."), parameter
+
+
+def _holds_raw(module: nn.Module) -> bool:
+    """Whether a module is of a class of the user's, or a container of Parameters."""
+    own = not type(module).__module__.startswith(("torch.", "conjoin."))
+    return own or isinstance(module, (nn.ParameterList, nn.ParameterDict))
 
 
 def may_lend(owner: nn.Module, names: tuple[str, ...]) -> bool:
@@ -187,8 +192,10 @@ def may_lend(owner: nn.Module, names: tuple[str, ...]) -> bool:
     plain = cls if not isinstance(owner, Owner) else owner.conjoin_base
     if "conjoin_base" in vars(plain) or (isinstance(owner, Owner) and cls.__mro__[1] is not Owner):
         return False
-    if copies_itself(plain) or isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+    if not _holds_raw(owner) or copies_itself(plain):
         return False
+    if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
+        return False  # They go through all children.
     return all(owner._parameters.get(name) is not None for name in names) and not any(
         hasattr(owner, name + SUFFIX) or hasattr(plain, name) for name in names
     )
