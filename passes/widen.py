@@ -15,10 +15,11 @@ from typing import cast
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from conjoin.graph import edit, elementwise, hazards, joints
-from conjoin.graph.siblings import connected
+from conjoin.graph import edit, elementwise, hazards, joints, products
+from conjoin.graph.siblings import among
 from conjoin.graph.site import Sightings, Site
 from conjoin.layers import kind_of
+from conjoin.layers.product import SUFFIX
 from conjoin.layers.wide import WIDE, View, Wide
 from conjoin.merging import Merger, layer_key, merger_of, norm_key
 
@@ -36,8 +37,9 @@ class Widen(PassBase):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Changes the graph in place; the layers are merged."""
-        graph, modules = graph_module.graph, edit.called_modules(graph_module)
         merger = merger_of(graph_module)
+        _merge_products(graph_module, merger)
+        graph, modules = graph_module.graph, edit.called_modules(graph_module)
         epochs = hazards.epochs(graph, modules)
         _merge_siblings(graph, modules, epochs, merger)
         whole = list(_whole(modules, epochs))
@@ -45,6 +47,32 @@ class Widen(PassBase):
             siblings, wide = _in_order(siblings, modules, merger)
             edit.replace(graph, siblings, f"{min(siblings).target}.{WIDE}", wide)
         return PassResult(graph_module, bool(whole))
+
+
+def _merge_products(graph_module: fx.GraphModule, merger: Merger) -> None:
+    """Merges the products with Parameters that read one tensor, and calls them as layers."""
+    graph = graph_module.graph
+    inputs = Counter(call.input for call in products.calls(graph))
+    if max(inputs.values(), default=0) < 2 or products.tells_offsets(graph) or not merger.lends:
+        return
+    found = merger.raw_products(graph_module)
+    modules = edit.called_modules(graph_module)
+    versions, epochs = hazards.follow(graph, modules)[0], hazards.epochs(graph, modules)
+    sites = [
+        Site(product.name, call.input, versions[call.node], epochs[call.node])
+        for call, product in found.items()
+    ]
+    merger.merge_products(list(found.values()), sites)
+    lent: dict[str, tuple[str, str]] = {}
+    layers: dict[str, nn.Module] = {}
+    for call, product in found.items():
+        if isinstance(product.layer, View):
+            target = f"{call.weight.target}{SUFFIX}"
+            layers[target] = product.layer
+            graph_module.add_submodule(target, product.layer)
+            nodes = {"weight": call.weight, "bias": call.bias}
+            lent |= {str(n.target): (target, tensor) for tensor, n in nodes.items() if n}
+    products.call(graph, lent, layers)
 
 
 def _merge_siblings(
@@ -70,7 +98,7 @@ def _merge_siblings(
         return
     seen = Sightings(tuple(sites), strided)
     called = {site.layer: modules[site.layer] for site in sites}
-    for candidate in connected(called, seen, merger.kinds, merger.shared(called)):
+    for candidate in among(called, merger.shared(called), seen, merger.kinds):
         if candidate.refusal is None:
             layers = [modules[name] for name in candidate.layers]
             merger.wide(candidate.kind, layers, contiguous=candidate.contiguous, together=True)

@@ -1834,6 +1834,57 @@ class WeightIsParameter(TwoHeads):
         return [f(x) * (1 + isinstance(f.weight, nn.Parameter)) for f in (self.a, self.b)]
 
 
+class RawWeights(nn.Module):
+    """Products with Parameters that the model holds itself"""
+
+    def __init__(self):
+        super().__init__()
+        self.scale = nn.Parameter(torch.ones(3, dtype=torch.float64))
+        self.a, self.b = (nn.Parameter(normal(6, 3)) for _ in range(2))
+        self.last = nn.Parameter(normal(3, 2))
+
+    def forward(self, x):
+        return (x @ self.a).tanh() * self.scale, (x @ self.b).relu() @ self.last
+
+
+class RawWeightsInLists(nn.Module):
+    """Products with Parameters in a `ParameterList` and a `ParameterDict`"""
+
+    def __init__(self):
+        super().__init__()
+        self.gates = nn.ParameterList([nn.Parameter(normal(3, 6)) for _ in range(2)])
+        self.named = nn.ParameterDict({"up": normal(6, 3), "down": normal(6, 3)})
+
+    def forward(self, x):
+        gates = [F.linear(x, gate).softmax(-1) for gate in self.gates]
+        return gates, torch.mm(x, self.named["up"]), x.mm(self.named.down)
+
+
+class RawWeightPenalized(RawWeights):
+    """The norm of such a Parameter, in the same forward"""
+
+    def forward(self, x):
+        return *super().forward(x), self.a.norm()
+
+
+class RawWeightPenalizedInTraining(RawWeights):
+    """The norm of such a Parameter in training only"""
+
+    def forward(self, x):
+        outputs = super().forward(x)
+        return (*outputs, self.a.norm()) if self.training else outputs
+
+
+class RawWeightUpdated(RawWeights):
+    """Such a Parameter is changed between the products"""
+
+    def forward(self, x):
+        first = x @ self.a
+        with torch.no_grad():
+            self.a.add_(0.1)
+        return first.detach(), x @ self.b
+
+
 class ForwardDirectly(TwoHeads):
     """`layer.forward(x)` without the call"""
 
@@ -2869,6 +2920,11 @@ HAZARDS = (
     Hazard(Unpacked, "what is left over is dropped", inputs=two_or_three_parts),
     Hazard(PartialForward, FROZEN),
     Hazard(WeightIsParameter, "a slice is no Parameter"),
+    Hazard(RawWeights, "a graph has no layers to merge"),
+    Hazard(RawWeightsInLists, "a graph has no layers to merge"),
+    Hazard(RawWeightPenalized, "the Parameter is gone", Reason.PARAMETERS_READ),
+    Hazard(RawWeightPenalizedInTraining, "the Parameter is gone"),
+    Hazard(RawWeightUpdated, "backward takes it for a change of both", Reason.PARAMETERS_CHANGED),
     Hazard(ForwardDirectly, "a graph has calls of layers only"),
     Hazard(ManyDimensions, "splits along another dimension", inputs=many_rows),
     Hazard(OneDimension, "splits along the batch", inputs=one_row),

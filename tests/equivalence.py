@@ -11,6 +11,7 @@ from torch.nn.parameter import is_lazy
 from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
+from conjoin.layers.product import Product
 from conjoin.layers.wide import views
 
 TOLERANCE = {
@@ -112,11 +113,13 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     wide = {view.wide_layer: view for _, view in views(model)}
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if module in wide:
+        if module in wide or isinstance(module, Product):  # Its owner lists what it holds.
             continue
         for key, parameter in module.named_parameters(name, recurse=False):
             found[key] = parameter.grad
     for name, view in views(model):
+        if isinstance(view, Product):
+            continue
         layer = view.wide_layer
         for key, parameter in layer.named_parameters(recurse=False):
             if not layer.holds(key, view.conjoin_index):

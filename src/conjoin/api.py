@@ -7,7 +7,7 @@ import copy
 import dataclasses
 import functools
 import gc
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
 from torch import Tensor, nn
@@ -17,6 +17,8 @@ from conjoin.graph.siblings import Candidate, candidates, in_order
 from conjoin.graph.site import Sightings, Untraced
 from conjoin.launches import UNCOUNTED, Counted, Launches
 from conjoin.layers import KINDS, Kind, activation, checked
+from conjoin.layers.owner import raw_parameters, reclaim
+from conjoin.layers.product import PRODUCTS, SUFFIX
 from conjoin.layers.wide import ENCLOSES, Wide, release, views, wides
 from conjoin.merging import MERGER, Level, Merger
 from conjoin.report import Group, Report
@@ -100,7 +102,8 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
     regions.uninstall(plain)
     for _, view in list(views(plain)):
         release(view)
-    for module in plain.modules():
+    for module in list(plain.modules()):
+        reclaim(module)
         activation.forget(module)
         vars(module).pop(ENCLOSES, None)
     return plain
@@ -139,7 +142,10 @@ def report(
     calls = example_calls(example_inputs, example_kwargs)
     kinds = checked(kinds)
     found, sightings = _find(model, calls, kinds)
-    counts = _count(model, calls[0], found, sightings, kinds) if calls else _Counts()
+    if calls:
+        counts = _count(model, calls[0], found, sightings, kinds)
+    else:
+        counts = _uncounted(model, found, sightings, kinds)
     groups = tuple(
         _group(candidate, counts) for candidate in in_order(counts.groups(found), model, sightings)
     )
@@ -223,6 +229,7 @@ def _merge(
     if merger.merge_all(found):
         regions.uninstall(model)  # They may know wide layers that are no more.
     regions.install(model, sightings.calls, {MERGER: merger})
+    merger.give_back(regions.covered(model))
     return merger
 
 
@@ -250,6 +257,7 @@ class _Counts:
         optimized: those of the optimized model, also by wide layer, by the least name of a layer.
         apart: those of layers whose wide layer did not run, without rewritten forwards.
         levels: what was merged beyond what was found at first, or runs in a rewritten forward.
+        refused: products that read one tensor and stay as they are.
         depths: what is behind groups, by their layers.
     """
 
@@ -258,14 +266,22 @@ class _Counts:
     apart: Counted = UNCOUNTED
     levels: tuple[Level, ...] = ()
     depths: Mapping[frozenset[str], _Depth] = dataclasses.field(default_factory=dict)
+    refused: tuple[Candidate, ...] = ()
 
     def groups(self, found: Sequence[Candidate]) -> Iterator[Candidate]:
         """What was found, and what was merged beyond, but for what is behind another group."""
         known = {frozenset(names) for depth in self.depths.values() for names in depth.levels}
         levels = [Candidate(level.kind, level.layers, level.widths) for level in self.levels]
+        told: set[str] = set()
         for candidate in (*found, *levels):
+            told |= {*candidate.layers}
             if frozenset(candidate.layers) not in known:
                 known.add(frozenset(candidate.layers))
+                yield candidate
+        # What one graph refuses another one may merge, or refuse for some other reason.
+        for candidate in self.refused:
+            if told.isdisjoint(candidate.layers):
+                told |= {*candidate.layers}
                 yield candidate
 
     def chains(self, layers: tuple[str, ...]) -> tuple[Chain, ...]:
@@ -312,6 +328,18 @@ def _count(
     return _Counts()
 
 
+def _uncounted(
+    model: nn.Module, found: Sequence[Candidate], sightings: Sightings, kinds: tuple[Kind, ...]
+) -> _Counts:
+    """What becomes of products with raw Parameters, which are found where a forward is traced."""
+    if any(True for _ in raw_parameters(model)):
+        with contextlib.suppress(UncopyableError), undisturbed(model):
+            merger = _merge(Copy(model, fake=False).model, found, sightings, kinds)
+            levels = tuple(level for level in merger.levels if level.kind in PRODUCTS)
+            return _Counts(levels=levels, refused=tuple(merger.refused.values()))
+    return _Counts()
+
+
 def _count_on(
     copied: Callable[[], Copy],
     call: Call,
@@ -325,8 +353,9 @@ def _count_on(
     depths = Depths(optimized.model)
     merger = _merge(optimized.model, found, sightings, kinds, depths)
     levels = _levels(optimized.model)
-    names = {name for candidate in found for name in candidate.layers}
-    names |= {name for level in levels.values() for name in level.layers}
+    groups = [candidate.layers for candidate in (*found, *merger.refused.values())]
+    groups += [level.layers for level in levels.values()]
+    names = {name for layers in groups for name in layers}
     with undisturbed(plain.model):
         depths.noting = True
         optimized.count(call, {})
@@ -335,11 +364,12 @@ def _count_on(
         launched = fused.by_layer or {}
         idle = [level.layers for level in levels.values() if not launched.get(min(level.layers))]
         return _Counts(
-            plain.count(call, {name: plain.model.get_submodule(name) for name in names}),
+            plain.count(call, _named(plain.model, names), _products(plain.model, names)),
             fused,
             _count_apart(copied(), call, found, sightings, kinds, idle) if idle else UNCOUNTED,
             (*merger.levels, *map(levels.__getitem__, depths.roots)),
             _depths(depths, optimized.model),
+            tuple(merger.refused.values()),
         )
 
 
@@ -353,8 +383,20 @@ def _count_apart(
 ) -> Counted:
     """The launches where no forward is rewritten, within the layers of groups."""
     Merger(apart.model, kinds, sightings, found).merge_all(found)
-    names = [name for layers in groups for name in layers]
-    return apart.count(call, {name: apart.model.get_submodule(name) for name in names})
+    names = {name for layers in groups for name in layers}
+    counted = apart.count(call, _named(apart.model, names), _products(apart.model, names))
+    return Counted(counted.count, {**dict.fromkeys(names, 0), **(counted.by_layer or {})})
+
+
+def _named(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
+    """The layers of these names, but for products that are none in this model."""
+    return {name: module for name, module in model.named_modules() if name in names}
+
+
+def _products(model: nn.Module, names: Collection[str]) -> dict[str, nn.Parameter]:
+    """The weights of products, by the names of their layers."""
+    raw = (name for name in names if name.endswith(SUFFIX))
+    return {name: model.get_parameter(name.removesuffix(SUFFIX)) for name in raw}
 
 
 def _levels(model: nn.Module) -> dict[Wide, Level]:
@@ -381,10 +423,10 @@ def _group(candidate: Candidate, counts: _Counts) -> Group:
     refusal = candidate.refusal
     return Group(
         kind=candidate.kind.name,
-        layers=candidate.layers,
+        layers=tuple(name.removesuffix(SUFFIX) for name in candidate.layers),
         fused=refusal is None,
         reason=None if refusal is None else refusal.reason,
-        detail="" if refusal is None else refusal.detail,
+        detail="" if refusal is None else refusal.detail.replace(SUFFIX, ""),
         widths=candidate.widths,
         launches=counts.of(candidate.layers),
         depth=counts.chains(candidate.layers),

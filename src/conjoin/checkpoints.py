@@ -20,6 +20,8 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from conjoin.layers.kind import TENSORS
+from conjoin.layers.owner import lender
+from conjoin.layers.product import Product
 from conjoin.layers.wide import Part, View, Wide
 
 _Slot = tuple[nn.Parameter, "tuple[Wide, str, int] | None"]
@@ -108,17 +110,27 @@ def _slots(model: nn.Module) -> Iterator[_Slot]:
     """The plain model's parameters in the order of its `parameters()`."""
     seen: set[int] = set()
     for module in model.modules():
+        if isinstance(module, (Wide, Product)):  # Its owner has its Parameters in their places.
+            continue
         if isinstance(module, View):
-            wide = module.wide_layer
-            for name in TENSORS:
-                tensor = getattr(wide, name)
-                if tensor is not None and wide.holds(name, module.conjoin_index):
-                    yield tensor, (wide, name, module.conjoin_index)
-        elif not isinstance(module, Wide):
-            for parameter in module._parameters.values():
-                if parameter is not None and id(parameter) not in seen:
-                    seen.add(id(parameter))
-                    yield parameter, None
+            yield from (slot for name in TENSORS for slot in _parts(module, name))
+            continue
+        for own in module._parameters:
+            holder, name = lender(module, own)
+            parameter = holder._parameters.get(name)
+            if isinstance(holder, View):
+                yield from _parts(holder, name)
+            elif parameter is not None and id(parameter) not in seen:
+                seen.add(id(parameter))
+                yield parameter, None
+
+
+def _parts(view: View, name: str) -> Iterator[_Slot]:
+    """A view's part of the weight or bias, if it has one."""
+    wide = view.wide_layer
+    tensor = getattr(wide, name)
+    if tensor is not None and wide.holds(name, view.conjoin_index):
+        yield tensor, (wide, name, view.conjoin_index)
 
 
 def _held(

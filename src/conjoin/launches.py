@@ -15,12 +15,14 @@ import dataclasses
 import functools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from types import MappingProxyType
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 from torch._C import DispatchKey
 from torch._ops import OpOverload
+from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
@@ -237,6 +239,7 @@ def count_layers(
     args: Sequence[Any],
     kwargs: Mapping[str, Any],
     layers: Mapping[str, nn.Module],
+    weights: Mapping[str, Tensor] = MappingProxyType({}),
 ) -> Counted:
     """Count the launches of one step as `count_step` does, and those within some layers.
 
@@ -245,6 +248,7 @@ def count_layers(
         args: Positional arguments of the call.
         kwargs: Keyword arguments of the call.
         layers: The layers, by a name for each.
+        weights: Tensors, by a name for each; a function that is given one counts as such a layer.
 
     Returns:
         The launches of the step, and those of the forward pass by layer.
@@ -252,8 +256,30 @@ def count_layers(
     counter = LaunchCounter()
     for name, layer in layers.items():
         layer.__dict__["forward"] = functools.partial(_within, counter, name, layer.forward)
-    count = count_step(model, args, kwargs, forward=counter)
+    with _Given(counter, weights):
+        count = count_step(model, args, kwargs, forward=counter)
     return Counted(count, counter.by_scope)
+
+
+class _Given(TorchFunctionMode):
+    """Attributes the launches of functions to the tensors that they are given."""
+
+    def __init__(self, counter: LaunchCounter, weights: Mapping[str, Tensor]) -> None:
+        super().__init__()
+        self._counter = counter
+        self._names = {id(weight): name for name, weight in weights.items()}
+
+    def __torch_function__(
+        self,
+        func: Any,
+        types: Any,
+        args: tuple[Any, ...] = (),
+        kwargs: dict[str, Any] | None = None,
+    ) -> Any:
+        given = (self._names.get(id(each)) for each in args)
+        name = next(filter(None, given), None)
+        with self._counter.scope(name) if name else contextlib.nullcontext():
+            return func(*args, **(kwargs or {}))
 
 
 def _within(

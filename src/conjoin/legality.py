@@ -78,6 +78,10 @@ class Reason(enum.Enum):
         "layer there. "
         "Name those that it needs instead, such as self.layer.weight."
     )
+    PARAMETERS_READ = (
+        "The forward reads a parameter of this product in some other way too, such as its norm. "
+        "Leave it as it is, or let a layer such as torch.nn.Linear hold the parameter."
+    )
     GROUPED = (
         "The layers are grouped convolutions (groups > 1), whose channels one wide layer "
         "interleaves, and copying them apart costs more launches than merging saves. "

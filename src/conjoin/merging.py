@@ -2,21 +2,32 @@
 
 from __future__ import annotations
 
+import dataclasses
+import functools
 import itertools
-from collections.abc import Callable, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
+from torch.nn.parameter import is_lazy
 
-from conjoin.graph import edit
-from conjoin.graph.siblings import Candidate, held_elsewhere, overlaps
-from conjoin.graph.site import Sightings
+from conjoin.graph import edit, hazards, products
+from conjoin.graph.products import Call
+from conjoin.graph.siblings import Candidate, among, held_elsewhere, overlaps
+from conjoin.graph.site import Sightings, Site
 from conjoin.layers import KINDS, NORMS, Kind, Norm, activation, kind_of, norm_of
 from conjoin.layers.kind import TENSORS, common, tensors
-from conjoin.layers.wide import View, Wide, fuse, release
+from conjoin.layers.owner import lend, may_lend, reclaim
+from conjoin.layers.product import PRODUCTS, SUFFIX, Product
+from conjoin.layers.wide import View, Wide, fuse, release, wides
+from conjoin.reachable import functions_of, words
 
 MERGER = "conjoin_merger"
 """The entry of a GraphModule's `meta` that holds the merger of the model behind it."""
+
+
+REGISTERED = frozenset({"_parameters", "_modules"})
+"""Attributes of modules in which raw Parameters that are merged are not found, but products are."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -34,12 +45,39 @@ class Level:
     widths: tuple[int, ...]
 
 
+@dataclass(frozen=True, slots=True)
+class RawProduct:
+    """A product with Parameters of a module's own.
+
+    Attributes:
+        owner: the qualified name of the module.
+        parameters: the Parameters' names there, by those in the layer.
+        layer: the product as a layer.
+        read: whether one of the Parameters is read in some other way too.
+    """
+
+    owner: str
+    parameters: dict[str, str]
+    layer: Product
+    read: bool
+
+    @property
+    def name(self) -> str:
+        """The qualified name that the layer has once the Parameters are lent to it."""
+        return self.owned(self.parameters["weight"]) + SUFFIX
+
+    def owned(self, name: str) -> str:
+        """The qualified name of something in the owner."""
+        return f"{self.owner}.{name}".lstrip(".")
+
+
 class Merger:
     """Merges layers of one model.
 
     Attributes:
         kinds: the kinds of layer that siblings are looked for in.
         levels: what it has merged beyond the siblings that were found at first.
+        refused: the products that read one tensor and stay as they are, and why.
         rewritten: what is called with each graph when all passes are through with it.
         escapes: whether something beyond the graphs reads their outputs.
         frozen: whether it merges nothing, and only knows what is merged.
@@ -69,15 +107,105 @@ class Merger:
         self.escapes = escapes
         self.kinds = kinds
         self.levels: list[Level] = []
+        self.refused: dict[frozenset[str], Candidate] = {}
         self.rewritten: Callable[[fx.GraphModule], None] = _leave
         self._model = model
         self._ordered: set[str] = set()
         self._names = {module: name for name, module in model.named_modules()}
         self._shared = overlaps(dict(model.named_modules()))
+        self._sightings = sightings
         apart = {name for c in found if c.refusal is not None for name in c.layers}
         if sightings is not None:
             apart |= {*sightings.changed, *sightings.listed}
         self._apart = apart
+
+    @functools.cached_property
+    def lends(self) -> bool:
+        """Whether Parameters of the model's own modules may be merged.
+
+        Its forwards must be watched, and no code may look where the Parameters would be missed.
+        """
+        if self._sightings is None or self.frozen:
+            return False
+        codes = (function.__code__ for function in functions_of(self._model))
+        return not any(REGISTERED.intersection(words(code)) for code in codes)
+
+    def merge_products(self, found: Sequence[RawProduct], sites: Sequence[Site]) -> None:
+        """Merges products with Parameters that read one tensor, and notes which stay as they are.
+
+        Args:
+            found: the products.
+            sites: their calls in one graph.
+        """
+        assert self._sightings is not None  # `lends` was asked
+        layers = {product.name: product.layer for product in found}
+        shared = {
+            f"{product.name}.{tensor}": other
+            for product in found
+            for tensor, name in product.parameters.items()
+            if (other := self._shared.get(product.owned(name)))
+        }
+        read = frozenset(product.name for product in found if product.read)
+        seen = dataclasses.replace(self._sightings, sites=tuple(sites), read=read, strided={})
+        by_name = {product.name: product for product in found}
+        for candidate in among(layers, shared, seen, PRODUCTS):
+            if candidate.refusal is not None:
+                self.refused.setdefault(frozenset(candidate.layers), candidate)
+                continue
+            for name in candidate.layers:
+                product = by_name[name]
+                lend(self._model.get_submodule(product.owner), product.layer, product.parameters)
+            self._names = {module: name for name, module in self._model.named_modules()}
+            merged = [layers[name] for name in candidate.layers]
+            self._merge(candidate.kind, merged, frozenset(), together=True)
+            self.levels.append(Level(candidate.kind, candidate.layers, candidate.widths))
+
+    def raw_products(self, graph_module: fx.GraphModule) -> dict[Call, RawProduct]:
+        """The products of a graph with Parameters of the model that can be lent, by their calls."""
+        graph, modules = graph_module.graph, edit.called_modules(graph_module)
+        calls = products.calls(graph)
+        read = products.read_otherwise(graph, calls)
+        at = dict(graph_module.named_parameters(remove_duplicate=False))
+        owned = {
+            id(parameter): (prefix, name)
+            for prefix, module in self._model.named_modules()
+            for name, parameter in module._parameters.items()
+        }
+        stacked = {
+            call.input
+            for call in calls
+            if hazards.reads_strides(call.node, modules, escapes=self.escapes)
+        }
+        found: dict[Call, RawProduct] = {}
+        made: dict[object, RawProduct] = {}
+        for call in calls:
+            nodes = {"weight": call.weight, "bias": call.bias}
+            targets = {name: str(node.target) for name, node in nodes.items() if node is not None}
+            held = {name: at[target] for name, target in targets.items() if target in at}
+            places = {name: owned[id(p)] for name, p in held.items() if id(p) in owned}
+            names = {tensor: name for tensor, (_, name) in places.items()}
+            owner = places.get("weight", ("", ""))[0]
+            whole = places.keys() == targets.keys() and all(p == owner for p, _ in places.values())
+            if not whole or is_lazy(held["weight"]) or held["weight"].dim() != 2:
+                continue
+            module = self._model.get_submodule(owner)
+            if self.kind_of(module) is not None or not may_lend(module, tuple(names.values())):
+                continue
+            layer = call.layer(held["weight"], held.get("bias"), stacked=call.input in stacked)
+            product = RawProduct(owner, names, layer, not read.isdisjoint(targets.values()))
+            found[call] = made.setdefault(call.reads, product)
+        return found
+
+    def give_back(self, running: Collection[Wide]) -> None:
+        """Undoes the merging of products that no rewritten forward runs."""
+        for wide, members in wides(self._model).items():
+            if wide.kind in PRODUCTS and wide not in running:
+                names = tuple(name for name, _ in members)
+                self.levels = [level for level in self.levels if level.layers != names]
+                for _, view in members:
+                    release(view)
+        for module in list(self._model.modules()):
+            reclaim(module)
 
     def kind_of(self, layer: nn.Module) -> Kind | None:
         """The kind of a layer or a normalization; None where it is of none."""

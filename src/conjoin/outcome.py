@@ -22,6 +22,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn.parameter import is_lazy
 
+from conjoin.layers.product import Product
 from conjoin.layers.wide import Part, Wide
 
 TOLERANCE = {
@@ -209,7 +210,8 @@ def _parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 
 def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
     """The user's own modules."""
-    return ((path, m) for path, m in model.named_modules() if not isinstance(m, Wide))
+    ours = (Wide, Product)
+    return ((path, m) for path, m in model.named_modules() if not isinstance(m, ours))
 
 
 def attributes(module: nn.Module) -> dict[str, object]:

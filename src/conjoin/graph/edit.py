@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
 
 import torch
 from torch import fx, nn
@@ -47,6 +47,22 @@ def replace(
         user.kwargs = map_arg(user.kwargs, lambda node: made.get(node, node))
     for sibling in siblings:
         graph.erase_node(sibling)
+
+
+def call_instead(graph: fx.Graph, node: fx.Node, target: str, input: fx.Node) -> None:
+    """Puts a call of a module on one input in the place of a node."""
+    with graph.inserting_before(node):
+        made = graph.call_module(target, (input,))
+    made.meta = dict(node.meta)
+    node.replace_all_uses_with(made)
+    graph.erase_node(node)
+
+
+def erase_unread(graph: fx.Graph, targets: Collection[str]) -> None:
+    """Takes out the attributes of these targets that nothing reads."""
+    for node in list(graph.nodes):
+        if node.op == "get_attr" and node.target in targets and not node.users:
+            graph.erase_node(node)
 
 
 def only_input(call: fx.Node) -> fx.Node | None:

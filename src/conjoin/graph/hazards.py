@@ -13,6 +13,7 @@ from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
 from conjoin.layers.kind import FORWARDS
+from conjoin.layers.product import Product
 from conjoin.layers.wide import View, Wide
 
 VIEW_METHODS = frozenset(
@@ -253,14 +254,16 @@ DETACHING = frozenset({"detach", "detach_"})
 SPLITS = frozenset({"unsafe_split_with_sizes", "unstack"})
 """Functions that cut a tensor into parts that have no memory in common."""
 
+PRODUCTS: tuple[Any, ...] = (operator.matmul, torch.matmul, torch.mm, F.linear)
+"""Functions that multiply matrices."""
+
 ALLOCATING: frozenset[Any] = frozenset(
     {
-        *(operator.add, operator.sub, operator.mul, operator.truediv, operator.matmul),
-        *(operator.neg, F.linear, F.conv1d, F.conv2d, F.conv3d, F.embedding),
-        *(F.batch_norm, F.group_norm, F.layer_norm),
+        *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, *PRODUCTS),
+        *(F.conv1d, F.conv2d, F.conv3d, F.embedding, F.batch_norm, F.group_norm, F.layer_norm),
     }
 )
-"""Functions and operators whose result is a tensor with memory of its own, or no tensor."""
+"""Functions whose result is a tensor with memory of its own, or no tensor."""
 
 
 def _changes_first_only(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -281,6 +284,7 @@ def _allocates(module: nn.Module) -> bool:
         module,
         (
             Wide,
+            Product,
             nn.Linear,
             nn.Embedding,
             modules.conv._ConvNd,

@@ -68,24 +68,24 @@ def candidates(
         The candidates, in the order of their first calls.
     """
     modules = dict(model.named_modules())
-    found = [*connected(modules, sightings, kinds, overlaps(modules))]
+    found = list(among(modules, overlaps(modules), sightings, kinds))
     found += _unseen(model, {name for candidate in found for name in candidate.layers})
     return in_order(found, model, sightings)
 
 
-def connected(
+def among(
     modules: Mapping[str, nn.Module],
+    shared: Mapping[str, str],
     sightings: Sightings,
     kinds: tuple[Kind, ...],
-    shared: Mapping[str, str],
 ) -> Iterator[Candidate]:
     """The candidates among the layers that were seen, without those merged earlier and not called.
 
     Args:
         modules: the layers, by name.
+        shared: the tensors, by name, that share memory, and with which.
         sightings: what was seen of them.
         kinds: the kinds of layer to look for.
-        shared: their tensors that share memory, see `overlaps`.
     """
     for calls in _connected(modules, sightings.sites, kinds):
         kind = kind_of(modules[next(iter(calls))], kinds)
@@ -107,7 +107,9 @@ def in_order(
 
     def key(candidate: Candidate) -> tuple[int, int]:
         calls = min(first.get(name, len(sightings.sites)) for name in candidate.layers)
-        return calls, min(place[name] for name in candidate.layers)
+        # A product that is not made a layer is where its owner is.
+        at = (place.get(name, place.get(name.rpartition(".")[0], 0)) for name in candidate.layers)
+        return calls, min(at)
 
     return tuple(sorted(found, key=key))
 
@@ -322,6 +324,8 @@ def _touched(name: str, siblings: Iterable[str], sightings: Sightings) -> Verdic
     """What the model's own code does with a layer's parameters; None where that is nothing."""
     if name in sightings.changed:
         return Reason.PARAMETERS_CHANGED, "in the run on the example inputs"
+    if name in sightings.read:
+        return Reason.PARAMETERS_READ, "beside the product"
     for root in sightings.listed.get(name, ()):
         if any(other != name and _is_within(other, root) for other in siblings):
             return Reason.PARAMETERS_LISTED, f"those of {root or 'the model'}"

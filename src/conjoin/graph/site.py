@@ -56,6 +56,7 @@ class Sightings:
         changed: the layers whose parameters are changed in place while the model runs.
         calls: for each module with children, the structures of its calls, and which of their
             tensors were always alike, see `tracing/structures.py`.
+        read: the layers whose parameters are read in another way than by calling the layer.
     """
 
     sites: tuple[Site, ...]
@@ -64,3 +65,4 @@ class Sightings:
     listed: Mapping[str, Collection[str]] = field(default_factory=dict)
     changed: frozenset[str] = frozenset()
     calls: Mapping[str, Mapping[Any, tuple[int, ...]]] = field(default_factory=dict)
+    read: frozenset[str] = frozenset()

@@ -22,7 +22,7 @@ import threading
 import uuid
 import warnings
 import weakref
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -381,7 +381,7 @@ class View(nn.Module):
                     f"cannot assign '{torch.typename(value)}' as parameter '{name}' "
                     "(torch.nn.Parameter or None expected)"
                 )
-            setattr(_take_out(self), name, _unshared(value))
+            setattr(take_out(self), name, unshared(value))
         else:
             super().__setattr__(name, value)
             if name == "training":  # `train` comes by the wide layer only through its views.
@@ -390,14 +390,14 @@ class View(nn.Module):
     def __delattr__(self, name: str) -> None:
         """Deleting a parameter makes this sibling a plain layer again."""
         if name in TENSORS and self._slice(name) is not None:
-            delattr(_take_out(self), name)
+            delattr(take_out(self), name)
         else:
             super().__delattr__(name)
 
     def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
         """A parameter of the sibling's own, which for its weight or bias makes it a plain layer."""
         if name in TENSORS:
-            self = cast(View, _take_out(self))
+            self = cast(View, take_out(self))
         nn.Module.register_parameter(self, name, param)
 
     def _is_own(self, name: str, value: Any) -> bool:
@@ -450,7 +450,7 @@ class View(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         """With its siblings where all are converted; otherwise it becomes a plain layer."""
         if not _conversion.concerns_all(self.wide_layer, fn):
-            return _take_out(self)._apply(fn, recurse)  # type: ignore[no-untyped-call]
+            return take_out(self)._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self.wide_layer.convert(fn, self.conjoin_index)
         running = self.wide_layer.converted_running(self, self.conjoin_index)
         for name in running:
@@ -480,17 +480,25 @@ class View(nn.Module):
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """PyTorch's own loading, on Parameters that are slices of the wide layer's."""
-        wide = self.wide_layer
-        slices = {
-            name: _like(tensor.detach(), getattr(wide, name))
-            for name in TENSORS
-            if (tensor := self._slice(name)) is not None
-        }
+        slices = self.slices()
         self._parameters.update(slices)
         try:
             super()._load_from_state_dict(*args, **kwargs)
         finally:
             loaded = {name: self._parameters.pop(name) for name in slices}
+        self.settle(loaded)
+
+    def slices(self) -> dict[str, nn.Parameter]:
+        """Parameters that are slices of the wide layer's, to load into."""
+        return {
+            name: _like(tensor.detach(), getattr(self.wide_layer, name))
+            for name in TENSORS
+            if (tensor := self._slice(name)) is not None
+        }
+
+    def settle(self, loaded: Mapping[str, nn.Parameter | None]) -> None:
+        """Takes over what loading has put in the place of slices."""
+        wide = self.wide_layer
         replaced = {n: t for n, t in loaded.items() if t is not None and not _within(t, wide, n)}
         if replaced:
             _adopt(self, replaced)
@@ -549,7 +557,8 @@ def view_class(base: type[nn.Module]) -> type[View]:
             "__qualname__": base.__qualname__,
             "__doc__": base.__doc__,
         }
-        _view_classes[base] = cast("type[View]", type(base.__name__, (View, base), names))
+        view = getattr(base, "conjoin_view", View)
+        _view_classes[base] = cast("type[View]", type(base.__name__, (view, base), names))
     return _view_classes[base]
 
 
@@ -619,7 +628,7 @@ def _alone(name: str) -> Callable[..., Any]:
 
     def method(self: View, *args: Any, **kwargs: Any) -> Any:
         changes = _changes(self, name, args, kwargs)
-        return getattr(_take_out(self), name)(*args, **kwargs) if changes else self
+        return getattr(take_out(self), name)(*args, **kwargs) if changes else self
 
     method.__name__ = name
     return method
@@ -707,7 +716,7 @@ class Part(Tensor):
 
     def _alone(self) -> nn.Parameter:
         if isinstance(self.conjoin_view, View):
-            _take_out(self.conjoin_view)
+            take_out(self.conjoin_view)
         return self.whole()
 
     @property
@@ -801,7 +810,7 @@ def _gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[An
     )
 
 
-def _take_out(view: View) -> nn.Module:
+def take_out(view: View) -> nn.Module:
     """Releases a view because of something that somebody does to it alone."""
     warnings.warn(
         f"{view!r} is taken out of its wide layer by a change that concerns it alone. Its "
@@ -812,13 +821,13 @@ def _take_out(view: View) -> nn.Module:
     return release(view)
 
 
-def _unshared(value: Any) -> Any:
+def unshared(value: Any) -> Any:
     """A value that is to be kept in a module: of a part, the Parameter of a plain layer."""
     return value._alone() if isinstance(value, Part) else value
 
 
 def _registered(module: nn.Module, name: str, value: Any) -> Any:
-    return _unshared(value)
+    return unshared(value)
 
 
 nn.modules.module.register_module_parameter_registration_hook(_registered)
@@ -895,7 +904,7 @@ def _adopt(view: View, replaced: dict[str, nn.Parameter]) -> None:
     elif wide.weight.is_meta:
         wide.collect(view.conjoin_index, replaced)
     else:
-        layer = _take_out(view)
+        layer = take_out(view)
         for name, tensor in replaced.items():
             setattr(layer, name, tensor)
 

@@ -14,6 +14,8 @@ from typing import Any
 from torch import nn
 
 from conjoin.layers import Kind, kind_of
+from conjoin.layers.owner import raw_parameters
+from conjoin.layers.product import SUFFIX
 from conjoin.reachable import words
 
 LISTING = frozenset({"parameters", "named_parameters", "modules"})
@@ -32,13 +34,25 @@ class Listings:
         found: for each layer, the modules of which it was listed, by their qualified names.
     """
 
-    def __init__(self, model: nn.Module, layers: Mapping[nn.Module, str]) -> None:
-        """Instruments `model`, by attributes of its modules."""
+    def __init__(
+        self,
+        model: nn.Module,
+        layers: Mapping[nn.Module, str],
+        raw: Mapping[str, nn.Parameter],
+    ) -> None:
+        """Instruments `model`, by attributes of its modules.
+
+        Args:
+            model: the model.
+            layers: its layers, and their names.
+            raw: Parameters of its own modules, by the names of the layers that they would become.
+        """
         self.on = False
         self.found: dict[str, set[str]] = {}
         self._names = {id(layer): name for layer, name in layers.items()}
         for layer, name in layers.items():
             self._names.update({id(p): name for p in layer._parameters.values() if p is not None})
+        self._names |= {id(parameter): name for name, parameter in raw.items()}
         for root, module in model.named_modules():
             if module._modules:
                 for method in ("named_parameters", "modules"):
@@ -70,4 +84,6 @@ def listed_by_code(model: nn.Module, kinds: tuple[Kind, ...]) -> dict[str, set[s
             for name, layer in module.named_modules(prefix=root):
                 if kind_of(layer, kinds) is not None:
                     found.setdefault(name, set()).add(root)
+            for name, _ in raw_parameters(module):
+                found.setdefault(f"{root}.{name}{SUFFIX}".lstrip("."), set()).add(root)
     return found

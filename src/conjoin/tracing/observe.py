@@ -16,7 +16,7 @@ import inspect
 import itertools
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from types import FunctionType
+from types import FunctionType, MappingProxyType
 from typing import Any
 
 import torch
@@ -32,6 +32,8 @@ from conjoin.launches import Counted, count_layers
 from conjoin.layers import Kind, activation, kind_of
 from conjoin.layers.lockstep import in_transform
 from conjoin.layers.origin import Step, is_watched
+from conjoin.layers.owner import raw_parameters
+from conjoin.layers.product import SUFFIX
 from conjoin.reachable import functions_of, words
 from conjoin.tracing import regions
 from conjoin.tracing.listings import Listings
@@ -153,11 +155,16 @@ class Copy:
             output = self.model(*args, **kwargs)
             return list(output) if inspect.isgenerator(output) else output
 
-    def count(self, call: Call, layers: Mapping[str, nn.Module]) -> Counted:
-        """The launches of a step on arguments like these, in all and within each of `layers`."""
+    def count(
+        self,
+        call: Call,
+        layers: Mapping[str, nn.Module],
+        weights: Mapping[str, Tensor] = MappingProxyType({}),
+    ) -> Counted:
+        """The launches of a step on arguments like these, and within `layers`, by `weights`."""
         args, kwargs = pytree.tree_map_only(Tensor, self._argument, call)
         with self._entered(), letting_go():
-            return count_layers(self.model, args, kwargs, layers)
+            return count_layers(self.model, args, kwargs, layers, weights)
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
@@ -303,9 +310,11 @@ class _Watch(TorchFunctionMode):
         self._layers: dict[nn.Module, str] = {}
         self.changed: set[str] = set()
         self.calls: dict[str, dict[Structure, Alike]] = {}
+        self._raw = {name + SUFFIX: parameter for name, parameter in raw_parameters(model)}
+        owners = {model.get_submodule(name.rpartition(".")[0]) for name in self._raw}
         for name, module in model.named_modules():
             kind = kind_of(module, kinds)
-            if kind is None and module._modules:
+            if kind is None and (module._modules or module in owners):
                 noted = functools.partial(
                     self._noted, self.calls.setdefault(name, {}), module.forward
                 )
@@ -321,7 +330,7 @@ class _Watch(TorchFunctionMode):
                 module.__dict__["forward"] = functools.partial(
                     self._activated, name, module, module.forward
                 )
-        self.listings = Listings(model, self._layers)
+        self.listings = Listings(model, self._layers, self._raw)
 
     @contextlib.contextmanager
     def running(self, run: object) -> Iterator[None]:
@@ -338,10 +347,11 @@ class _Watch(TorchFunctionMode):
             self.changed |= {name for name in before if before[name] != after[name]}
 
     def _versions(self) -> dict[str, list[int]]:
-        return {
+        layers = {
             name: [_version(p) for p in layer._parameters.values() if p is not None]
             for layer, name in self._layers.items()
         }
+        return layers | {name: [_version(parameter)] for name, parameter in self._raw.items()}
 
     def discard(self, run: tuple[bool, int]) -> None:
         """Forgets what was noted as part of `run`."""

@@ -25,13 +25,14 @@ from torch.nn.modules import module as nn_module
 from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.lockstep import in_transform
+from conjoin.layers.owner import Owner, copies_itself, owner_class, raw_parameters
 from conjoin.layers.wide import View, Wide, views, wides
 from conjoin.merging import MERGER, Merger
 from conjoin.nn import Split, Unite
 from conjoin.passes import rewrite
 from conjoin.tracing import sound
 from conjoin.tracing.proxies import UnsoundError
-from conjoin.tracing.sandbox import FUNCTION_PARTS, MISSING, frozen, snapshots
+from conjoin.tracing.sandbox import FUNCTION_PARTS, MISSING, frozen, plain_class, snapshots
 from conjoin.tracing.sound import Traced
 from conjoin.tracing.structures import Alike, Structure, is_plain, structure_of
 from conjoin.tracing.undisturbed import putting_back
@@ -39,9 +40,8 @@ from conjoin.tracing.undisturbed import putting_back
 PLAN = "conjoin_plan"
 """The attribute of a region that holds its plan."""
 
-OWN_COPYING = ("__reduce__", "__reduce_ex__", "__getstate__", "__getattribute__", "__slots__")
-"""A class that defines one of these keeps its forward: a region would get in the way of it."""
-
+WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
+"""Modules that only hold others, or Parameters."""
 
 _Structures = Mapping[Structure | None, Alike]
 """The structures of calls, the required arguments alone for None, and which tensors were alike."""
@@ -255,6 +255,9 @@ def _bind(region: nn.Module, unbound: _Unbound) -> Plan:
 def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -> Variant:
     reached = [(at[path]._modules, name, at[path]._modules[name]) for path, name in traced.places]
     modules = [module for _, _, module in reached if module is not None]
+    owners: dict[Any, type] = {
+        plain_class(module): type(module) for module in at.values() if isinstance(module, Owner)
+    }
     if [mark[1:] for mark in _marks(modules)] != [mark[1:] for mark in marks]:
         raise KeyError("its views have other wide layers")
     return Variant(
@@ -274,14 +277,15 @@ def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -
         tuple((module, mark[0]) for module, mark in zip(modules, marks, strict=True)),
         tuple((vars(at[path])[holder], name) for path, holder, name in traced.present),
         tuple((at[path]._modules, names) for path, names in traced.children),
-        tuple((_last_class(cls, name), name, value) for cls, name, value in traced.classes),
+        tuple((_last_class(cls, name, owners), name, value) for cls, name, value in traced.classes),
         (*traced.shared, *_contents(at, traced)),
     )
 
 
-def _last_class(cls: Any, name: str) -> Any:
+def _last_class(cls: Any, name: str, owners: Mapping[Any, type]) -> Any:
     """The class that regions of a class have, on which somebody may set an attribute as well."""
-    return cls if name == "forward" else _region_classes.get(cls, cls)
+    last = owners.get(cls, cls)
+    return cls if name == "forward" else _region_classes.get(last, last)
 
 
 def _contents(at: dict[str, nn.Module], traced: Traced) -> Iterator[tuple[Any, tuple[Any, ...]]]:
@@ -309,7 +313,8 @@ class Region(nn.Module):
         """Not the user's: a region is no new class of theirs."""
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new_region, (self.conjoin_base,), self.__dict__.copy()
+        names = self.conjoin_names if isinstance(self, Owner) else ()
+        return _new_region, (plain_class(self), names), self.__dict__.copy()
 
     def __setstate__(self, state: Any) -> None:
         """A copy is bound to its own modules; what comes out of a pickle is traced anew."""
@@ -360,8 +365,8 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     return forward
 
 
-def _new_region(base: type[nn.Module]) -> Region:
-    cls = region_class(base)
+def _new_region(base: type[nn.Module], names: tuple[str, ...] = ()) -> Region:
+    cls = region_class(owner_class(base, names))
     return cls.__new__(cls)
 
 
@@ -402,7 +407,7 @@ def _whole(module: nn.Module) -> set[Wide]:
     return {wide for wide, held in wides(module).items() if len(held) == len(wide.widths)}
 
 
-def _covered(module: nn.Module) -> set[Wide]:
+def covered(module: nn.Module) -> set[Wide]:
     """Those among them that are in a region within the module."""
     regions = [inner for inner in module.modules() if isinstance(inner, Region)]
     return set().union(*map(_whole, regions))
@@ -431,15 +436,17 @@ def _install_beyond(
     while pending:
         name, module = pending.pop()
         layers = (m for m in module.modules() if merger.kind_of(m) is not None)
-        if isinstance(module, (View, Region)) or len([*itertools.islice(layers, 2)]) < 2:
+        found = itertools.chain(layers, raw_parameters(module))
+        if isinstance(module, (View, Region)) or len([*itertools.islice(found, 2)]) < 2:
             continue
         sound_traces: list[fx.GraphModule] = []
-        has_forward = not isinstance(module, (nn.ModuleList, nn.ModuleDict))
+        has_forward = not isinstance(module, WITHOUT_FORWARD)
         runs = has_forward and (not calls or bool(calls.get(name)))
         if runs and module not in unsound and _may_be_region(module):
+            known = covered(module)  # A region knows nothing of what is merged from here on.
             traced = _trace(module, _structures(calls, name), meta, sound_traces)
             batched = any(each.most is not None for each in traced)
-            if batched or _whole(module) - _covered(module):
+            if batched or _whole(module) - known:
                 _become(module, traced)
         if not sound_traces:
             prefix = f"{name}." if name else ""
@@ -476,8 +483,7 @@ def _install(module: nn.Module, structures: _Structures, meta: dict[str, Any]) -
 
 
 def _may_be_region(module: nn.Module) -> bool:
-    before = type(module).__mro__[: type(module).__mro__.index(nn.Module)]
-    return not any(name in vars(cls) for cls in before for name in OWN_COPYING)
+    return not copies_itself(plain_class(module))
 
 
 def _become(module: nn.Module, traced: list[Traced]) -> None:
@@ -585,6 +591,6 @@ def _enclosing(model: nn.Module) -> Iterator[nn.Module]:
         chain = [model]
         for name in found[0][:common]:
             chain.append(chain[-1].get_submodule(name))
-        with_forward = [m for m in chain if not isinstance(m, (nn.ModuleList, nn.ModuleDict, View))]
+        with_forward = [m for m in chain if not isinstance(m, (*WITHOUT_FORWARD, View))]
         if with_forward:
             yield with_forward[-1]

@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import get_overridable_functions
 
+from conjoin.layers.owner import LENT
 from conjoin.layers.wide import View
 from conjoin.reachable import OF_MODULES, TRUSTED
 from conjoin.tracing import bytecode
@@ -180,6 +181,8 @@ class Sandbox:
 
     Attributes:
         record: puts a call of a function into the graph, whatever the arguments are.
+        parameter: gives what stands for a Parameter that was lent to a product, by its path.
+        lent: the Parameters that were lent and read: where the product stands, and as what.
         asks_none: whether any code asks if a value is None.
         waiting: the contexts that were made and not entered.
         stack: the modules whose forward runs, and has not ended.
@@ -194,9 +197,13 @@ class Sandbox:
         shared: containers that are globals or attributes of classes, and what is in them.
     """
 
-    def __init__(self, region: nn.Module, record: Callable[..., Any]) -> None:
+    def __init__(
+        self, region: nn.Module, record: Callable[..., Any], parameter: Callable[[str], Any]
+    ) -> None:
         self.record = record
+        self.parameter = parameter
         self.paths = {module: path for path, module in region.named_modules()}
+        self.lent: dict[str, tuple[str, str]] = {}
         self.asks_none = False
         self.waiting: list[GradMode] = []
         self.stack: list[nn.Module] = [region]
@@ -396,6 +403,8 @@ class Sandbox:
                 self.places |= dict.fromkeys((path, child) for child in held[name])
                 return MappingProxyType(held[name]) if own else held[name]
             return raw(name)
+        if name in held.get(LENT, {}) and held["_parameters"].get(name, MISSING) is None:
+            return self._lent(path, held, name)
         found = _static(plain_class(module), name)
         if isinstance(found, property):
             return self._property(module, name, found, own=own)
@@ -415,6 +424,15 @@ class Sandbox:
             return raw(name)
         self.attributes[path, "__dict__", name] = MISSING
         return self._inherited(module, name, found, own=own)
+
+    def _lent(self, path: str, held: dict[str, Any], name: str) -> Any:
+        """A Parameter of a module that lent it."""
+        product, tensor = held[LENT][name]
+        self.attributes[path, "_parameters", name] = None
+        self.places[path, product] = None
+        full = f"{path}.{name}".lstrip(".")
+        self.lent[full] = f"{path}.{product}".lstrip("."), tensor
+        return self.parameter(full)
 
     def _child(self, module: nn.Module, name: str) -> Any:
         """What `module.__getattr__(name)` gives, which does not look at plain attributes."""
@@ -561,9 +579,15 @@ def _classes(info: Any) -> Iterator[type]:
 
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class, for a view or a region that of the user's."""
-    cls = type(module)
-    return vars(cls).get("conjoin_base", cls)  # type: ignore[no-any-return]
+    """The module's class, for a view, an owner or a region that of the user's."""
+    return plain_of(type(module))
+
+
+def plain_of(cls: type[nn.Module]) -> type[nn.Module]:
+    """The user's class that a class of conjoin's was made of, or the class itself."""
+    while "conjoin_base" in vars(cls):
+        cls = vars(cls)["conjoin_base"]
+    return cls
 
 
 def _foreign(cls: type) -> Iterator[type]:

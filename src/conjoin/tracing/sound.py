@@ -28,7 +28,7 @@ from torch import Tensor, fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from conjoin.graph import channelwise, edit, elementwise
+from conjoin.graph import channelwise, edit, elementwise, products
 from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.wide import View
@@ -98,7 +98,8 @@ class _Tracer(fx.Tracer):
     def __init__(self, region: nn.Module, structure: Structure, opaque: set[nn.Module]) -> None:
         super().__init__()
         self.structure, self.opaque = structure, opaque
-        self.sandbox = sandbox = Sandbox(region, self._record)
+        self.sandbox = sandbox = Sandbox(region, self._record, self._parameter)
+        self.lent: dict[str, Any] = {}
         self.tensors: dict[int, list[str]] = {}
         for module, path in sandbox.paths.items():
             for name, tensor in itertools.chain(
@@ -109,6 +110,11 @@ class _Tracer(fx.Tracer):
 
     def _record(self, function: Any, *args: Any, **kwargs: Any) -> Any:
         return self.create_proxy("call_function", function, args, kwargs)
+
+    def _parameter(self, path: str) -> Any:
+        if path not in self.lent:
+            self.lent[path] = self.create_proxy("get_attr", path, (), {})
+        return self.lent[path]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Proxy(node, self)
@@ -302,10 +308,13 @@ def _traced(region: nn.Module, tracer: _Tracer) -> fx.Graph:
     sandbox = tracer.sandbox
     registered = {f"{path}.{name}".lstrip(".") for path, _, name in sandbox.present}
     for node in graph.nodes:
-        if node.op == "get_attr" and node.target not in registered:
-            raise UnsoundError(f"it keeps {node.target}")
         if node.op != "output" and sandbox.asks_none and not is_not_none(node, sandbox.paths):
             raise UnsoundError(f"{node} may be None")
+    modules = {path: module for module, path in sandbox.paths.items()}
+    products.call(graph, sandbox.lent, modules)
+    for node in graph.nodes:
+        if node.op == "get_attr" and node.target not in registered:
+            raise UnsoundError(f"it keeps {node.target}")
     return graph
 
 

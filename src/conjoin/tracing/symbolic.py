@@ -21,6 +21,7 @@ from torch.utils import _pytree as pytree
 from conjoin.graph import hazards
 from conjoin.graph.site import Sightings, Site, Untraced
 from conjoin.layers import Kind, activation, kind_of
+from conjoin.layers.wide import Part
 from conjoin.reachable import functions_of, words
 from conjoin.tracing import regions
 from conjoin.tracing.listings import listed_by_code
@@ -42,6 +43,13 @@ class _Tracer(fx.Tracer):
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
         return Proxy(node, self)
+
+    def create_arg(self, a: Any) -> Any:
+        """A part of a wide weight by the place of its view; everything else as ever."""
+        if not isinstance(a, Part):
+            return super().create_arg(a)
+        names = {module: name for name, module in self.root.named_modules()}
+        return self.create_node("get_attr", f"{names[a.conjoin_view]}.{a.conjoin_name}", (), {})
 
     def create_args_for_root(
         self, root_fn: Any, is_module: bool, concrete_args: Any = None

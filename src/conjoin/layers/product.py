@@ -1,0 +1,209 @@
+"""Products of a tensor with a module's own Parameters, such as `x @ self.w`.
+
+    linear    y_i = x W_i^T + b_i     W_i: (out_i, in)     F.linear(x, self.w, self.b)
+    matmul    y_i = x W_i             W_i: (in, out)       x @ self.w, and what is written otherwise
+
+x: (..., in). A `Product` is such a Parameter as a layer, see `owner.py`. The blocks (out_i, in) one
+below the other are the weight of one wide F.linear. Blocks (in, out) would have to lie side by
+side, where a checkpoint could not hold them as plain tensors, so they are a stack (n, in, out), and
+x is multiplied with all of it in one batched product: y (n, ..., out). The parts of y are
+contiguous; so the blocks of an F.linear are taken as a stack too where something depends on that.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from typing import TYPE_CHECKING, Any, cast
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from conjoin.layers.embedding import unstack
+from conjoin.layers.kind import Kind
+from conjoin.layers.wide import View
+
+if TYPE_CHECKING:
+    from conjoin.layers.wide import Wide
+
+SUFFIX = "__product"
+"""What a product's name has behind that of its weight."""
+
+
+class ProductView(View):
+    """A product after fusing; the module whose Parameters it holds saves, loads and lists them."""
+
+    def named_parameters(self, *args: Any, **kwargs: Any) -> Any:
+        """Those of the wide layer."""
+        return nn.Module.named_parameters(self, *args, **kwargs)
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the owner's loading writes through."""
+
+
+class Product(nn.Module):
+    """Parameters of another module, and the product that they are read in, as a layer.
+
+    Attributes:
+        function: the name of the function.
+        equation: for `einsum`, its equation; for `tensordot`, a number of dimensions, if given.
+        stacked: whether siblings are multiplied as a stack.
+    """
+
+    conjoin_view = ProductView
+    weight: nn.Parameter
+    bias: nn.Parameter | None
+
+    def __init__(
+        self,
+        function: str,
+        weight: nn.Parameter,
+        bias: nn.Parameter | None = None,
+        equation: str = "",
+        *,
+        stacked: bool = True,
+    ) -> None:
+        """Takes the Parameters as they are."""
+        super().__init__()
+        self.function, self.equation, self.stacked = function, equation, stacked
+        self.register_parameter("weight", weight)
+        self.register_parameter("bias", bias)
+
+    def extra_repr(self) -> str:
+        """The shape of the weight."""
+        return f"weight={tuple(_held(self).shape)}"
+
+    def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
+        """Nothing: the owner emits the Parameters."""
+        return {} if destination is None else destination
+
+    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
+        """Nothing: the owner's loading writes through."""
+
+
+class Matmul(Product):
+    """The product with a weight (in, out)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return _multiply(self.function, self.equation, input, self.weight)
+
+
+class LinearProduct(Product):
+    """`F.linear` with a weight (out, in)."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        return F.linear(input, self.weight, self.bias)
+
+
+class OfMatmul(Kind):
+    """`x @ self.w`, `torch.mm`, `torch.tensordot` and `torch.einsum`."""
+
+    layer = Matmul
+    settings = ("function", "equation")
+    weight_dim = 1
+
+    @property
+    def name(self) -> str:
+        """The name that reports show."""
+        return "matmul"
+
+    def key(self, layer: nn.Module) -> dict[str, object]:
+        """Also the width, since a stack has one for all."""
+        return {**super().key(layer), "out_features": _held(layer).shape[1]}
+
+    def run(self, wide: Wide, input: Tensor) -> Tensor:
+        """(..., in) -> (n, ..., out)."""
+        settings: dict[str, Any] = wide.settings
+        stack = wide.weight.view(len(wide.widths), *wide.shapes[0])
+        if _goes_as_stack(settings["function"], settings["equation"], input, stack):
+            return _batched(input, stack, None)
+        function, equation = settings["function"], settings["equation"]
+        return torch.stack([_multiply(function, equation, input, each) for each in stack])
+
+    def split(self, wide: Wide) -> tuple[Callable[..., Sequence[Tensor]], tuple[Any, ...]]:
+        """Along the stack."""
+        return unstack, (len(wide.widths),)
+
+
+class OfLinear(Kind):
+    """`F.linear`."""
+
+    layer = LinearProduct
+    settings = ("stacked",)
+    bias_on_some = True
+
+    @property
+    def name(self) -> str:
+        """The name that reports show."""
+        return "linear"
+
+    def key(self, layer: nn.Module) -> dict[str, object]:
+        """Also the width where the siblings are a stack, which has one for all."""
+        width = {"out_features": _held(layer).shape[0]} if layer.stacked else {}
+        return {**super().key(layer), **width}
+
+    def run(self, wide: Wide, input: Tensor) -> Tensor:
+        """(..., in) -> (n, ..., out) for a stack, (..., sum out_i) otherwise."""
+        if not wide.settings["stacked"]:
+            return F.linear(input, wide.weight, self.biases(wide))
+        blocks = wide.weight.view(len(wide.widths), *wide.shapes[0])
+        bias = self.biases(wide)
+        biases = None if bias is None else bias.view(len(wide.widths), -1)
+        if _goes_as_stack("linear", "", input, blocks.transpose(1, 2)):
+            return _batched(input, blocks.transpose(1, 2), biases)
+        rows = [None] * len(blocks) if biases is None else biases
+        return torch.stack([F.linear(input, *each) for each in zip(blocks, rows, strict=True)])
+
+    def split(self, wide: Wide) -> tuple[Callable[..., Sequence[Tensor]], tuple[Any, ...]]:
+        """Along the stack for a stack, along the channels otherwise."""
+        return (unstack, (len(wide.widths),)) if wide.settings["stacked"] else super().split(wide)
+
+
+PRODUCTS: tuple[Kind, ...] = (OfMatmul(), OfLinear())
+"""The kinds of product."""
+
+
+def _held(layer: nn.Module) -> Tensor:
+    return cast(Tensor, layer.weight)
+
+
+def _multiply(function: str, equation: str, input: Tensor, weight: Tensor) -> Tensor:
+    """The product as it was written."""
+    if function == "einsum":
+        return torch.einsum(equation, input, weight)
+    if function == "tensordot":
+        dims: Any = 1 if equation else ([-1], [0])
+        return cast(Tensor, torch.tensordot(input, weight, dims=dims))
+    return torch.mm(input, weight) if function == "mm" else torch.matmul(input, weight)
+
+
+def _goes_as_stack(function: str, equation: str, input: Tensor, stack: Tensor) -> bool:
+    """Whether a batched product gives what each of the products would; where not, each may raise.
+
+    Under autocast `tensordot` keeps to its own precision.
+    """
+    dim = {"mm": 2, "einsum": len(equation.partition(",")[0])}.get(function)
+    if function == "einsum" and equation.startswith("..."):
+        dim = None
+    autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)
+    return (
+        input.layout is torch.strided
+        and input.dim() > 0
+        and dim in (None, input.dim())
+        and input.shape[-1] == stack.shape[1] > 0
+        and (function != "tensordot" if autocast else input.dtype == stack.dtype)
+    )
+
+
+def _batched(input: Tensor, stack: Tensor, biases: Tensor | None) -> Tensor:
+    """(..., in), (n, in, out) and (n, out) -> (n, ..., out)."""
+    count, inner, width = stack.shape
+    rows = input.reshape(-1, inner)
+    rows = rows.expand(count, *rows.shape)
+    if biases is None:
+        product = torch.bmm(rows, stack)
+    else:
+        product = torch.baddbmm(biases.unsqueeze(1), rows, stack)
+    return product.view(count, *input.shape[:-1], width)
