@@ -63,13 +63,15 @@ class Embedding(Kind):
         return torch.where((input == padding).unsqueeze(-1), rows.detach(), rows)
 
 
-def unstack(stack: Tensor, count: int) -> list[Tensor]:
+def unstack(stack: Tensor, count: int) -> Sequence[Tensor]:
     """(n, *) -> n times (*), none of them a view, which `detach_` and others would not take.
 
     The count is n: a graph shows it, also where not all the parts are read.
     """
     if has_torch_function_unary(stack):  # A graph that is traced again keeps the call.
         return handle_torch_function(unstack, (stack,), stack, count)
+    if stack.dim() > 1 and stack.is_contiguous():  # One operation, in the place of one for each.
+        return torch.unsafe_split_with_sizes(stack.flatten(0, 1), [stack.shape[1]] * count, 0)
     return [torch.ops.aten._unsafe_view(p, p.shape[1:]) for p in torch.unsafe_split(stack, 1, 0)]
 
 
