@@ -261,19 +261,17 @@ PASSES = (
     ),
     Case(
         "sink_small",
-        "8 convolutions 1x1 16-8 with BatchNorm and ReLU, 8x8, batch 2",
+        "8 convolutions 1x1 16-8 with BatchNorm, ReLU and pooling, 8x8, batch 2",
         functools.partial(Norms, 8, 16, 8),
         WideNorms,
         _randn((2, 16, 8, 8)),
-        branches="heads",
     ),
     Case(
         "sink_large",
-        "2 convolutions 1x1 64-64 with BatchNorm and ReLU, 56x56, batch 4",
+        "2 convolutions 1x1 64-64 with BatchNorm, ReLU and pooling, 56x56, batch 4",
         functools.partial(Norms, 2, 64, 64),
         WideNorms,
         _randn((4, 64, 56, 56)),
-        branches="heads",
     ),
     Case(
         "towers_small",
@@ -293,17 +291,17 @@ PASSES = (
     ),
     Case(
         "cancel_small",
-        "8 convolutions 1x1 16-8, joined again, 8x8, batch 2",
-        functools.partial(Joined, 8, 16, 8),
+        "8 heads 64-16, joined again, batch 32",
+        functools.partial(Joined, 8, 64, 16),
         WideJoined,
-        _randn((2, 16, 8, 8)),
+        _randn((32, 64)),
     ),
     Case(
         "cancel_large",
-        "2 convolutions 1x1 64-64, joined again, 56x56, batch 4",
-        functools.partial(Joined, 2, 64, 64),
+        "2 heads 1024-1024, joined again, batch 256",
+        functools.partial(Joined, 2, 1024, 1024),
         WideJoined,
-        _randn((4, 64, 56, 56)),
+        _randn((256, 1024)),
     ),
 )
 """For each pass a model on which it makes the difference: small, and large."""

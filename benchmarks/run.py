@@ -49,11 +49,17 @@ def main(arguments: Sequence[str] | None = None) -> int:
                 found = measure(case, mode, among, options.device, options.seconds)
                 result["cases"].append(found)
                 print(of_case(found), flush=True)
+                _write(result, options.json)
     if not options.cases:
         result["scaling"] = _scaling()
-    if options.json is not None:
-        options.json.write_text(json.dumps(result, indent=1) + "\n")
+        _write(result, options.json)
     return 0
+
+
+def _write(result: dict[str, Any], path: Path | None) -> None:
+    """Writes what there is by now, so that a run that is broken off leaves something."""
+    if path is not None:
+        path.write_text(json.dumps(result, indent=1) + "\n")
 
 
 def _parser() -> argparse.ArgumentParser:

@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import torch
 from torch import Tensor, nn
+from torch.nn import functional as F
 
 from benchmarks.models.by_hand import Stacked, apart, joined
 from benchmarks.models.vision import ConvNorm
@@ -34,14 +35,14 @@ class WideHeads(nn.Module):
 
 
 class Norms(nn.Module):
-    """`Sink`: x (batch, channels, height, width); each head with its BatchNorm and ReLU."""
+    """`Sink`: x (batch, channels, height, width); to each head its BatchNorm, ReLU and pooling."""
 
     def __init__(self, count: int, channels: int, width: int) -> None:
         super().__init__()
         self.heads = nn.ModuleList(ConvNorm(channels, width, 1) for _ in range(count))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [head(x) for head in self.heads]
+        return [F.adaptive_avg_pool2d(head(x), 1) for head in self.heads]
 
 
 class WideNorms(nn.Module):
@@ -52,7 +53,7 @@ class WideNorms(nn.Module):
         self.wide = joined(plain.heads, ConvNorm(first.in_channels, self.width * count, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return self.wide(x).split(self.width, 1)
+        return F.adaptive_avg_pool2d(self.wide(x), 1).split(self.width, 1)
 
 
 class Towers(nn.Module):
@@ -81,21 +82,21 @@ class WideTowers(nn.Module):
 
 
 class Joined(nn.Module):
-    """`Cancel`: x (batch, channels, height, width); what the heads give is joined again."""
+    """`Cancel`: x (batch, width); what the heads give is joined again."""
 
-    def __init__(self, count: int, channels: int, width: int) -> None:
+    def __init__(self, count: int, width: int, out: int) -> None:
         super().__init__()
-        self.heads = nn.ModuleList(nn.Conv2d(channels, width, 1) for _ in range(count))
+        self.heads = nn.ModuleList(nn.Linear(width, out) for _ in range(count))
 
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([head(x) for head in self.heads], 1)
+        return torch.cat([head(x) for head in self.heads], -1)
 
 
 class WideJoined(nn.Module):
     def __init__(self, plain: Joined) -> None:
         super().__init__()
-        out, channels = plain.heads[0].weight.shape[:2]
-        self.wide = joined(plain.heads, nn.Conv2d(channels, out * len(plain.heads), 1))
+        out, width = plain.heads[0].weight.shape
+        self.wide = joined(plain.heads, nn.Linear(width, out * len(plain.heads)))
 
     def forward(self, x: Tensor) -> Tensor:
         return self.wide(x)
