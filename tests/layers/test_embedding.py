@@ -130,4 +130,4 @@ def test_a_contiguous_stack_is_taken_apart_at_once():
     stack = torch.randn(8, 4, 2)
     with Names() as names:
         unstack(stack, 8)
-    assert names.seen == ["view", "unsafe_split_with_sizes"]
+    assert names.seen == ["view", "unsafe_split"]
