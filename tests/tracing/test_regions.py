@@ -571,7 +571,7 @@ def test_inner_modules_are_traced_where_that_is_sound():
     assert_equivalent(optimized, model, (x,))
     [training, evaluation] = vars(optimized)[PLAN].variants[1]
     source = training.function.__conjoin_source__
-    assert "self.one.norm(" in source
+    assert "self._modules['one']._modules['norm'](" in source
     assert "self.two" not in source
     assert "self.counts(" in source
     modes = [dict(variant.traced.modes)["one.norm"] for variant in (training, evaluation)]
