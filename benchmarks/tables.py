@@ -10,7 +10,7 @@ import argparse
 import json
 import re
 import sys
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -61,9 +61,8 @@ def load(path: Path = RESULT) -> Result:
 
 def markdown(result: Result) -> str:
     """What stands in the README between the comments that say `speed`."""
-    return "\n\n".join(
-        (_taken_on(result["machine"]), _of_models(result), _of_peers(result), _of_optimize(result))
-    )
+    tables = _of_models(result), _of_peers(result), _of_optimize(result)
+    return "\n\n".join([_taken_on(result["machine"]), *filter(None, tables)])
 
 
 def _taken_on(machine: Mapping[str, Any]) -> str:
@@ -72,7 +71,7 @@ def _taken_on(machine: Mapping[str, Any]) -> str:
     return (
         f"Taken on {machine['date'][:10]} at commit {machine['commit']}, with {threads} of "
         f"{machine['cores']} cores, {machine['cpu']}{device}, Python {machine['python']} and "
-        f"PyTorch {machine['torch']}."
+        f"PyTorch {machine['torch']}; the load average was {machine['load'][0]:.1f} before."
     )
 
 
@@ -124,12 +123,15 @@ def _of_optimize(result: Result) -> str:
             "not known" if each["extra_mib"] is None else f"{each['extra_mib']:.0f} MiB",
             f"{each['model_mib']:.0f} MiB",
         ]
-        for each in result["scaling"]
+        for each in result.get("scaling", ())
     ]
     return _table(["layers", "what", "time", "memory beside the model", "model"], rows)
 
 
-def _table(heads: Sequence[str], rows: Iterable[Sequence[str]]) -> str:
+def _table(heads: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
+    """The rows as a table; nothing where there are none, since that was not measured."""
+    if not rows:
+        return ""
     lines = [heads, ["---"] * len(heads), *rows]
     return "\n".join(f"| {' | '.join(cells)} |".replace("|  |", "| |") for cells in lines)
 

@@ -21,10 +21,11 @@ Step = Callable[[], object]
 WARM_UP = 3
 """Steps before anything is timed."""
 
-BLOCK = 2e-3
-"""The least time, in seconds, that a block of steps takes, so that the clock counts for nothing."""
+BLOCK = 5e-4
+"""About how long, in seconds, a block of quick steps takes: long beside a look at the clock, and
+short beside a time slice, so that few blocks are interrupted where the machine is busy."""
 
-FEWEST_ROUNDS = 8
+FEWEST_ROUNDS = 12
 """Quartiles of fewer say little; slow cases take longer than they were given."""
 
 

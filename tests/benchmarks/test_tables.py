@@ -7,7 +7,7 @@ from benchmarks import tables
 
 MACHINE = {
     "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "threads": 1, "cores": 2, "cpu": "A CPU",
-    "device": "cpu", "python": "3.11", "torch": "2.13",
+    "device": "cpu", "python": "3.11", "torch": "2.13", "load": [0.25, 0.5, 0.75],
 }  # fmt: skip
 
 
@@ -45,7 +45,7 @@ def test_the_tables():
     lines = tables.markdown(RESULT).splitlines()
     assert lines[0] == (
         "Taken on 2026-01-02 at commit abc, with 1 thread of 2 cores, A CPU, Python 3.11 and "
-        "PyTorch 2.13."
+        "PyTorch 2.13; the load average was 0.2 before."
     )
     by_hand, conjoin = "0.50 (0.40 to 0.60)", "0.60 (0.50 to 0.70)"
     row = f"| `heads`: two heads | 6 → 4 | {by_hand} | {conjoin} | {by_hand} | {conjoin} |"
@@ -53,6 +53,15 @@ def test_the_tables():
     assert "| `heads` | inference | `torch.compile` | 2.00 (1.90 to 2.10) | 1.25 s |" in lines
     assert "| `heads` | training | `torch.compile` | none: no compiler | |" in lines
     assert "| 1,000 | `conjoin.optimize` | 2.0 s | 8 MiB | 16 MiB |" in lines
+
+
+def test_what_was_not_measured_has_no_table():
+    cases = [{**each, "peers": {k: v for k, v in each["peers"].items() if k != "compile"}}
+             for each in RESULT["cases"]]  # fmt: skip
+    made = tables.markdown({"machine": MACHINE, "cases": cases})
+    assert "| model | launches |" in made
+    assert "run by" not in made
+    assert "| layers |" not in made
 
 
 def test_the_plot(tmp_path):
