@@ -22,7 +22,7 @@ ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
 PLOT = RESULT.with_suffix(".svg")
-SECTION = re.compile(r"(<!-- speed -->\n\n).*?(\n\n<!-- /speed -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- speed -->).*?(<!-- /speed -->)", re.DOTALL)
 
 EAGER = ("by_hand", "conjoin")
 """The peers that every case has."""
@@ -46,7 +46,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     result = load(options.result)
     if options.write:
-        README.write_text(SECTION.sub(lambda m: m[1] + markdown(result) + m[2], README.read_text()))
+        made = f"\n\n{markdown(result)}\n\n"
+        README.write_text(SECTION.sub(lambda m: m[1] + made + m[2], README.read_text()))
         plot(result, options.result.with_suffix(".svg"))
     else:
         print(markdown(result))
