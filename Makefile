@@ -13,10 +13,11 @@ LAYOUT := $(shell find src passes -name '*.py' | LC_ALL=C sort | cksum | cut -d 
 READY := $(VENV)/.ready-$(LAYOUT)
 
 .NOTPARALLEL:
-.PHONY: help demo test zoo lint format clean
+.PHONY: help demo bench test zoo lint format clean
 
 help:
 	@echo 'make demo    train the VAE of examples/vae_digits.py, plain and optimized'
+	@echo 'make bench   measure, and write the tables of the README'
 	@echo 'make test    the core tests'
 	@echo 'make zoo     the tests on public models'
 	@echo 'make lint    ruff and mypy'
@@ -25,6 +26,10 @@ help:
 
 demo: $(READY)-examples
 	$(BIN)/python examples/vae_digits.py
+
+bench: $(READY)-bench
+	$(BIN)/python -m benchmarks.run --json benchmarks/results/cpu.json $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.tables --write
 
 test: $(READY)-test $(READY)-examples
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 $(PYTEST_ARGS)

@@ -2,7 +2,8 @@
 
 Python blocks run one after another in one namespace; the text block that follows one holds what
 it prints. Console blocks hold commands and what they print. The list of reasons is made from the
-enum, and the table of hazards from the one that `test_hazards.py` runs.
+enum, the table of hazards from the one that `test_hazards.py` runs, and those of speed from the
+result of the benchmark that is kept.
 `CONJOIN_REGENERATE=1 pytest tests/test_readme.py` writes what happens into the README.
 """
 
@@ -16,6 +17,7 @@ from pathlib import Path
 
 import torch
 from awkward import EXACT, HAZARDS, LIFE
+from benchmarks import tables
 
 from conjoin import cli
 from conjoin.legality import Reason
@@ -58,7 +60,11 @@ def hazards() -> str:
     return "\n".join((head, *rows))
 
 
-MADE = {"reasons": reasons, "hazards": hazards}
+def speed() -> str:
+    return tables.markdown(tables.load())
+
+
+MADE = {"reasons": reasons, "hazards": hazards, "speed": speed}
 """The sections between comments, and what makes them."""
 
 

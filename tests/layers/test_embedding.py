@@ -6,6 +6,9 @@ from derivatives import assert_same_second_derivatives
 from equivalence import assert_equivalent
 from families import WIDTHS, assert_runs_once, fused, merge, table
 from torch import nn
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conjoin.layers.embedding import unstack
 
 SHAPES = [(), (5,), (2, 3), (2, 2, 3), (0,), (2, 0)]
 
@@ -91,3 +94,40 @@ def test_parts_may_be_changed_in_place():
     model.load_state_dict(plain.state_dict())
     merge(model.tables)
     assert_equivalent(model, plain, (torch.randint(5, (2, 3)),))
+
+
+class Names(TorchDispatchMode):
+    """Notes the operations that run."""
+
+    def __init__(self):
+        super().__init__()
+        self.seen = []
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.seen.append(func.overloadpacket.__name__)
+        return func(*args, **(kwargs or {}))
+
+
+@pytest.mark.parametrize("shape", [(3,), (3, 4), (3, 4, 2), (3, 0, 2), (3, 0), (1, 4)], ids=str)
+@pytest.mark.parametrize("contiguous", [True, False])
+def test_unstacked(shape, contiguous):
+    leaf = torch.randn(shape, dtype=torch.float64, requires_grad=True)
+    stack = leaf.mul(1)
+    if not contiguous:
+        stack = stack.transpose(0, -1).contiguous().transpose(0, -1)
+    parts = unstack(stack, shape[0])
+    assert len(parts) == shape[0]
+    for part, expected in zip(parts, stack.unbind(), strict=True):
+        assert not part._is_view()
+        assert part.stride() == expected.stride()
+        assert part.equal(expected)
+    (gradient,) = torch.autograd.grad([i * part.sum() for i, part in enumerate(parts)], leaf)
+    for i, part in enumerate(gradient):
+        assert part.eq(i).all()
+
+
+def test_a_contiguous_stack_is_taken_apart_at_once():
+    stack = torch.randn(8, 4, 2)
+    with Names() as names:
+        unstack(stack, 8)
+    assert names.seen == ["view", "unsafe_split"]

@@ -17,6 +17,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune
 
 import conjoin
+from conjoin.launches import count_step
+from conjoin.layers.wide import wides
 from conjoin.nn import Parallel, Split, Unite
 from conjoin.tracing.regions import PLAN, Region, install, uninstall
 
@@ -579,9 +581,9 @@ def test_inner_modules_are_traced_where_that_is_sound():
     assert_equivalent(optimized, model, (x,))
     [training, evaluation] = vars(optimized)[PLAN].variants[1]
     source = training.function.__conjoin_source__
-    assert "self.one.norm(" in source
-    assert "self.two" not in source
-    assert "self.counts(" in source
+    assert "self._modules['one']._modules['norm'](" in source
+    assert "two" not in source
+    assert "self._modules['counts'](" in source
     modes = [dict(variant.traced.modes)["one.norm"] for variant in (training, evaluation)]
     assert modes == [True, False]
     for each in (model, optimized):
@@ -627,3 +629,15 @@ def test_one_variant_where_nothing_asks_for_the_mode(name, count):
     optimized = conjoin.optimize(model, (vector(model),))
     [variants] = vars(optimized)[PLAN].variants.values()
     assert len(variants) == count
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_a_norm_that_is_merged_in_a_trace_has_the_mode_of_the_model(training):
+    layers = ((nn.Conv2d(3, 2, 1), nn.BatchNorm2d(2), nn.ReLU()) for _ in range(2))
+    model = Parallel(*(nn.Sequential(*each) for each in layers)).train(training)
+    x = torch.randn(2, 3, 4, 4)
+    fused = conjoin.optimize(model, (x,))
+    held = {wide.kind.name: wide for wide in wides(fused)}
+    assert all(wide.training is training for wide in held.values())
+    assert not held["BatchNorm2d"].out_of_step()
+    assert count_step(fused, (x,)).forward == count_step(fused.train(training), (x,)).forward

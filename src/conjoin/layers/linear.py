@@ -36,11 +36,12 @@ class Linear(Kind):
     def apart(self, wide: Wide, input: Tensor) -> Tensor:
         """(n, ..., in) -> (n, ..., out)."""
         count, (out, width) = len(wide.widths), wide.shapes[0]
-        rows = input.reshape(count, -1, width)
+        flat = input.dim() == 3
+        rows = input if flat else input.reshape(count, -1, width)
         weight = wide.weight.view(count, out, width).transpose(1, 2)
         bias = self.biases(wide)
         if bias is None:
             product = torch.bmm(rows, weight)
         else:
             product = torch.baddbmm(bias.view(count, 1, out), rows, weight)
-        return product.view(*input.shape[:-1], out)
+        return product if flat else product.view(*input.shape[:-1], out)

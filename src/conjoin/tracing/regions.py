@@ -571,6 +571,8 @@ def _in_both_modes(
     finally:
         for own, flag in flags:
             own["training"] = flag
+        for _, view in views(module):  # What was merged meanwhile has the mode of a trace.
+            view.wide_layer.training = view.training
 
 
 def _enclosing(model: nn.Module) -> Iterator[nn.Module]:

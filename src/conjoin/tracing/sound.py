@@ -25,6 +25,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch.fx.graph import _format_target
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -366,13 +367,21 @@ def _reads_mode(cls: Any) -> bool:
 def _compile(graph: fx.Graph) -> Callable[..., Any]:
     """The graph as a function of the region and its arguments."""
     code = graph.python_code("self")
+    source = code.src
+    for target in {str(node.target) for node in graph.nodes if node.op == "call_module"}:
+        source = source.replace(f" = {_format_target('self', target)}(", f" = {_child(target)}(")
     namespace: dict[str, Any] = dict(code.globals)
-    exec(compile(code.src, "<conjoin>", "exec"), namespace)
+    exec(compile(source, "<conjoin>", "exec"), namespace)
     function: Callable[..., Any] = namespace["forward"]
     if any(node.target is torch._C._set_grad_enabled for node in graph.nodes):
         function = _restoring_mode(function)
-    function.__conjoin_source__ = code.src  # type: ignore[attr-defined]
+    function.__conjoin_source__ = source  # type: ignore[attr-defined]
     return function
+
+
+def _child(target: str) -> str:
+    """What reads a module from the region, past `nn.Module.__getattr__`, which is slow Python."""
+    return "self" + "".join(f"._modules[{name!r}]" for name in target.split("."))
 
 
 def _restoring_mode(function: Callable[..., Any]) -> Callable[..., Any]:

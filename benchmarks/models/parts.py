@@ -1,0 +1,102 @@
+"""One rewrite at a time: models on which one pass makes the difference.
+
+Heads alone are what `Widen` merges. The others have the same heads and one thing more.
+"""
+
+from __future__ import annotations
+
+import torch
+from torch import Tensor, nn
+from torch.nn import functional as F
+
+from benchmarks.models.by_hand import Stacked, apart, joined
+from benchmarks.models.vision import ConvNorm
+
+
+class Heads(nn.Module):
+    """`Widen`: x (batch, width) -> what each head makes of it."""
+
+    def __init__(self, count: int, width: int, out: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(width, out) for _ in range(count))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [head(x) for head in self.heads]
+
+
+class WideHeads(nn.Module):
+    def __init__(self, plain: Heads) -> None:
+        super().__init__()
+        width, self.out = plain.heads[0].in_features, plain.heads[0].out_features
+        self.heads = joined(plain.heads, nn.Linear(width, self.out * len(plain.heads)))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.heads(x).split(self.out, -1)
+
+
+class Norms(nn.Module):
+    """`Sink`: x (batch, channels, height, width); to each head its BatchNorm, ReLU and pooling."""
+
+    def __init__(self, count: int, channels: int, width: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(ConvNorm(channels, width, 1) for _ in range(count))
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [F.adaptive_avg_pool2d(head(x), 1) for head in self.heads]
+
+
+class WideNorms(nn.Module):
+    def __init__(self, plain: Norms) -> None:
+        super().__init__()
+        first = plain.heads[0][0]
+        self.width, count = first.out_channels, len(plain.heads)
+        self.wide = joined(plain.heads, ConvNorm(first.in_channels, self.width * count, 1))
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return F.adaptive_avg_pool2d(self.wide(x), 1).split(self.width, 1)
+
+
+class Towers(nn.Module):
+    """`Towers`: x (batch, width); a second layer behind each head."""
+
+    def __init__(self, count: int, width: int, out: int) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList(
+            nn.Sequential(nn.Linear(width, out), nn.ReLU(), nn.Linear(out, out))
+            for _ in range(count)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [tower(x) for tower in self.towers]
+
+
+class WideTowers(nn.Module):
+    def __init__(self, plain: Towers) -> None:
+        super().__init__()
+        first, _, second = zip(*plain.towers, strict=True)
+        self.count, (out, width) = len(first), first[0].weight.shape
+        self.first, self.second = joined(first, nn.Linear(width, out * self.count)), Stacked(second)
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.second(apart(torch.relu(self.first(x)), self.count)).unbind()
+
+
+class Joined(nn.Module):
+    """`Cancel`: x (batch, width); what the heads give is joined again."""
+
+    def __init__(self, count: int, width: int, out: int) -> None:
+        super().__init__()
+        self.heads = nn.ModuleList(nn.Linear(width, out) for _ in range(count))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return torch.cat([head(x) for head in self.heads], -1)
+
+
+class WideJoined(nn.Module):
+    def __init__(self, plain: Joined) -> None:
+        super().__init__()
+        out, width = plain.heads[0].weight.shape
+        self.wide = joined(plain.heads, nn.Linear(width, out * len(plain.heads)))
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.wide(x)

@@ -1,0 +1,55 @@
+"""Every case is one function three times: as it was, written wide by hand, and optimized."""
+
+import copy
+
+import pytest
+import torch
+from benchmarks.cases import CASES, loss_of
+from equivalence import assert_close
+
+import conjoin
+from conjoin.layers.wide import wides
+
+NOTHING_TO_MERGE = {"dlrm"}
+"""Cases that are measured although no two of their layers read the same tensor."""
+
+
+def a_few(inputs):
+    """A small batch in float64, since what is computed does not depend on how often."""
+    return tuple(x[:2].double() if x.is_floating_point() else x[:2] for x in inputs)
+
+
+def before_and_after_a_step(model, inputs):
+    """The outputs, and those after a step of training, which depend on every gradient."""
+    optimizer = torch.optim.SGD(model.parameters(), lr=0.1)
+    found = []
+    for _ in range(2):
+        outputs = model(*inputs)
+        outputs = [outputs] if isinstance(outputs, torch.Tensor) else outputs
+        found.append({str(number): output.detach() for number, output in enumerate(outputs)})
+        loss_of(outputs).backward()
+        optimizer.step()
+    return found
+
+
+@pytest.mark.parametrize("name", CASES)
+def test_the_forms_agree(name):
+    case = CASES[name]
+    plain, inputs = case.model().double(), a_few(case.inputs())
+    optimized = conjoin.optimize(plain, inputs)
+    assert bool(wides(optimized)) is (name not in NOTHING_TO_MERGE)
+    for training in (True, False):
+        by_hand = case.by_hand(copy.deepcopy(plain))
+        before, after = before_and_after_a_step(copy.deepcopy(plain).train(training), inputs)
+        assert not torch.equal(before["0"], after["0"])
+        for model in (by_hand, copy.deepcopy(optimized)):
+            found = before_and_after_a_step(model.train(training), inputs)
+            assert_close(found[0], before, "output")
+            assert_close(found[1], after, "output after a step")
+
+
+def test_a_case_is_the_same_each_time():
+    case = CASES["vae"]
+    assert all(map(torch.equal, case.inputs(), case.inputs()))
+    first, second = case.model().state_dict(), case.model().state_dict()
+    assert_close(first, second)
