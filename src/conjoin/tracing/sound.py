@@ -290,7 +290,7 @@ def _soundly(
             if not left:
                 return None
         finally:
-            asked |= sandbox.modes.keys()
+            asked.update(sandbox.modes)
         # Without the module that broke off, and where the fault shows only later, without any.
         last = sandbox.stack[-1]
         alike = {last} if isinstance(last, CONTAINERS) else {*_of_class(left, plain_class(last))}
