@@ -513,11 +513,11 @@ def with_forward(forward):
     return type("Model", (Pair,), {"forward": forward})().double()
 
 
-def named(forwards):
+def each_of(forwards):
     return pytest.mark.parametrize("forward", forwards, ids=lambda forward: forward.__name__)
 
 
-@named(REWRITTEN)
+@each_of(REWRITTEN)
 @pytest.mark.parametrize("inputs", [None, (X,)], ids=["traced", "observed"])
 def test_rewritten(forward, inputs):
     model = with_forward(forward)
@@ -548,7 +548,7 @@ def test_a_default_that_can_change_is_left(inputs):
     assert len(seen) == 3
 
 
-@named(LEFT)
+@each_of(LEFT)
 @pytest.mark.parametrize("inputs", [None, (X,)], ids=["traced", "observed"])
 def test_left(forward, inputs):
     model = with_forward(forward)
@@ -601,7 +601,7 @@ def test_a_replaced_forward_is_left():
     torch.testing.assert_close(optimized(X)[0], model.a(X) + 1)
 
 
-@named([set_grad_enabled, no_grad, seeds])
+@each_of([set_grad_enabled, no_grad, seeds])
 @pytest.mark.parametrize("inputs", [None, (X,)], ids=["traced", "observed"])
 def test_modes_are_as_before(forward, inputs):
     model = with_forward(forward)
