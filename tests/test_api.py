@@ -299,3 +299,35 @@ def test_a_model_without_a_backward_pass_is_reported(x):
 
 def test_public_names():
     assert all(hasattr(conjoin, name) for name in conjoin.__all__)
+
+
+class DropsLayers(nn.Module):
+    """Leaves out layers at random in training."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(conjoin.nn.Parallel(*_heads()) for _ in range(4))
+
+    def forward(self, x):
+        for layer in self.layers:
+            if not self.training or float(torch.rand(())) > 0.5:
+                x = x + sum(layer(x))
+        return x
+
+
+def _heads():
+    return [nn.Linear(4, 4) for _ in range(3)]
+
+
+def test_layers_that_are_left_out_at_random_are_the_same_in_all_counts():
+    model, x = DropsLayers(), torch.randn(2, 4)
+    launches = set()
+    for seed in range(6):
+        torch.manual_seed(seed)
+        launches.add(conjoin.report(model, (x,)).launches)
+        assert torch.equal(torch.rand(3), torch.rand(3, generator=_stream(seed)))
+    assert len(launches) == 1
+
+
+def _stream(seed):
+    return torch.Generator().manual_seed(seed)

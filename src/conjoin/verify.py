@@ -12,8 +12,6 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import random
-import sys
 from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -27,7 +25,7 @@ from conjoin import outcome
 from conjoin.api import check_model, example_calls
 from conjoin.outcome import Key, Pieces, is_inexact, tensors_in, tolerance_of
 from conjoin.tracing.observe import Call, unfit
-from conjoin.tracing.undisturbed import undisturbed
+from conjoin.tracing.undisturbed import start_streams, undisturbed
 
 ROUNDING_UNITS = 10
 """The room for a less precise dtype inside a converted model. Its wide layers run in float64, so
@@ -328,7 +326,7 @@ def _play(
     for parameter in model.parameters():
         parameter.grad = None
     args, kwargs = call
-    _seed(seed)
+    start_streams(seed)
     with torch.set_grad_enabled(gradients), watch:
         output, failure = _attempt(lambda: model(*args, **kwargs))
         grad_mode = outcome.piece_of(torch.is_grad_enabled())
@@ -366,14 +364,6 @@ def _backward(output: object) -> None:
     ]
     if roots:
         torch.autograd.backward(roots, gradients)
-
-
-def _seed(seed: int) -> None:
-    torch.manual_seed(seed)
-    random.seed(seed)
-    numpy = sys.modules.get("numpy")
-    if numpy is not None:
-        numpy.random.seed(seed)
 
 
 class _Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]

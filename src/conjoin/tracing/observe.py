@@ -38,7 +38,7 @@ from conjoin.reachable import functions_of, words
 from conjoin.tracing import regions
 from conjoin.tracing.listings import Listings
 from conjoin.tracing.structures import Alike, Structure, alike, structure_of
-from conjoin.tracing.undisturbed import letting_go, undisturbed
+from conjoin.tracing.undisturbed import letting_go, start_streams, undisturbed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of one call of the model."""
@@ -107,6 +107,10 @@ class UncopyableError(ValueError):
     """The model cannot be copied, so there is nothing to run."""
 
 
+SEED = 20
+"""Where the random streams start in each run that is counted."""
+
+
 class Copy:
     """A copy of a model to run the example inputs on, with fake tensors where they carry it.
 
@@ -163,6 +167,7 @@ class Copy:
     ) -> Counted:
         """The launches of a step on arguments like these, and within `layers`, by `weights`."""
         args, kwargs = pytree.tree_map_only(Tensor, self._argument, call)
+        start_streams(SEED)  # A model that leaves out layers at random leaves out the same ones.
         with self._entered(), letting_go():
             return count_layers(self.model, args, kwargs, layers, weights)
 

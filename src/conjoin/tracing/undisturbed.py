@@ -81,6 +81,15 @@ def _streams() -> Iterator[None]:
             numpy.random.set_state(numpy_state)
 
 
+def start_streams(seed: int) -> None:
+    """Starts the random streams of Python, NumPy and PyTorch anew."""
+    torch.manual_seed(seed)
+    random.seed(seed)
+    numpy = sys.modules.get("numpy")
+    if numpy is not None:
+        numpy.random.seed(seed)
+
+
 @contextlib.contextmanager
 def _modes() -> Iterator[None]:
     """Leaves the modes as they were, also where the code inside broke off within one."""
