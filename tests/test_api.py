@@ -321,12 +321,12 @@ def _heads():
 
 def test_layers_that_are_left_out_at_random_are_the_same_in_all_counts():
     model, x = DropsLayers(), torch.randn(2, 4)
-    launches = set()
+    reports = set()
     for seed in range(6):
         torch.manual_seed(seed)
-        launches.add(conjoin.report(model, (x,)).launches)
+        reports.add(str(conjoin.report(model, (x,))))
         assert torch.equal(torch.rand(3), torch.rand(3, generator=_stream(seed)))
-    assert len(launches) == 1
+    assert len(reports) == 1
 
 
 def _stream(seed):

@@ -108,7 +108,7 @@ class UncopyableError(ValueError):
 
 
 SEED = 20
-"""Where the random streams start in each run that is counted."""
+"""Where the random streams start for all that is observed, and for each run that is counted."""
 
 
 class Copy:
@@ -229,6 +229,7 @@ def observe(model: nn.Module, calls: Sequence[Call], kinds: tuple[Kind, ...]) ->
 
 
 def _observe(copied: Copy, calls: Sequence[Call], kinds: tuple[Kind, ...]) -> Sightings:
+    start_streams(SEED)  # So that what is found does not depend on what was drawn before.
     watch = _Watch(copied.model, kinds)
     failures: dict[str, Exception] = {}
     ran = False
