@@ -4,6 +4,8 @@ Each pass is a `PassBase` of torch.fx: it takes an `fx.GraphModule`, changes its
 gives a `PassResult`. So each works alone, and in a `PassManager` beside passes of other authors.
 """
 
+from collections.abc import Sequence
+
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 
@@ -30,18 +32,25 @@ def rewrite(graph_module: fx.GraphModule) -> bool:
     Args:
         graph_module: the graph with the modules that it calls, changed in place.
     """
-    changed = False
-    while _run_all(graph_module):
-        changed = True
+    changed = run_all(graph_module, PIPELINE)
     if changed:
-        graph_module.graph.lint()
-        graph_module.recompile()
         merger_of(graph_module).rewritten(graph_module)
     return changed
 
 
-def _run_all(graph_module: fx.GraphModule) -> bool:
-    results = [run(graph_module) for run in PIPELINE]
+def run_all(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> bool:
+    """Runs passes in turn until none finds anything more to do; whether any did."""
+    changed = False
+    while _run_once(graph_module, passes):
+        changed = True
+    if changed:
+        graph_module.graph.lint()
+        graph_module.recompile()
+    return changed
+
+
+def _run_once(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> bool:
+    results = [run(graph_module) for run in passes]
     return any(result is not None and result.modified for result in results)
 
 
@@ -57,4 +66,5 @@ __all__ = [
     "Towers",
     "Widen",
     "rewrite",
+    "run_all",
 ]

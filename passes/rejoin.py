@@ -43,11 +43,13 @@ class Product:
         node: the call.
         weight: the slice of the weight.
         bias: the slice of the bias, if there is one.
+        copied: the memory format in which the part must be copied, if something reads its strides.
     """
 
     node: fx.Node
     weight: Slice
     bias: Slice | None
+    copied: torch.memory_format | None
 
 
 @dataclass(frozen=True, slots=True)
@@ -70,27 +72,23 @@ class Rejoin(PassBase):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Changes the graph in place."""
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
-        found = [run for products in _siblings(graph, modules) for run in _runs(products, modules)]
+        found = [run for products in _siblings(graph, modules) for run in _runs(products)]
         for run in found:
-            _join(graph, run, modules)
+            _join(graph, run)
         return PassResult(graph_module, bool(found))
-
-
-def arguments(node: fx.Node) -> dict[str, Any]:
-    """The arguments of a product, by name."""
-    return {**dict(zip(PARAMETERS, node.args, strict=False)), **node.kwargs}
 
 
 def is_product(node: fx.Node) -> bool:
     """Whether a node is a call that can be part of a wide one."""
     if node.op != "call_function" or node.target not in PRODUCTS:
         return False
-    return bool(arguments(node).get("groups", 1) == 1)
+    return bool(edit.arguments(node, PARAMETERS).get("groups", 1) == 1)
 
 
 def settings(node: fx.Node) -> Hashable:
     """What must be equal for products on one tensor to become one, but for having a bias."""
-    given = {k: v for k, v in arguments(node).items() if k not in ("weight", "bias")}
+    arguments = edit.arguments(node, PARAMETERS).items()
+    given = {name: value for name, value in arguments if name not in ("weight", "bias")}
     return node.target, elementwise.comparable(given, lambda input: input)
 
 
@@ -101,12 +99,16 @@ def _siblings(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[lis
     for node in graph.nodes:
         if not is_product(node):
             continue
-        given = arguments(node)
+        given = edit.arguments(node, PARAMETERS)
         weight, bias = _slice(given["weight"]), _slice(given.get("bias"))
         if weight is None or (bias is None and given.get("bias") is not None):
             continue
+        strided = hazards.reads_strides(node, modules, escapes=True)
+        copied = _memory_format(node) if strided else None
+        if strided and copied is None:
+            continue
         key = settings(node), weight.whole, bias and bias.whole, epochs[node]
-        groups.setdefault(key, []).append(Product(node, weight, bias))
+        groups.setdefault(key, []).append(Product(node, weight, bias, copied))
     for products in groups.values():
         yield sorted(products, key=lambda product: product.weight.start)
 
@@ -116,18 +118,14 @@ def _elsewhere(graph: fx.Graph) -> Callable[[fx.Node], bool]:
 
     Dynamo's example values lie in one storage where the values do.
     """
-    read = {
-        _storage(arguments(node).get(name))
-        for node in graph.nodes
-        if is_product(node)
-        for name in ("input", "weight", "bias")
-    }
-    return lambda node: _storage(node.all_input_nodes[0]) not in (None, *read)
+    products = [node for node in graph.nodes if is_product(node)]
+    read = {_storage(input) for node in products for input in node.all_input_nodes}
+    return lambda node: None not in read and _storage(node.all_input_nodes[0]) not in (None, *read)
 
 
-def _storage(node: object) -> int | None:
+def _storage(node: fx.Node) -> int | None:
     """What a node's value lies in; None where that is not known."""
-    value = node.meta.get("example_value") if isinstance(node, fx.Node) else None
+    value = node.meta.get("example_value")
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
@@ -145,12 +143,10 @@ def _slice(node: object) -> Slice | None:
     return Slice(node, whole, start, size)
 
 
-def _runs(products: Sequence[Product], modules: Mapping[str, nn.Module]) -> Iterator[list[Product]]:
+def _runs(products: Sequence[Product]) -> Iterator[list[Product]]:
     """Two products or more, each with the rows that follow on those of the one before."""
     run: list[Product] = []
     for product in products:
-        if not _can_be_part(product.node, modules):
-            continue
         if run and not _follows(run[-1], product):
             if len(run) > 1:
                 yield run
@@ -164,12 +160,6 @@ def _follows(first: Product, second: Product) -> bool:
     if first.bias is None or second.bias is None:
         return first.weight.precedes(second.weight) and first.bias is second.bias
     return first.weight.precedes(second.weight) and first.bias.precedes(second.bias)
-
-
-def _can_be_part(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a part of a wide output can be made what the node gives."""
-    strided = hazards.reads_strides(node, modules, escapes=True)
-    return not strided or _memory_format(node) is not None
 
 
 def _memory_format(node: fx.Node) -> torch.memory_format | None:
@@ -189,11 +179,11 @@ def _memory_format(node: fx.Node) -> torch.memory_format | None:
     )
 
 
-def _join(graph: fx.Graph, run: Sequence[Product], modules: Mapping[str, nn.Module]) -> None:
+def _join(graph: fx.Graph, run: Sequence[Product]) -> None:
     """Puts one product and a split in the place of a run of them."""
     nodes = [product.node for product in run]
     first = min(nodes)
-    given = arguments(first)
+    given = edit.arguments(first, PARAMETERS)
     with graph.inserting_before(first):
         given["weight"] = _rows(graph, [product.weight for product in run])
         biases = [product.bias for product in run if product.bias is not None]
@@ -202,8 +192,8 @@ def _join(graph: fx.Graph, run: Sequence[Product], modules: Mapping[str, nn.Modu
         sizes = [product.weight.size for product in run]
         parts = bundles.cut(graph, whole, sizes, PRODUCTS[first.target])  # type: ignore[index]
         outputs = [
-            _own(graph, part, node) if hazards.reads_strides(node, modules, escapes=True) else part
-            for part, node in zip(parts, nodes, strict=True)
+            part if product.copied is None else _copy(graph, part, product.copied)
+            for part, product in zip(parts, run, strict=True)
         ]
     whole.meta = {key: value for key, value in first.meta.items() if key != "example_value"}
     bundles.substitute(graph, nodes, outputs)
@@ -213,9 +203,9 @@ def _join(graph: fx.Graph, run: Sequence[Product], modules: Mapping[str, nn.Modu
                 graph.erase_node(slice.node)
 
 
-def _own(graph: fx.Graph, part: fx.Node, node: fx.Node) -> fx.Node:
-    """A copy of a part that lies in memory as the node's own output does."""
-    return graph.call_method("clone", (part,), {"memory_format": _memory_format(node)})
+def _copy(graph: fx.Graph, part: fx.Node, memory_format: torch.memory_format) -> fx.Node:
+    """A copy of a part, at the graph's insert point."""
+    return graph.call_method("clone", (part,), {"memory_format": memory_format})
 
 
 def _rows(graph: fx.Graph, slices: Sequence[Slice]) -> fx.Node:

@@ -13,7 +13,7 @@ from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 
 from conjoin.graph import bundles, edit, elementwise, hazards
-from conjoin.passes import COMPILED, rejoin, share
+from conjoin.passes import COMPILED, rejoin, run_all, share
 
 BACKEND = "backend"
 """The option that names what compiles the rewritten graph."""
@@ -52,7 +52,7 @@ def backend(
     """
     inner = dict(options or {})
     compiler = inner.pop(BACKEND, "inductor")
-    rewrite(graph_module)
+    run_all(graph_module, COMPILED)
     if missed := _unmerged(graph_module.graph):
         warnings.warn(
             f"{missed} layers of the compiled model read what another like layer reads too. "
@@ -65,16 +65,6 @@ def backend(
         wrapper = functools.partial(torch._TorchCompileWrapper, compiler)
     compiled: Callable[..., Any] = wrapper(mode, inner, None)(graph_module, example_inputs)
     return compiled
-
-
-def rewrite(graph_module: fx.GraphModule) -> bool:
-    """Runs the passes for compiled graphs; whether any found something to do."""
-    results = [run(graph_module) for run in COMPILED]
-    changed = any(result is not None and result.modified for result in results)
-    if changed:
-        graph_module.graph.lint()
-        graph_module.recompile()
-    return changed
 
 
 class PreGradPass(CustomGraphPass):
@@ -90,7 +80,7 @@ class PreGradPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Changes a graph in place."""
         owner = graph.owning_module
-        rewrite(fx.GraphModule(nn.Module(), graph) if owner is None else owner)
+        run_all(fx.GraphModule(nn.Module(), graph) if owner is None else owner, COMPILED)
 
     def uuid(self) -> str:
         """What Inductor's cache knows this version of the pass by."""
@@ -105,7 +95,9 @@ def _unmerged(graph: fx.Graph) -> int:
     """How many products with a weight of their own read what another like it reads."""
     siblings: dict[Hashable, set[fx.Node]] = collections.defaultdict(set)
     for node in graph.nodes:
-        weight = rejoin.arguments(node).get("weight") if rejoin.is_product(node) else None
-        if isinstance(weight, fx.Node) and weight.op in ("placeholder", "get_attr"):
+        if not rejoin.is_product(node):
+            continue
+        weight = edit.arguments(node, rejoin.PARAMETERS)["weight"]
+        if weight.op in ("placeholder", "get_attr"):
             siblings[rejoin.settings(node)].add(weight)
     return sum(len(weights) for weights in siblings.values() if len(weights) > 1)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import operator
 from collections.abc import Collection, Sequence
+from typing import Any
 
 import torch
 from torch import fx, nn
@@ -69,6 +70,11 @@ def only_input(call: fx.Node) -> fx.Node | None:
     """The node that a call of a module reads, if it reads no more and takes no options."""
     inputs = [*call.args, *call.kwargs.values()]
     return inputs[0] if len(inputs) == 1 and isinstance(inputs[0], fx.Node) else None
+
+
+def arguments(node: fx.Node, names: Sequence[str]) -> dict[str, Any]:
+    """The arguments of a node by name, as far as they are given; further keywords among them."""
+    return {**dict(zip(names, node.args, strict=False)), **node.kwargs}
 
 
 class Modules(dict[str, nn.Module]):

@@ -13,7 +13,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from conjoin.graph import hazards
+from conjoin.graph import edit, hazards
 
 ACTIVATIONS: frozenset[type[nn.Module]] = frozenset(
     {
@@ -189,7 +189,6 @@ def comparable(value: Any, named: Callable[[fx.Node], Hashable] = lambda _: obje
 
 
 def _idle_dropout(node: fx.Node, input: fx.Node) -> Hashable | None:
-    given = dict(zip(("input", "p", "training", "inplace"), node.args, strict=False))
-    given.update(node.kwargs)
+    given = edit.arguments(node, ("input", "p", "training", "inplace"))
     idle = given.get("training", True) is False or given.get("p", 0.5) == 0
     return (nn.Identity, ()) if idle and given.get("input") is input else None

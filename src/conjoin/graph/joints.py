@@ -11,6 +11,7 @@ from typing import Any
 import torch
 from torch import fx
 
+from conjoin.graph import edit
 from conjoin.graph.bundles import batched
 
 CATS: frozenset[Any] = frozenset({torch.cat, torch.concat, torch.concatenate})
@@ -30,7 +31,7 @@ def joined(joint: fx.Node) -> tuple[list[fx.Node], object]:
     """What a joint joins, and along which dimension; nothing where that is not plain to see."""
     if joint.target is batched:
         return list(joint.all_input_nodes), 0
-    given = dict(zip(("tensors", "dim"), joint.args, strict=False)) | joint.kwargs
+    given = edit.arguments(joint, ("tensors", "dim"))
     parts, dim = given.pop("tensors", ()), given.pop("dim", given.pop("axis", 0))
     if given or not isinstance(parts, (list, tuple)):
         return [], dim

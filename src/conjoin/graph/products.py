@@ -132,12 +132,12 @@ def _written(node: fx.Node) -> tuple[str, str, Sequence[Any]]:
     """The function of a product, its equation and its operands; no operands where it is none."""
     none: tuple[str, str, Sequence[Any]] = "", "", ()
     if node.op == "call_function" and node.target is F.linear:
-        given = dict(zip(LINEAR, node.args, strict=False)) | node.kwargs
+        given = edit.arguments(node, LINEAR)
         return "linear", "", [given.get(name) for name in LINEAR]
     if node.op in ("call_function", "call_method") and node.target in MATMULS:
         return none if node.kwargs or len(node.args) != 2 else (MATMULS[node.target], "", node.args)
     if node.op == "call_function" and node.target is torch.tensordot:
-        given = dict(zip(("a", "b", "dims"), node.args, strict=False)) | node.kwargs
+        given = edit.arguments(node, ("a", "b", "dims"))
         plain = given.get("out") is None and _is_last_by_first(given.get("dims"))
         # How often to sum is kept, since an error tells it.
         equation = "1" if given.get("dims") == 1 else ""

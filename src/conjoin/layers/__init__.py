@@ -17,8 +17,7 @@ from conjoin.layers.conv import (
 from conjoin.layers.embedding import Embedding
 from conjoin.layers.kind import Kind
 from conjoin.layers.linear import Linear
-from conjoin.layers.norm import NORMS as NORMALIZATIONS
-from conjoin.layers.norm import Norm
+from conjoin.layers.norm import NORMALIZATIONS, Norm
 from conjoin.layers.prelu import PReLU
 from conjoin.layers.wide import View
 

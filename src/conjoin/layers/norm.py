@@ -296,7 +296,7 @@ def _types(kind: Kind, layer: nn.Module) -> tuple[object, ...]:
     return tuple((t.dtype, t.device) for t in running if t is not None)
 
 
-NORMS: tuple[Kind, ...] = (
+NORMALIZATIONS: tuple[Kind, ...] = (
     BatchNorm1d(),
     BatchNorm2d(),
     BatchNorm3d(),
@@ -307,4 +307,4 @@ NORMS: tuple[Kind, ...] = (
     LayerNorm(),
     RMSNorm(),
 )
-"""The kinds that follow wide layers."""
+"""The normalizations that follow wide layers."""

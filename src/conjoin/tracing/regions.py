@@ -387,8 +387,7 @@ def install(
     merger: Merger = (meta or {}).get(MERGER) or Merger(model, frozen=True)
     meta = {**(meta or {}), MERGER: merger}
     names = {module: name for name, module in model.named_modules()}
-    regions = [module for module in names if isinstance(module, Region)]
-    within = {inner for region in regions for inner in region.modules()}
+    within = {inner for region in _regions(model) for inner in region.modules()}
     found = [module for module in dict.fromkeys(_enclosing(model)) if module in names]
     unsound: set[nn.Module] = set()
     # The inner ones first: their class is then what it will be when an outer one is traced.
@@ -402,6 +401,11 @@ def install(
             _install_beyond(model, calls, meta, unsound)
 
 
+def _regions(module: nn.Module) -> list[Region]:
+    """The regions in a module."""
+    return [inner for inner in module.modules() if isinstance(inner, Region)]
+
+
 def _whole(module: nn.Module) -> set[Wide]:
     """The wide layers all of whose views are in a module."""
     return {wide for wide, held in wides(module).items() if len(held) == len(wide.widths)}
@@ -409,8 +413,7 @@ def _whole(module: nn.Module) -> set[Wide]:
 
 def covered(module: nn.Module) -> set[Wide]:
     """Those among them that are in a region within the module."""
-    regions = [inner for inner in module.modules() if isinstance(inner, Region)]
-    return set().union(*map(_whole, regions))
+    return set().union(*map(_whole, _regions(module)))
 
 
 def _structures(calls: Mapping[str, Mapping[Structure, Alike]] | None, name: str) -> _Structures:
@@ -455,16 +458,15 @@ def _install_beyond(
 
 def uninstall(model: nn.Module) -> None:
     """Gives every region of `model` its own forward back."""
-    for module in model.modules():
-        if isinstance(module, Region):
-            module.__class__ = module.conjoin_base  # type: ignore[assignment]
-            vars(module).pop(PLAN, None)
+    for region in _regions(model):
+        region.__class__ = region.conjoin_base  # type: ignore[assignment]
+        vars(region).pop(PLAN, None)
 
 
 @contextlib.contextmanager
 def suspended(model: nn.Module) -> Iterator[None]:
     """Gives every region of `model` its own forward back for a while."""
-    held = [(module, type(module)) for module in model.modules() if isinstance(module, Region)]
+    held = [(region, type(region)) for region in _regions(model)]
     for module, cls in held:
         module.__class__ = cls.conjoin_base  # type: ignore[assignment]
     try:
