@@ -80,10 +80,18 @@ class Case:
         return self.draw()
 
 
-def loss_of(outputs: Tensor | list[Tensor] | tuple[Tensor, ...]) -> Tensor:
+Outputs = Tensor | list[Tensor] | tuple[Tensor, ...]
+"""What a model gives: one tensor or several."""
+
+
+def listed(outputs: Outputs) -> list[Tensor]:
+    """The tensors."""
+    return [outputs] if isinstance(outputs, Tensor) else list(outputs)
+
+
+def loss_of(outputs: Outputs) -> Tensor:
     """The sum over the outputs of the mean of their squares: a loss for each, as tasks have."""
-    outputs = [outputs] if isinstance(outputs, Tensor) else outputs
-    return torch.stack([output.square().mean() for output in outputs]).sum()
+    return torch.stack([output.square().mean() for output in listed(outputs)]).sum()
 
 
 def _randn(*shapes: tuple[int, ...]) -> Callable[[], tuple[Tensor, ...]]:

@@ -13,13 +13,14 @@ from torch import Tensor, nn
 from torch._dynamo.utils import counters
 
 from benchmarks import kernels
-from benchmarks.cases import Case, loss_of
+from benchmarks.cases import Case, Outputs, listed, loss_of
 from benchmarks.peers import Peer, UnavailableError
 from benchmarks.timing import compare
 from conjoin.launches import count_step
 
 TOLERANCE = 1e-3
-"""How far outputs may be apart, relative to the largest, before a peer is called wrong."""
+"""How far outputs may be apart, relative to the largest, and the norm of the gradients, before
+a peer is called wrong."""
 
 
 def measure(
@@ -40,9 +41,11 @@ def measure(
     found: dict[str, dict[str, Any]] = {}
     steps: dict[str, Callable[[], object]] = {}
     with torch.set_grad_enabled(mode == "training"):
+        _, expected = _run(copy.deepcopy(plain), mode, inputs)
         for peer in peers:
             try:
-                steps[peer.name], found[peer.name] = _ready(peer, case, mode, plain, inputs)
+                ready = _ready(peer, case, mode, plain, inputs, expected)
+                steps[peer.name], found[peer.name] = ready
             except UnavailableError as error:
                 found[peer.name] = {"unavailable": str(error)}
         times, rounds, count = compare(steps, seconds, device)
@@ -59,36 +62,77 @@ def measure(
 
 
 def _ready(
-    peer: Peer, case: Case, mode: str, plain: nn.Module, inputs: tuple[Tensor, ...]
+    peer: Peer, case: Case, mode: str, plain: nn.Module, inputs: tuple[Tensor, ...], expected: Done
 ) -> tuple[Callable[[], object], dict[str, Any]]:
-    """A step of a peer that was run once and gave the right outputs; and what that took."""
+    """A step of a peer that was run and did the right thing; and what that took."""
     if mode not in peer.modes:
         raise UnavailableError(f"it is for {' and '.join(peer.modes)} only")
     if peer.device is not None and inputs[0].device.type != peer.device:
         raise UnavailableError(f"it needs the device {peer.device}")
-    expected = copy.deepcopy(plain)(*inputs)
-    model = copy.deepcopy(plain)
     counters.clear()
     start = time.perf_counter()
     try:
-        model = peer.build(case, model, inputs)
-        outputs = model(*inputs)
-        step = training_step(model, inputs) if mode == "training" else lambda: model(*inputs)
-        step()
+        model = peer.build(case, copy.deepcopy(plain), inputs)
+        step, done = _run(model, mode, inputs)
+        facts: dict[str, Any] = {"setup_seconds": time.perf_counter() - start}
+        done.check(expected)
+        if peer.compiles:
+            facts["merged_by_inductor"] = sum(
+                number for name, number in counters["inductor"].items() if name.startswith("batch_")
+            )
+        else:
+            facts["launches"] = _launches(model, inputs)
     except UnavailableError:
         raise
     except Exception as error:
-        raise UnavailableError(f"{type(error).__name__}: {str(error).splitlines()[0]}") from error
-    facts: dict[str, Any] = {"setup_seconds": time.perf_counter() - start}
-    if (error := _error(outputs, expected)) > TOLERANCE:
-        raise UnavailableError(f"its outputs are wrong by {error:.1e} of the largest")
-    if peer.compiles:
-        facts["merged_by_inductor"] = sum(
-            number for name, number in counters["inductor"].items() if name.startswith("batch_")
-        )
-    else:
-        facts["launches"] = _launches(model, inputs)
+        raise UnavailableError(f"{type(error).__name__}: {first_line(error)}") from error
     return step, facts
+
+
+def first_line(error: Exception) -> str:
+    """What an error says, in one line."""
+    return next(iter(str(error).splitlines()), "it does not say why")
+
+
+@dataclasses.dataclass(frozen=True)
+class Done:
+    """What a model did.
+
+    Attributes:
+        outputs: what it gave.
+        gradient: the norm of all its gradients after a step of training, which does not depend on
+            how the parameters are laid out; None in inference.
+    """
+
+    outputs: list[Tensor]
+    gradient: Tensor | None
+
+    def check(self, expected: Done) -> None:
+        """Raises UnavailableError where this is not what was expected."""
+        shapes, wanted = ([tuple(x.shape) for x in done.outputs] for done in (self, expected))
+        if shapes != wanted:
+            raise UnavailableError(f"its outputs are {shapes} where {wanted} were expected")
+        pairs = [*zip(self.outputs, expected.outputs, strict=True)]
+        error = max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
+        if not error <= TOLERANCE:  # Nor is it where it is no number.
+            raise UnavailableError(f"its outputs are wrong by {error:.1e} of the largest")
+        if self.gradient is not None and expected.gradient is not None:
+            error = abs(self.gradient / expected.gradient - 1).item()
+            if not error <= TOLERANCE:
+                raise UnavailableError(f"its gradients are wrong by {error:.1e}")
+
+
+def _run(
+    model: nn.Module, mode: str, inputs: tuple[Tensor, ...]
+) -> tuple[Callable[[], object], Done]:
+    """A step, and what the model did in a first one."""
+    outputs = [x.detach() for x in listed(model(*inputs))]
+    if mode == "inference":
+        return lambda: model(*inputs), Done(outputs, None)
+    step = training_step(model, inputs)
+    step()
+    gradients = [x.grad for x in model.parameters() if x.grad is not None]
+    return step, Done(outputs, nn.utils.get_total_norm(gradients))
 
 
 def training_step(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
@@ -103,16 +147,6 @@ def training_step(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], 
     return step
 
 
-def _error(outputs: Any, expected: Any) -> float:
-    """The largest difference, relative to the largest value."""
-    pairs = zip(_flat(outputs), _flat(expected), strict=True)
-    return max(((a - b).abs().max() / b.abs().max()).item() for a, b in pairs)
-
-
-def _flat(outputs: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    return [x.detach() for x in ([outputs] if isinstance(outputs, Tensor) else outputs)]
-
-
 def _launches(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int | None]:
     """Those of a forward and a backward pass, as conjoin counts them, and on a GPU as they were."""
     count = count_step(model, inputs)
@@ -124,11 +158,7 @@ def _launches(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int | N
     return found
 
 
-def _roots_backward(outputs: Any) -> None:
+def _roots_backward(outputs: Outputs) -> None:
     """The backward pass that `count_step` counts."""
-    roots = [each for each in _attached(outputs) if each.grad_fn is not None]
+    roots = [each for each in listed(outputs) if each.grad_fn is not None]
     torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
-
-
-def _attached(outputs: Tensor | Iterable[Tensor]) -> list[Tensor]:
-    return [outputs] if isinstance(outputs, Tensor) else list(outputs)

@@ -96,7 +96,6 @@ def _compiled(
     first: Callable[[Case, nn.Module, tuple[Tensor, ...]], nn.Module] = _plain,
 ) -> Callable[[Case, nn.Module, tuple[Tensor, ...]], nn.Module]:
     def build(case: Case, model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
-        torch.compiler.reset()
         return torch.compile(first(case, model, inputs), options=options)  # type: ignore[return-value]
 
     return build

@@ -21,7 +21,7 @@ from torch._inductor.utils import fresh_cache
 
 from benchmarks import machine, scaling
 from benchmarks.cases import CASES, Case
-from benchmarks.measure import measure
+from benchmarks.measure import first_line, measure
 from benchmarks.peers import MODES, PEERS, Peer
 from benchmarks.tables import of_case, of_scaling
 
@@ -114,12 +114,17 @@ def _check(parser: argparse.ArgumentParser, options: argparse.Namespace) -> None
         parser.error(f"--threads is a number from 1 on, not {options.threads}.")
     if not options.seconds > 0:
         parser.error(f"--seconds is a number above 0, not {options.seconds}.")
-    if options.json is not None and not options.json.absolute().parent.is_dir():
-        parser.error(f"--json: there is no folder {options.json.parent}.")
     try:
-        torch.empty(1, device=options.device)
+        torch.ones(1, device=options.device).item()
     except (RuntimeError, AssertionError, NotImplementedError) as error:
-        parser.error(f"--device {options.device} cannot be used: {str(error).splitlines()[0]}")
+        parser.error(f"--device {options.device} cannot be used: {first_line(error)}")
+    if options.json is not None:
+        if not options.json.absolute().parent.is_dir():
+            parser.error(f"--json: there is no folder {options.json.parent}.")
+        try:
+            options.json.open("a").close()
+        except OSError as error:
+            parser.error(f"--json {options.json} cannot be written: {error.strerror}.")
 
 
 def _among(case: Case, mode: str, peers: Sequence[Peer], options: argparse.Namespace) -> list[Peer]:

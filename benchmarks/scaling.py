@@ -50,7 +50,7 @@ def _trace_and_copy(model: nn.Module, x: Tensor) -> None:
 
 
 WAYS: dict[str, Callable[[nn.Module, Tensor], None]] = {
-    "optimize": _optimize,
+    "conjoin.optimize": _optimize,
     "deepcopy and symbolic_trace": _trace_and_copy,
 }
 

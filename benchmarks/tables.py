@@ -21,11 +21,10 @@ from benchmarks.peers import MODES, PEERS
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
-PLOT = RESULT.with_suffix(".svg")
 SECTION = re.compile(r"(<!-- speed -->).*?(<!-- /speed -->)", re.DOTALL)
 
-EAGER = ("by_hand", "conjoin")
-"""The peers that every case has."""
+EAGER = {"by_hand": "by hand", "conjoin": "conjoin"}
+"""The peers that every case has, and what the table calls them."""
 
 Result = Mapping[str, Any]
 
@@ -44,13 +43,22 @@ def main(arguments: Sequence[str] | None = None) -> int:
         parser.error(
             f"there is no result {options.result}; python -m benchmarks.run --json writes one."
         )
-    result = load(options.result)
-    if options.write:
-        made = f"\n\n{markdown(result)}\n\n"
-        README.write_text(SECTION.sub(lambda m: m[1] + made + m[2], README.read_text()))
-        plot(result, options.result.with_suffix(".svg"))
-    else:
-        print(markdown(result))
+    try:
+        result = load(options.result)
+        made = markdown(result)
+    except (ValueError, KeyError, TypeError) as error:
+        parser.error(
+            f"{options.result} is no result of all modes with {' and '.join(EAGER)}, as "
+            f"python -m benchmarks.run --json writes it ({type(error).__name__}: {error})."
+        )
+    if not options.write:
+        print(made)
+        return 0
+    readme, found = SECTION.subn(lambda m: f"{m[1]}\n\n{made}\n\n{m[2]}", README.read_text())
+    if found != 1:
+        parser.error(f"{README} has {found} sections between comments that say speed, not one.")
+    plot(result, options.result.with_suffix(".svg"))
+    README.write_text(readme)
     return 0
 
 
@@ -70,7 +78,8 @@ def _taken_on(machine: Mapping[str, Any]) -> str:
     threads = f"{machine['threads']} thread{'s' * (machine['threads'] != 1)}"
     device = "" if machine["device"] == "cpu" else f", {machine['device']}"
     return (
-        f"Taken on {machine['date'][:10]} at commit {machine['commit']}, with {threads} of "
+        f"Taken on {machine['date'][:10]} at commit {machine['commit']}"
+        f"{' with changes' * machine['changed']}, with {threads} of "
         f"{machine['cores']} cores, {machine['cpu']}{device}, Python {machine['python']} and "
         f"PyTorch {machine['torch']}; the load average was {machine['load'][0]:.1f} before."
     )
@@ -87,11 +96,8 @@ def _of_models(result: Result) -> str:
         ]
         for case, about in {each["case"]: each["about"] for each in result["cases"]}.items()
     ]
-    heads = [f"{mode}, {PEER_TITLES[peer]}" for mode in MODES for peer in EAGER]
+    heads = [f"{mode}, {title}" for mode in MODES for title in EAGER.values()]
     return _table(["model", "launches", *heads], rows)
-
-
-PEER_TITLES = {"by_hand": "by hand", "conjoin": "conjoin"}
 
 
 def _launches(peers: Mapping[str, Any]) -> str:
@@ -119,7 +125,7 @@ def _of_optimize(result: Result) -> str:
     rows = [
         [
             f"{each['layers']:,}",
-            f"`{each['way']}`" if each["way"] != "optimize" else "`conjoin.optimize`",
+            f"`{each['way']}`",
             f"{each['seconds']:.1f} s",
             "not known" if each["extra_mib"] is None else f"{each['extra_mib']:.0f} MiB",
             f"{each['model_mib']:.0f} MiB",

@@ -35,14 +35,17 @@ class WideHeads(nn.Module):
 
 
 class Norms(nn.Module):
-    """`Sink`: x (batch, channels, height, width); to each head its BatchNorm, ReLU and pooling."""
+    """`Sink`: x (batch, channels, height, width); to each head its BatchNorm, ReLU and pooling.
+
+    What the model gives is a sigmoid of the pooled: the split stays above the last operation.
+    """
 
     def __init__(self, count: int, channels: int, width: int) -> None:
         super().__init__()
         self.heads = nn.ModuleList(ConvNorm(channels, width, 1) for _ in range(count))
 
     def forward(self, x: Tensor) -> list[Tensor]:
-        return [F.adaptive_avg_pool2d(head(x), 1) for head in self.heads]
+        return [F.adaptive_avg_pool2d(head(x), 1).sigmoid() for head in self.heads]
 
 
 class WideNorms(nn.Module):
@@ -53,7 +56,7 @@ class WideNorms(nn.Module):
         self.wide = joined(plain.heads, ConvNorm(first.in_channels, self.width * count, 1))
 
     def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        return F.adaptive_avg_pool2d(self.wide(x), 1).split(self.width, 1)
+        return F.adaptive_avg_pool2d(self.wide(x), 1).sigmoid().split(self.width, 1)
 
 
 class Towers(nn.Module):
@@ -81,15 +84,11 @@ class WideTowers(nn.Module):
         return self.second(apart(torch.relu(self.first(x)), self.count)).unbind()
 
 
-class Joined(nn.Module):
+class Joined(Heads):
     """`Cancel`: x (batch, width); what the heads give is joined again."""
 
-    def __init__(self, count: int, width: int, out: int) -> None:
-        super().__init__()
-        self.heads = nn.ModuleList(nn.Linear(width, out) for _ in range(count))
-
     def forward(self, x: Tensor) -> Tensor:
-        return torch.cat([head(x) for head in self.heads], -1)
+        return torch.cat(super().forward(x), -1)
 
 
 class WideJoined(nn.Module):

@@ -28,15 +28,14 @@ class VAE(nn.Module):
         return self.decoder(mean + torch.exp(log_var / 2)), mean, log_var
 
 
-class WideVAE(nn.Module):
+class WideVAE(VAE):
     def __init__(self, plain: VAE) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.encoder, self.decoder = plain.encoder, plain.decoder
-        self.heads = joined([plain.mean, plain.log_var], nn.Conv2d(64, 128, 2))
+        self.both = joined([plain.mean, plain.log_var], nn.Conv2d(64, 128, 2))
 
-    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
-        mean, log_var = self.heads(self.encoder(x)).flatten(1).split(64, 1)
-        return self.decoder(mean + torch.exp(log_var / 2)), mean, log_var
+    def heads(self, h: Tensor) -> tuple[Tensor, Tensor]:
+        return self.both(h).flatten(1).chunk(2, 1)
 
 
 class ConvNorm(nn.Sequential):
@@ -98,15 +97,13 @@ class GoogLeNet(nn.Module):
         return self.classifier(self.blocks(self.stem(x)).mean((2, 3)))
 
 
-class WideGoogLeNet(nn.Module):
+class WideGoogLeNet(GoogLeNet):
     def __init__(self, plain: GoogLeNet) -> None:
-        super().__init__()
+        nn.Module.__init__(self)
         self.stem, self.classifier = plain.stem, plain.classifier
         self.blocks = nn.Sequential(
             *(WideInception(m) if isinstance(m, Inception) else m for m in plain.blocks)
         )
-
-    forward = GoogLeNet.forward
 
 
 class Detector(nn.Module):

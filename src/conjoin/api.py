@@ -49,7 +49,8 @@ def optimize(
             of such tuples. With them, siblings are found by observing the model run on fake
             tensors; without, by symbolic tracing, which cannot look into all Python code.
         example_kwargs: the keyword arguments that go with them.
-        inplace: change `model` itself. The extra memory is then that of the largest group at most.
+        inplace: change `model` itself. Beside its weights, those of one group at a time are in
+            memory then, and what it takes to trace the model.
         kinds: the kinds of layer to merge, by default all that conjoin knows. `Kind` tells how to
             write one for layers of your own; that for the most specific class counts.
 

@@ -40,30 +40,47 @@ def measured(peer, mode="inference"):
     return measure(CASES["widen_8"], mode, [PEERS["plain"], peer], "cpu", 1e-3)["peers"]
 
 
-def test_a_peer_with_other_outputs_is_not_timed():
-    def negative(case, model, inputs):
-        return Negative(model)
-
-    found = measured(Peer("negative", "", negative))
-    assert found["negative"]["unavailable"].startswith("its outputs are wrong by 2.0e+00")
+@pytest.mark.parametrize(
+    ("change", "mode", "message"),
+    [
+        (lambda ys: [-y for y in ys], "inference", "its outputs are wrong by 2.0e+00"),
+        (lambda ys: [y * float("nan") for y in ys], "inference", "its outputs are wrong by nan"),
+        (lambda ys: [ys[0], *(y / 0 for y in ys[1:])], "inference", "its outputs are wrong by inf"),
+        (lambda ys: ys[1:], "inference", "its outputs are [(32, 16), (32, 16)"),
+        (lambda ys: [y[None] for y in ys], "inference", "its outputs are [(1, 32, 16)"),
+        (lambda ys: [ys[0], *(y.detach() for y in ys[1:])], "training", "its gradients are wrong"),
+    ],
+    ids=["negative", "nan", "infinite", "too few", "another shape", "detached"],
+)
+def test_a_peer_that_does_something_else_is_not_timed(change, mode, message):
+    found = measured(Peer("other", "", lambda case, model, inputs: Changed(model, change)), mode)
+    assert found["other"].keys() == {"unavailable"}
+    assert found["other"]["unavailable"].startswith(message)
     assert found["plain"]["ratio"]["median"] == 1
 
 
-class Negative(nn.Module):
-    def __init__(self, model):
+class Changed(nn.Module):
+    def __init__(self, model, change):
         super().__init__()
-        self.model = model
+        self.model, self.change = model, change
 
     def forward(self, x):
-        return [-y for y in self.model(x)]
+        return self.change(self.model(x))
 
 
-def test_a_peer_that_fails_says_how():
+@pytest.mark.parametrize(
+    ("error", "told"),
+    [
+        (RuntimeError("no compiler\nand much more"), "RuntimeError: no compiler"),
+        (AssertionError(), "AssertionError: it does not say why"),
+    ],
+)
+def test_a_peer_that_fails_says_how(error, told):
     def broken(case, model, inputs):
-        raise RuntimeError("no compiler\nand much more")
+        raise error
 
     found = measured(Peer("broken", "", broken))
-    assert found["broken"] == {"unavailable": "RuntimeError: no compiler"}
+    assert found["broken"] == {"unavailable": told}
 
 
 def test_a_peer_for_another_mode_or_device_is_not_made():

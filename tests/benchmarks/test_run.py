@@ -26,7 +26,9 @@ def threads():
         (["--threads", "0"], "--threads is a number from 1 on, not 0."),
         (["--seconds", "0"], "--seconds is a number above 0, not 0.0."),
         (["--json", "nowhere/result.json"], "--json: there is no folder nowhere."),
+        (["--json", "."], "--json . cannot be written: Is a directory."),
         (["--device", "nonsense"], "--device nonsense cannot be used"),
+        (["--device", "meta"], "--device meta cannot be used"),
     ],
 )
 def test_wrong_arguments_end_with_status_2(arguments, message, capsys):
@@ -79,7 +81,7 @@ def test_compilers_are_measured_on_some_cases_unless_asked_for(monkeypatch):
 
 
 def test_what_optimize_takes_is_measured_in_a_process_of_its_own():
-    found = scaling.measure(8, "optimize")
+    found = scaling.measure(8, "conjoin.optimize")
     assert found["layers"] == 8
     assert found["seconds"] > 0
     assert found["extra_mib"] != 0  # None where the system does not tell.

@@ -7,7 +7,7 @@ from benchmarks import tables
 
 MACHINE = {
     "date": "2026-01-02T03:04:05+00:00", "commit": "abc", "threads": 1, "cores": 2, "cpu": "A CPU",
-    "device": "cpu", "python": "3.11", "torch": "2.13", "load": [0.25, 0.5, 0.75],
+    "device": "cpu", "python": "3.11", "torch": "2.13", "changed": False, "load": [0.25, 0.5, 0.75],
 }  # fmt: skip
 
 
@@ -36,7 +36,13 @@ RESULT = {
         case("training", compile={"unavailable": "no compiler"}),
     ],
     "scaling": [
-        {"layers": 1000, "way": "optimize", "seconds": 2.0, "extra_mib": 8.0, "model_mib": 16.0}
+        {
+            "layers": 1000,
+            "way": "conjoin.optimize",
+            "seconds": 2.0,
+            "extra_mib": 8.0,
+            "model_mib": 16.0,
+        }
     ],
 }
 
@@ -78,6 +84,32 @@ def test_a_result_that_is_not_there(capsys):
         tables.main(["nowhere.json"])
     assert raised.value.code == 2
     assert "there is no result nowhere.json" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "text",
+    ["", "no JSON", "[]", "{}", json.dumps({**RESULT, "cases": RESULT["cases"][:1]})],
+    ids=["empty", "no JSON", "list", "nothing", "one mode"],
+)
+def test_a_file_that_is_no_result(text, tmp_path, capsys):
+    path = tmp_path / "result.json"
+    path.write_text(text)
+    with pytest.raises(SystemExit) as raised:
+        tables.main([str(path)])
+    assert raised.value.code == 2
+    assert f"{path} is no result of all modes" in capsys.readouterr().err
+
+
+def test_writing_into_a_readme_without_the_section_writes_nothing(tmp_path, monkeypatch, capsys):
+    path, readme = tmp_path / "result.json", tmp_path / "README.md"
+    path.write_text(json.dumps(RESULT))
+    readme.write_text("nothing\n")
+    monkeypatch.setattr(tables, "README", readme)
+    with pytest.raises(SystemExit) as raised:
+        tables.main([str(path), "--write"])
+    assert raised.value.code == 2
+    assert "0 sections" in capsys.readouterr().err
+    assert sorted(p.name for p in tmp_path.iterdir()) == ["README.md", "result.json"]
 
 
 def test_writing_changes_the_section_and_nothing_else(tmp_path, monkeypatch, capsys):
