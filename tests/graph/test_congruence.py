@@ -1,5 +1,7 @@
 """Values are congruent where they have one shape whatever the inputs are."""
 
+import math
+
 import pytest
 import torch
 from scripted import Scripted, layers
@@ -93,3 +95,30 @@ def test_numbers_and_inputs():
     assert len({first, third, fourth, plain}) == 4
     assert numbers(0, 0, 0)[3] == numbers(0, 0, 0)[4]
     assert numbers()[3] != numbers()[4]
+
+
+SIZED = {
+    "products of sizes": lambda x, k: x.view(x.shape[0] * k, -1, 6),
+    "sums of sizes": lambda x, k: x.new_zeros(1).expand(x.size(0) + k, 6),
+    "what is left": lambda x, k: x[: x.shape[0] - k],
+    "rounded": lambda x, k: x.expand(math.floor(x.dim() / 2) * k, *[-1] * 3),
+}
+
+
+@pytest.mark.parametrize("sized", SIZED.values(), ids=SIZED)
+def test_numbers_that_sizes_are_made_of_count(sized):
+    graph = fx.symbolic_trace(lambda x: (sized(x, 1), sized(x, 2))).graph
+    first, second = graph.output_node().args[0]
+    found = congruence.classes(graph, {}, (0,))
+    assert found[first] != found[second]
+
+
+def test_an_index_that_may_be_a_mask():
+    def forward(x, m, n):
+        return x[m], x[n], x[:, m.shape[0]], x[:, n.shape[0]]
+
+    graph = fx.symbolic_trace(forward).graph
+    masked, other, *columns = graph.output_node().args[0]
+    found = congruence.classes(graph, {}, (0, 1, 1))
+    assert found[masked] != found[other]
+    assert found[columns[0]] == found[columns[1]]

@@ -301,3 +301,44 @@ def test_tensors_that_were_not_alike_in_one_example():
     model = conjoin.optimize(original, examples)
     assert type(model) is Siamese
     assert all(conjoin.verify(original, model, call) for call in examples)
+
+
+def deep():
+    return nn.Sequential(*(layer for _ in range(8) for layer in (nn.Linear(6, 6), nn.ReLU())))
+
+
+class Sliced(nn.Module):
+    """What the layers are called with has sizes that are computed."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = deep()
+
+    def forward(self, x):
+        return [self.layers(x[: x.shape[0] - k]) for k in (1, 2, 3)]
+
+
+class Masked(nn.Module):
+    """What the layers are called with is as long as a mask says."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = deep()
+
+    def forward(self, x, *masks):
+        return [self.layers(x[mask]) for mask in masks]
+
+
+def test_sizes_that_are_computed():
+    model, x = Sliced().double(), randn(5, 6)
+    for ours, theirs in zip(conjoin.optimize(model, (x,))(x), model(x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_masks():
+    model, x = Masked().double(), randn(5, 6)
+    masks = [torch.tensor([i, 1, 0, 1, 1 - i]).bool() for i in (0, 1)]
+    fused = conjoin.optimize(model, (x, *masks))
+    for found in (masks, [masks[0], masks[0] | masks[1]]):
+        for ours, theirs in zip(fused(x, *found), model(x, *found), strict=True):
+            torch.testing.assert_close(ours, theirs)

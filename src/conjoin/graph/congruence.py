@@ -30,6 +30,17 @@ NAMES = elementwise.NAMES | frozenset(
 OF_NUMBERS = frozenset({operator.getitem, operator.floordiv, operator.mod, operator.matmul})
 """Python's operators that are among them."""
 
+SIZES = frozenset({"size", "dim", "numel"})
+"""Methods that give numbers that follow from shapes."""
+
+TENSORS = (
+    NAMES
+    - SIZES
+    - frozenset("getattr getitem split chunk unstack where".split())
+    - {*("unsafe_split_with_sizes", "floordiv", "mod")}
+)
+"""Those whose result is a tensor whatever they are given."""
+
 SHAPED = (nn.Softmax, nn.LogSoftmax, nn.Flatten, nn.Unflatten, nn.Dropout)
 """Modules that are among them, beside layers, normalizations and what acts on elements."""
 
@@ -72,14 +83,20 @@ def classes(
     inputs: dict[fx.Node, Hashable] = dict(zip(given, alike, strict=False))
     numbers: dict[Hashable, int] = {}
     found: dict[fx.Node, int] = {}
+    sorts: dict[fx.Node, type | None] = {}
+    tensors = {*inputs, *_used_as_tensors(graph)}
     for node in graph.nodes:
-        key = _key(node, modules, found) if node not in inputs else ("input", inputs[node])
+        sorts[node] = Tensor if node in tensors else _sort(node, sorts)
+        key = _key(node, modules, found, sorts) if node not in inputs else ("input", inputs[node])
         found[node] = numbers.setdefault(node if key is None else key, len(numbers))
     return found
 
 
 def _key(
-    node: fx.Node, modules: Mapping[str, nn.Module], found: Mapping[fx.Node, int]
+    node: fx.Node,
+    modules: Mapping[str, nn.Module],
+    found: Mapping[fx.Node, int],
+    sorts: Mapping[fx.Node, type | None],
 ) -> Hashable | None:
     """What the shape of a node's value depends on; None where that is not known."""
     if node.op == "call_module":
@@ -95,20 +112,82 @@ def _key(
         return None
     if made is None:
         return None
-    arguments = elementwise.comparable((node.args, node.kwargs), found.__getitem__)
-    if _is_arithmetic(node):
+    if node.target is operator.getitem:
+        arguments = _item_key(node, found, sorts)
+    elif _is_arithmetic(node, sorts):
         arguments = tuple(
             found[each] if isinstance(each, fx.Node) else type(each) for each in node.args
         )
-    if node.target is operator.getitem and (size := _size_of_part(node)) is not None:
-        arguments = found[node.args[0]], size  # type: ignore[index]
-    return node.op, made, arguments
+    else:
+        arguments = elementwise.comparable((node.args, node.kwargs), found.__getitem__)
+    return None if arguments is None else (node.op, made, arguments)
 
 
-def _is_arithmetic(node: fx.Node) -> bool:
-    """Whether a node computes with numbers, of which only the types tell the result's."""
+def _is_arithmetic(node: fx.Node, sorts: Mapping[fx.Node, type | None]) -> bool:
+    """Whether a node computes with a tensor and numbers, whose types only tell the result's."""
     known = node.target in elementwise.OPERATORS and not node.kwargs
-    return known and all(isinstance(each, (fx.Node, bool, int, float)) for each in node.args)
+    known = known and all(isinstance(each, (fx.Node, bool, int, float)) for each in node.args)
+    return known and sorts[node] is Tensor
+
+
+def _used_as_tensors(graph: fx.Graph) -> set[fx.Node]:
+    """The nodes that could not be used as they are if their values were numbers."""
+    found: set[fx.Node] = set()
+    for node in reversed(graph.nodes):
+        for user in node.users:
+            by_itself = user.all_input_nodes == [node] and user.args[:1] == (node,)
+            if by_itself and (
+                _gives_tensor(user)
+                or user.target in SIZES
+                or (user.target in elementwise.OPERATORS and user in found)
+            ):
+                found.add(node)
+    return found
+
+
+def _gives_tensor(node: fx.Node) -> bool:
+    """Whether a node's value is a tensor, whatever it is given."""
+    if node.op == "call_module" or node.target is operator.matmul:
+        return True
+    if node.op not in ("call_method", "call_function"):
+        return False
+    named = hazards.called(node).removesuffix("_") in TENSORS
+    package = (getattr(node.target, "__module__", None) or "torch").split(".")[0]
+    return named and (node.op == "call_method" or package == "torch")
+
+
+def _sort(node: fx.Node, sorts: Mapping[fx.Node, type | None]) -> type | None:
+    """Whether a node's value is certainly a tensor, or a number that follows from shapes."""
+    inputs = [sorts[each] for each in node.all_input_nodes]
+    if node.target in elementwise.OPERATORS and Tensor in inputs:
+        return Tensor
+    if node.target in elementwise.OPERATORS or node.target in (operator.floordiv, operator.mod):
+        return int if all(each is int for each in inputs) else None
+    if _gives_tensor(node):
+        return Tensor
+    if node.target is operator.getitem:
+        shape = node.args[0]
+        of_shape = isinstance(shape, fx.Node) and (shape.target == "size" or _reads(shape, "shape"))
+        return int if of_shape else None
+    return int if node.target in SIZES or _reads(node, "ndim") else None
+
+
+def _reads(node: fx.Node, attribute: str) -> bool:
+    return node.target is getattr and node.args[1] == attribute
+
+
+def _item_key(
+    node: fx.Node, found: Mapping[fx.Node, int], sorts: Mapping[fx.Node, type | None]
+) -> Hashable | None:
+    """What the shape of an item depends on; None where an index may be a tensor, such as a mask."""
+    whole, index = node.args
+    if not isinstance(whole, fx.Node):
+        return None
+    if (size := _size_of_part(node)) is not None:
+        return found[whole], size
+    if any(sorts[each] is not int for each in node.all_input_nodes if each is not whole):
+        return None
+    return found[whole], elementwise.comparable(index, found.__getitem__)
 
 
 def _module_key(module: nn.Module) -> Hashable | None:
