@@ -31,6 +31,9 @@ PRODUCTS: Mapping[Callable[..., Any], int] = {
 PARAMETERS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 """The parameters of these functions, in order."""
 
+WHOLE = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool})
+"""The types of whole numbers."""
+
 MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_last_3d)
 """The memory formats that a product's output may have and a copy of a part can be given."""
 
@@ -116,11 +119,20 @@ def _siblings(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[lis
 def _elsewhere(graph: fx.Graph) -> Callable[[fx.Node], bool]:
     """Whether a node that changes its first input changes what no product reads.
 
-    Dynamo's example values lie in one storage where the values do.
+    Dynamo's example values lie in one storage where the values do. On a later call inputs may lie
+    in one that do not now; but not whole numbers, such as a count of batches, and what is
+    multiplied.
     """
     products = [node for node in graph.nodes if is_product(node)]
     read = {_storage(input) for node in products for input in node.all_input_nodes}
-    return lambda node: None not in read and _storage(node.all_input_nodes[0]) not in (None, *read)
+
+    def is_elsewhere(node: fx.Node) -> bool:
+        changed = node.all_input_nodes[0]
+        value = changed.meta.get("example_value")
+        whole = isinstance(value, Tensor) and value.dtype in WHOLE
+        return whole and None not in read and _storage(changed) not in read
+
+    return is_elsewhere
 
 
 def _storage(node: fx.Node) -> int | None:

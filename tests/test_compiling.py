@@ -309,3 +309,28 @@ def test_stock_inductor_runs_the_pass_and_its_cache_knows_it():
         assert_same_steps(model, fused, torch.compile(fused), (x,))
     assert graphs == [2]
     assert pre_grad.uuid() == PreGradPass().uuid() != ""
+
+
+class ChangesAnInput(nn.Module):
+    """One input is changed between the products of the other."""
+
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x, other):
+        if x.shape[0] > 100:
+            raise ValueError("too many")
+        q = self.q(x)
+        other.mul_(2)
+        return q, self.k(x)
+
+
+def test_inputs_that_lie_in_one_memory_on_a_later_call_only():
+    model = ChangesAnInput().double()
+    x, other = torch.randn(3, 4).double(), torch.randn(3, 4).double()
+    compiled = compiled_by(optimized(model, (x.clone(), other.clone())), Inner("eager"))
+    with torch.no_grad():
+        compiled(x.clone(), other)
+        ours, theirs = x.clone(), x.clone()
+        assert_same_outputs(compiled(ours, ours.view(3, 4)), model(theirs, theirs.view(3, 4)))
