@@ -2,6 +2,7 @@
 
 import copy
 import functools
+import pickle
 
 import pytest
 import torch
@@ -203,3 +204,27 @@ def test_images_without_a_batch(norm):
     torch.testing.assert_close(wide(x, dim=-3), torch.cat(theirs), rtol=0, atol=1e-9)
     for ours, theirs in zip(norms.buffers(), plain.buffers(), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("norm", [nn.BatchNorm2d, tracked(nn.InstanceNorm2d)])
+@pytest.mark.parametrize("copied", [copy.deepcopy, lambda m: pickle.loads(pickle.dumps(m))])
+def test_a_buffer_that_was_given_other_memory_is_copied_as_it_is(norm, copied):
+    norms, _, _ = both(lambda width: norm(width, affine=True))
+    norms[1].running_var.data = torch.full_like(norms[1].running_var, 3)
+    other = copied(norms)
+    assert_same_state(other, norms)
+    for each in other:
+        release(each)
+    assert_same_state(other, norms)
+    assert other[1].running_var.eq(3).all()
+
+
+@pytest.mark.parametrize("norm", [nn.InstanceNorm2d, tracked(nn.InstanceNorm2d)])
+def test_images_without_a_space_raise_what_a_branch_raises(norm):
+    _, plain, wide = both(lambda width: norm(width, affine=True))
+    x = randn(2, sum(WIDTHS), 1, 1)
+    with pytest.raises(ValueError, match="spatial element") as theirs:
+        plain[0](x[:, : WIDTHS[0]])
+    with pytest.raises(ValueError, match="spatial element") as ours:
+        wide(x, dim=-3)
+    assert str(ours.value) == str(theirs.value)

@@ -350,3 +350,73 @@ def test_optimizing_again_changes_nothing():
 def test_an_owner_has_no_names_that_the_users_class_may_have():
     added = {name for name in vars(Owner) if not hasattr(nn.Module, name)}
     assert all(name.startswith(("conjoin_", "__")) for name in added)
+
+
+class Refusing(type):
+    """Makes no subclasses that conjoin would."""
+
+    def __new__(cls, name, bases, names):
+        if "conjoin_base" in names:
+            raise TypeError("no subclasses")
+        return super().__new__(cls, name, bases, names)
+
+
+class Unsubclassed(AutoInt, metaclass=Refusing):
+    pass
+
+
+def test_a_class_that_cannot_have_subclasses():
+    _, inputs, _ = optimized("AutoInt")
+    fused = conjoin.optimize(Unsubclassed().double(), inputs)
+    assert type(fused) is Unsubclassed
+    assert not isinstance(fused, Owner)
+
+
+def test_a_new_object_of_an_owners_class():
+    model, inputs, fused = optimized("AutoInt")
+    target = type(fused)().double()
+    target.load_state_dict(fused.state_dict())
+    assert_equivalent(target, model, inputs)
+    assert type(conjoin.unfuse(target)) is type(model)
+    conjoin.report(target, inputs)
+
+
+def test_a_shallow_copy_shares_what_is_assigned():
+    model, _, fused = optimized("AutoInt")
+    fused = copy.deepcopy(fused)
+    [name, *_] = raw(model)
+    other = copy.copy(fused)
+    owner, own = at(other, name)
+    new = nn.Parameter(torch.zeros_like(getattr(owner, own)))
+    with pytest.warns(UserWarning, match="taken out"):
+        setattr(owner, own, new)
+    assert getattr(at(fused, name)[0], own) is new
+    fused.train()
+    assert_same_state(conjoin.unfuse(fused), conjoin.unfuse(other))
+
+
+class Exponential(nn.Module):
+    def forward(self, w):
+        return w.exp()
+
+    def right_inverse(self, w):
+        return w.log()
+
+
+@pytest.mark.parametrize("parametrized", [True, False])
+def test_other_memory_for_a_parameter_alone(parametrized):
+    """`parametrize` gives the original other values by `set_`."""
+    model, inputs, fused = optimized("AutoInt")
+    model, fused = copy.deepcopy(model), copy.deepcopy(fused)
+    [name, *_] = raw(model)
+    with torch.no_grad():
+        for each in (model, fused):
+            owner, own = at(each, name)
+            weight = getattr(owner, own)
+            weight.abs_().add_(0.1)
+            if parametrized:
+                parametrize.register_parametrization(owner, own, Exponential())
+            else:
+                weight.set_(weight.detach().clone() * 2)
+    torch.testing.assert_close(getattr(at(fused, name)[0], own), getattr(at(model, name)[0], own))
+    torch.testing.assert_close(fused(*inputs), model(*inputs))

@@ -14,7 +14,7 @@ import torch
 from equivalence import assert_close, assert_equivalent, assert_same_state, tensors
 from families import wide_runs
 from torch import nn
-from torch.nn.utils import parametrizations, prune
+from torch.nn.utils import parametrizations, parametrize, prune
 
 import conjoin
 from conjoin.launches import count_step
@@ -641,3 +641,23 @@ def test_a_norm_that_is_merged_in_a_trace_has_the_mode_of_the_model(training):
     assert all(wide.training is training for wide in held.values())
     assert not held["BatchNorm2d"].out_of_step()
     assert count_step(fused, (x,)).forward == count_step(fused.train(training), (x,)).forward
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.q, self.k = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.scale = nn.Parameter(torch.ones(6))
+
+    def forward(self, x):
+        return self.q(x) * self.scale, self.k(x)
+
+
+def test_a_copy_made_past_the_regions_own_copying():
+    """As `parametrize` makes it."""
+    x = torch.randn(2, 6)
+    optimized = conjoin.optimize(Scaled(), (x,))
+    assert isinstance(optimized, Region)
+    parametrize.register_parametrization(optimized, "scale", nn.Tanh())
+    for ours, theirs in zip(copy.deepcopy(optimized)(x), optimized(x), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -182,8 +182,10 @@ class _InstanceNorm(Norm):
         return {**super().key(layer), "running": _types(self, layer)}
 
     def fits(self, wide: Wide, input: Tensor, dim: int) -> bool:
-        """Whether the images have a batch or none, and lie along the channels."""
-        return dim == self.channels and input.dim() in (-dim, 1 - dim)
+        """Whether the images have a batch or none, lie along the channels, and have a space."""
+        # One value a channel may be an error, which is the first branch's to raise.
+        spaced = input.shape[dim + 1 :].numel() != 1
+        return dim == self.channels and input.dim() in (-dim, 1 - dim) and spaced
 
     def normalize(self, wide: Wide, input: Tensor, held: dict[str, Any], channels: int) -> Tensor:
         """As `nn.InstanceNorm1d.forward` does."""

@@ -117,8 +117,12 @@ class Owner(nn.Module):
 
 
 def _lends(owner: Owner, name: str) -> bool:
-    """Whether a Parameter is lent: None is in its place, where nobody has put anything."""
-    return name in owner.conjoin_lent and owner._parameters.get(name, owner) is None
+    """Whether a Parameter is lent: None is in its place, where nobody has put anything.
+
+    A shallow copy of the owner may have taken it back for both.
+    """
+    key, _ = owner.conjoin_lent.get(name, ("", ""))
+    return key in owner._modules and owner._parameters.get(name, owner) is None
 
 
 def _places(owner: Owner) -> list[tuple[str, tuple[str, str]]]:
@@ -129,7 +133,7 @@ def _places(owner: Owner) -> list[tuple[str, tuple[str, str]]]:
 def _products(owner: Owner) -> dict[str, Product]:
     """The products by their names among the children."""
     keys = dict.fromkeys(key for key, _ in owner.conjoin_lent.values())
-    return {key: cast(Product, owner._modules[key]) for key in keys}
+    return {key: cast(Product, owner._modules[key]) for key in keys if key in owner._modules}
 
 
 def lent(owner: nn.Module, name: str, *, slices: bool = False) -> Any:
@@ -196,9 +200,18 @@ def may_lend(owner: nn.Module, names: tuple[str, ...]) -> bool:
         return False
     if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return False  # They go through all children.
-    return all(owner._parameters.get(name) is not None for name in names) and not any(
-        hasattr(owner, name + SUFFIX) or hasattr(plain, name) for name in names
-    )
+    free = not any(hasattr(owner, name + SUFFIX) or hasattr(plain, name) for name in names)
+    held = all(owner._parameters.get(name) is not None for name in names)
+    return free and held and _has_subclasses(plain)
+
+
+def _has_subclasses(cls: type[nn.Module]) -> bool:
+    """Whether a subclass can be made, which a metaclass of the user's may refuse."""
+    try:
+        owner_class(cls, ("conjoin_probe",))
+    except Exception:  # noqa: BLE001 - Whatever the metaclass raises.
+        return False
+    return True
 
 
 def lend(owner: nn.Module, product: Product, names: dict[str, str]) -> None:
@@ -227,17 +240,17 @@ def reclaim(module: nn.Module) -> None:
     if not isinstance(module, Owner):
         return
     for name, (key, _) in list(module.conjoin_lent.items()):
-        if name in module.conjoin_lent and not isinstance(module._modules[key], View):
+        if name in module.conjoin_lent and not isinstance(module._modules.get(key), View):
             _reclaim(module, name)
     if not module.conjoin_lent and type(module).__mro__[1] is Owner:
         module.__class__ = module.conjoin_base  # type: ignore[assignment]
-        del vars(module)[LENT]
+        vars(module).pop(LENT, None)
 
 
 def _reclaim(owner: Owner, name: str) -> None:
     """Gives an owner back the Parameters of the product that has this one."""
     key, _ = owner.conjoin_lent[name]
-    product = owner._modules[key]
+    product = owner._modules.get(key)
     if isinstance(product, View):
         product = take_out(product)
     for own, (other, tensor) in _places(owner):
@@ -245,7 +258,7 @@ def _reclaim(owner: Owner, name: str) -> None:
             owner._parameters[own] = cast(nn.Module, product)._parameters[tensor]
     lent = {own: place for own, place in owner.conjoin_lent.items() if place[0] != key}
     vars(owner)[LENT] = lent
-    del owner._modules[key]
+    owner._modules.pop(key, None)
 
 
 _owner_classes: dict[tuple[type, tuple[str, ...]], type[Owner]] = {}

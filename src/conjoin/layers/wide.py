@@ -116,14 +116,17 @@ class Wide(nn.Module):
     def __getstate__(self) -> dict[str, Any]:
         """All but what concerns this one's own surroundings, or what is going on."""
         passing = ("_enclosing", "_parts", "_converted", "_lent_before", "_views")
-        return {name: value for name, value in vars(self).items() if name not in passing}
+        state = {name: value for name, value in vars(self).items() if name not in passing}
+        state["_parted"] = {index for index in range(len(self.widths)) if not self._is_lent(index)}
+        return state
 
     def __setstate__(self, state: dict[str, Any]) -> None:
+        parted = state.pop("_parted")
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget()
         # Plain pickle gives every tensor memory of its own; the views hold the same objects.
-        for held, part in zip(self._lent, self._cut_running(), strict=True):
-            for name, tensor in held.items():
+        for index, (held, part) in enumerate(zip(self._lent, self._cut_running(), strict=True)):
+            for name, tensor in held.items() if index not in parted else ():
                 tensor.data = part[name]
 
     def _cut_running(self) -> list[dict[str, Tensor]]:
@@ -776,6 +779,11 @@ class Part(Tensor):
         """Freezes or thaws this parameter alone."""
         self.requires_grad = requires_grad
         return getattr(self.conjoin_view, self.conjoin_name)
+
+    def set_(self, *args: Any, **kwargs: Any) -> Any:
+        """Makes the sibling a plain layer, and gives its parameter other memory."""
+        self._alone().set_(*args, **kwargs)
+        return self.bound()
 
     def register_hook(self, hook: Any) -> Any:
         """Makes the sibling a plain layer, and registers the hook on its parameter."""

@@ -356,8 +356,9 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     def forward(self: Region, *args: Any, **kwargs: Any) -> Any:
         own = vars(self)
         # A replica of data parallelism has the plan, and with it the buffers, of the module itself.
-        plan: Plan | None = None if "_is_replica" in own else own.get(PLAN)
-        found = None if plan is None else plan.find(args, kwargs)
+        plan = None if "_is_replica" in own else own.get(PLAN)
+        # A copy that was made past `__setstate__` has one that is bound to nothing.
+        found = plan.find(args, kwargs) if type(plan) is Plan else None
         if found is None:
             return base.forward(self, *args, **kwargs)
         return found[0].function(self, *found[1])
