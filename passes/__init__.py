@@ -33,8 +33,9 @@ def rewrite(graph_module: fx.GraphModule) -> bool:
         graph_module: the graph with the modules that it calls, changed in place.
     """
     changed = run_all(graph_module, PIPELINE)
-    if changed:
-        merger_of(graph_module).rewritten(graph_module)
+    watch = merger_of(graph_module).rewritten
+    if changed and watch is not None:
+        watch(graph_module)
     return changed
 
 

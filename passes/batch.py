@@ -15,6 +15,7 @@ that is rewritten also looks at the sizes and shapes of what it is called with.
 
 from __future__ import annotations
 
+from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from torch import fx, nn
@@ -94,7 +95,7 @@ def _gather(graph: fx.Graph, modules: Mapping[str, nn.Module], inputs: Inputs) -
         Whether there was any.
     """
     calls = _calls(graph, modules)
-    if len({*calls.values()}) == len(calls):
+    if not calls:
         return False
     edges, epochs = order.constraints(graph, modules), hazards.epochs(graph, modules)
     shapes = congruence.classes(graph, modules, inputs.alike)
@@ -131,18 +132,26 @@ def _stacked(
 
 
 def _calls(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> dict[fx.Node, Hashable]:
-    """The calls of layers that act on each sample, and what those have in common that may be one.
+    """Repeated calls of layers that act on each sample, and what is common to those to be one.
 
     What a frozen layer gives requires a gradient where its input does, be it one of several.
     """
-    trained = hazards.trained(graph, modules)
-    found: dict[fx.Node, Hashable] = {}
+    called = Counter(modules[str(n.target)] for n in graph.nodes if n.op == "call_module")
+    layers: dict[fx.Node, nn.Module] = {}
     for node in graph.nodes:
-        input = edit.only_input(node) if node.op == "call_module" else None
+        several = node.op == "call_module" and called[modules[str(node.target)]] > 1
+        input = edit.only_input(node) if several else None
         layer = None if input is None else samplewise.key(node, input, modules)
-        if layer is not None and (node not in trained or samplewise.trains(layer)):
-            found[node] = layer, node in trained
-    return found
+        if layer is not None:
+            layers[node] = layer
+    if not layers:
+        return {}
+    trained = hazards.trained(graph, modules)
+    return {
+        node: (layer, node in trained)
+        for node, layer in layers.items()
+        if node not in trained or samplewise.trains(layer)
+    }
 
 
 def _worthwhile(

@@ -30,18 +30,26 @@ class Share(PassBase):
         """Changes the graph in place."""
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
         epochs = hazards.epochs(graph, modules)
-        known: dict[Hashable, fx.Node] = {}
+        known: dict[Hashable, list[fx.Node]] = {}
         changed = False
+
+        def is_same(first: fx.Node, node: fx.Node) -> bool:
+            # Whoever changes one of two equal values must find the other as it was.
+            seen = hazards.is_seen(first, modules) or hazards.is_seen(node, modules)
+            return not seen and epochs[first] == epochs[node]
+
         for node in list(graph.nodes):
             key = _key(node, modules)
-            # Whoever changes one of two equal values must find the other as it was.
-            if key is None or hazards.is_seen(node, modules):
+            if key is None:
                 continue
-            first = known.setdefault((*key, epochs[node]), node)
-            if first is not node:
-                node.replace_all_uses_with(first)
-                graph.erase_node(node)
-                changed = True
+            firsts = known.setdefault(key, [])
+            first = next((first for first in firsts if is_same(first, node)), None)
+            if first is None:
+                firsts.append(node)
+                continue
+            node.replace_all_uses_with(first)
+            graph.erase_node(node)
+            changed = True
         return PassResult(graph_module, changed)
 
 

@@ -89,8 +89,11 @@ def _climb(
 
 def _gather(graph: fx.Graph, modules: Mapping[str, nn.Module], merger: Merger) -> bool:
     """Merges equal layers that read tensors of one shape; whether there were any."""
+    calls = _calls(graph, modules, merger)
+    if len({*calls.values()}) == len(calls):
+        return False
     edges = order.constraints(graph, modules)
-    for users in _alike(graph, modules, merger, edges):
+    for users in _alike(graph, modules, calls, edges):
         layers = [modules[str(user.target)] for user in users]
         kind = merger.kind_of(layers[0])
         if kind is None or merger.wide(kind, layers, together=False) is None:
@@ -125,10 +128,10 @@ def _at_once(
     return [joint, whole, *parts[0].all_input_nodes, *parts]
 
 
-def _alike(
-    graph: fx.Graph, modules: Mapping[str, nn.Module], merger: Merger, edges: order.Edges
-) -> Iterator[list[fx.Node]]:
-    """Calls of equal layers of which none depends on another, on different tensors of one shape."""
+def _calls(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], merger: Merger
+) -> dict[fx.Node, tuple[Kind, Hashable]]:
+    """The only calls of layers that may run at once with their like."""
     counts = Counter(str(node.target) for node in graph.nodes if node.op == "call_module")
     calls: dict[fx.Node, tuple[Kind, Hashable]] = {}
     for node in graph.nodes:
@@ -138,8 +141,16 @@ def _alike(
             found = _gathered_key(node, input, modules, merger)
             if found is not None:
                 calls[node] = found
-    if len(calls) < 2:
-        return
+    return calls
+
+
+def _alike(
+    graph: fx.Graph,
+    modules: Mapping[str, nn.Module],
+    calls: Mapping[fx.Node, tuple[Kind, Hashable]],
+    edges: order.Edges,
+) -> Iterator[list[fx.Node]]:
+    """Calls of equal layers of which none depends on another, on different tensors of one shape."""
     depths = order.depths(graph, edges, calls.__contains__)
     epochs = hazards.epochs(graph, modules)
     shapes = congruence.classes(graph, modules)

@@ -42,7 +42,7 @@ class Widen(PassBase):
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
         epochs = hazards.epochs(graph, modules)
         _merge_siblings(graph, modules, epochs, merger)
-        whole = list(_whole(modules, epochs))
+        whole = list(_whole(graph, modules, epochs))
         for siblings in whole:
             siblings, wide = _in_order(siblings, modules, merger)
             edit.replace(graph, siblings, f"{min(siblings).target}.{WIDE}", wide)
@@ -82,20 +82,20 @@ def _merge_siblings(
     merger: Merger,
 ) -> None:
     """Merges the layers that are seen to be siblings in this graph only."""
-    sites: list[Site] = []
-    readers: Counter[fx.Node] = Counter()
-    strided: dict[str, str] = {}
+    readers: dict[fx.Node, fx.Node] = {}
     for node in graph.nodes:
         input = edit.only_input(node) if node.op == "call_module" else None
         layer = modules.get(str(node.target))
-        if input is None or isinstance(layer, View) or kind_of(layer, merger.kinds) is None:
-            continue
+        if input is not None and not isinstance(layer, View) and kind_of(layer, merger.kinds):
+            readers[node] = input
+    if len({*readers.values()}) == len(readers):
+        return
+    sites: list[Site] = []
+    strided: dict[str, str] = {}
+    for node, input in readers.items():
         sites.append(Site(str(node.target), input, epochs[node]))
-        readers[input] += 1
         if why := hazards.reads_strides(node, modules, escapes=merger.escapes):
             strided[str(node.target)] = why
-    if max(readers.values(), default=0) < 2:
-        return
     seen = Sightings(tuple(sites), strided)
     called = {site.layer: modules[site.layer] for site in sites}
     for candidate in among(called, merger.shared(called), seen, merger.kinds):
@@ -105,16 +105,16 @@ def _merge_siblings(
 
 
 def _whole(
-    modules: Mapping[str, nn.Module], epochs: Mapping[fx.Node, int]
+    graph: fx.Graph, modules: Mapping[str, nn.Module], epochs: Mapping[fx.Node, int]
 ) -> Iterator[list[fx.Node]]:
     """The calls, on one tensor, of all views of a wide layer, in their order."""
     calls: dict[tuple[Wide, fx.Node, int], dict[int, fx.Node]] = {}
-    for node, epoch in epochs.items():
+    for node in graph.nodes:
         view = modules[str(node.target)] if node.op == "call_module" else None
         if isinstance(view, View) and not hazards.is_opaque(view) and view.wide_layer.together:
             input = edit.only_input(node)
             if input is not None:
-                key = view.wide_layer, input, epoch
+                key = view.wide_layer, input, epochs[node]
                 calls.setdefault(key, {}).setdefault(view.conjoin_index, node)
     for (wide, _, _), group in calls.items():
         if len(group) == len(wide.widths):

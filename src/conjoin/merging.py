@@ -78,7 +78,7 @@ class Merger:
         kinds: the kinds of layer that siblings are looked for in.
         levels: what it has merged beyond the siblings that were found at first.
         refused: the products that read one tensor and stay as they are, and why.
-        rewritten: what is called with each graph when all passes are through with it.
+        rewritten: what is called with each graph when all passes are through with it, if anything.
         escapes: whether something beyond the graphs reads their outputs.
         frozen: whether it merges nothing, and only knows what is merged.
     """
@@ -108,10 +108,10 @@ class Merger:
         self.kinds = kinds
         self.levels: list[Level] = []
         self.refused: dict[frozenset[str], Candidate] = {}
-        self.rewritten: Callable[[fx.GraphModule], None] = _leave
+        self.rewritten: Callable[[fx.GraphModule], None] | None = None
         self._model = model
         self._ordered: set[str] = set()
-        self._names = {module: name for name, module in model.named_modules()}
+        self._look_up()
         self._shared = overlaps(dict(model.named_modules()))
         self._sightings = sightings
         apart = {name for c in found if c.refusal is not None for name in c.layers}
@@ -129,6 +129,11 @@ class Merger:
             return False
         codes = (function.__code__ for function in functions_of(self._model))
         return not any(REGISTERED.intersection(words(code)) for code in codes)
+
+    def _look_up(self) -> None:
+        """Notes the names of the model's modules, and their places among these."""
+        self._names = {module: name for name, module in self._model.named_modules()}
+        self._positions = {module: position for position, module in enumerate(self._names)}
 
     def merge_products(self, found: Sequence[RawProduct], sites: Sequence[Site]) -> None:
         """Merges products with Parameters that read one tensor, and notes which stay as they are.
@@ -155,7 +160,7 @@ class Merger:
             for name in candidate.layers:
                 product = by_name[name]
                 lend(self._model.get_submodule(product.owner), product.layer, product.parameters)
-            self._names = {module: name for name, module in self._model.named_modules()}
+            self._look_up()
             merged = [layers[name] for name in candidate.layers]
             self._merge(candidate.kind, merged, frozenset(), together=True)
             self.levels.append(Level(candidate.kind, candidate.layers, candidate.widths))
@@ -219,6 +224,12 @@ class Merger:
                 if other := self._shared.get(f"{self._names.get(module)}.{key}".lstrip(".")):
                     found[f"{name}.{key}"] = other
         return found
+
+    def standing(self, module: nn.Module) -> Hashable:
+        """What decides, beside the module itself, whether it may be merged."""
+        name = self._names.get(module)
+        shared = tuple(key for key in TENSORS if f"{name}.{key}".lstrip(".") in self._shared)
+        return name is None, name in self._apart, shared
 
     def merge_all(self, found: Iterable[Candidate]) -> bool:
         """Merges the candidates that may be merged and are not yet; whether there were any."""
@@ -307,17 +318,12 @@ class Merger:
         *,
         together: bool,
     ) -> Wide:
-        order = {module: position for position, module in enumerate(self._names)}
-        leader = min(range(len(layers)), key=lambda i: order[layers[i]])
+        leader = min(range(len(layers)), key=lambda i: self._positions[layers[i]])
         for layer in layers:
             if isinstance(layer, View):
                 release(layer)
         enclosing = self._model.get_submodule(common_path([self._names[layer] for layer in layers]))
         return fuse(kind, layers, enclosing, contiguous, leader, together=together)
-
-
-def _leave(graph_module: fx.GraphModule) -> None:
-    """Nothing more is done to a graph."""
 
 
 def layer_key(

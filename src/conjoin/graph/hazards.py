@@ -158,7 +158,8 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node
 def _works_in_place(module: nn.Module) -> bool:
     if isinstance(module, View):
         return False
-    return any(getattr(inner, "inplace", False) for inner in module.modules())
+    inside = module.modules() if module._modules else (module,)
+    return any(getattr(inner, "inplace", False) for inner in inside)
 
 
 def is_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -183,11 +184,27 @@ def is_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 
 class Epochs(dict[fx.Node, int]):
-    """The epochs of nodes; one that a pass has put in is in that of the node before it."""
+    """The epochs of nodes, found when the first is asked for.
+
+    One that a pass has put in since is in that of the node before it.
+    """
+
+    def __init__(self, find: Callable[[], dict[fx.Node, int]]) -> None:
+        """Keeps what finds them."""
+        super().__init__()
+        self._find = find
+
+    def settled(self) -> Epochs:
+        """Itself, with the epochs as they are now, before the graph is changed."""
+        if not self:
+            self.update(self._find())
+        return self
 
     def __missing__(self, node: fx.Node) -> int:
-        found = self[node] = self[node.prev]
-        return found
+        self.settled()
+        if node not in self:
+            self[node] = self[node.prev]
+        return self[node]
 
 
 def epochs(
@@ -205,7 +222,13 @@ def epochs(
         modules: the modules that it calls, by target.
         harmless: whether a node that changes its first input and nothing else does not count.
     """
-    found = Epochs()
+    return Epochs(lambda: _epochs(graph, modules, harmless))
+
+
+def _epochs(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], harmless: Callable[[fx.Node], bool]
+) -> dict[fx.Node, int]:
+    found: dict[fx.Node, int] = {}
     fresh: set[fx.Node] = set()
     epoch = 0
     for node in graph.nodes:
@@ -304,7 +327,8 @@ def is_opaque(module: nn.Module) -> bool:
     """Whether a module may do anything to its input: it is not known, or has hooks."""
     if isinstance(module, View):  # Its wide layer is conjoin's own.
         return not _is_known(module)
-    return any(not _is_known(inner) for inner in module.modules())
+    inside = module.modules() if module._modules else (module,)
+    return any(not _is_known(inner) for inner in inside)
 
 
 def _is_known(module: nn.Module) -> bool:

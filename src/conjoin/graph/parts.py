@@ -106,7 +106,7 @@ class Separation:
         self._modules = modules
         self._names = names
         self._uses = {node: len(node.users) for node in graph.nodes}
-        self._epochs = hazards.epochs(graph, modules)
+        self._epochs = hazards.epochs(graph, modules).settled()
         self._values: dict[fx.Node, Value] = {}
         self._contiguous: set[fx.Node] = set()
 

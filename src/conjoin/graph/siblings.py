@@ -8,7 +8,7 @@ Siblings may be merged where the kind says that they are legal and all that must
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
+from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 import torch
@@ -87,6 +87,9 @@ def among(
         sightings: what was seen of them.
         kinds: the kinds of layer to look for.
     """
+    sites: dict[str, list[Site]] = {}
+    for site in sightings.sites:
+        sites.setdefault(site.layer, []).append(site)
     for calls in _connected(modules, sightings.sites, kinds):
         kind = kind_of(modules[next(iter(calls))], kinds)
         assert kind is not None  # _connected looked it up
@@ -94,7 +97,7 @@ def among(
         for names, refusal in _resolve(kind, layers, calls, shared, sightings):
             widths = tuple(_width(kind, modules[name]) for name in names)
             strided = frozenset(i for i, name in enumerate(names) if name in sightings.strided)
-            activations = _activations(names, sightings.sites)
+            activations = _activations([site for name in names for site in sites[name]])
             yield Candidate(kind, names, widths, refusal, strided, activations)
 
 
@@ -114,12 +117,11 @@ def in_order(
     return tuple(sorted(found, key=key))
 
 
-def _activations(layers: Collection[str], sites: Iterable[Site]) -> tuple[str, ...]:
-    """The activations behind which layers are hidden; none where they read the same object."""
+def _activations(sites: Iterable[Site]) -> tuple[str, ...]:
+    """The activations behind which siblings are hidden; none where they read the same object."""
     read: dict[Hashable, list[Site]] = {}
     for site in sites:
-        if site.layer in layers:
-            read.setdefault(site.input, []).append(site)
+        read.setdefault(site.input, []).append(site)
     return tuple(
         dict.fromkeys(
             name
@@ -346,7 +348,8 @@ def overlaps(modules: dict[str, nn.Module]) -> dict[str, str]:
     spans.sort(key=lambda span: (str(span[0]), span[1], span[2]))
     shared: dict[str, str] = {}
     for i, (space, _, stop, name) in enumerate(spans):
-        for other_space, start, _, other in spans[i + 1 :]:
+        for following in range(i + 1, len(spans)):
+            other_space, start, _, other = spans[following]
             if other_space != space or start >= stop:
                 break
             shared.setdefault(name, other)

@@ -623,6 +623,7 @@ def fuse(
         layer.__dict__["conjoin_leads"] = index == leader
         wide.lend_running(layer, index)
     vars(enclosing)[ENCLOSES] = vars(enclosing).get(ENCLOSES, set()) | {wide.identity}
+    wide._enclosing = weakref.ref(enclosing)
     return wide
 
 

@@ -22,7 +22,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 from torch._ops import OpOverload, OpOverloadPacket
-from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensorMode
+from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMode
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
@@ -137,18 +137,7 @@ class Copy:
             except Exception as error:  # Whatever the model holds may raise anything.
                 raise UncopyableError(_line(error)) from error
         # What most models consist of is made anew, which is much faster than converting it.
-        memo: dict[int, Any] = {}
-        plain = list(_plain_tensors(model))
-        with self._mode:
-            for tensor in plain:
-                empty = torch.empty_strided(
-                    tensor.shape, tensor.stride(), dtype=tensor.dtype, device=tensor.device
-                )
-                memo[id(tensor)] = (
-                    nn.Parameter(empty, requires_grad=tensor.requires_grad)
-                    if isinstance(tensor, nn.Parameter)
-                    else empty
-                )
+        memo: dict[int, Any] = {id(t): _fake(t, self._mode) for t in _plain_tensors(model)}
         with FakeCopyMode(self._mode):
             return copy.deepcopy(model, memo)
 
@@ -198,6 +187,16 @@ class _NoMemory(TorchFunctionMode):
         if func is Tensor.__dlpack__:
             raise NotImplementedError("a fake tensor has no memory to hand out")
         return func(*args, **(kwargs or {}))
+
+
+def _fake(tensor: Tensor, mode: FakeTensorMode) -> Tensor:
+    """A fake tensor, or Parameter, in the place of a plain one."""
+    empty = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
+    fake = FakeTensor(mode, empty, tensor.device)
+    if isinstance(tensor, nn.Parameter):
+        fake.requires_grad_(tensor.requires_grad)
+        fake._is_param = True  # As `Parameter.__new__` does for a tensor of another class.
+    return fake
 
 
 def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:

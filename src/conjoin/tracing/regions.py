@@ -10,10 +10,11 @@ optional arguments, a hook on a module that the new forward does not call, a sib
 from __future__ import annotations
 
 import contextlib
+import dataclasses
 import functools
 import itertools
 import operator
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from types import FunctionType
 from typing import Any, cast
@@ -31,6 +32,7 @@ from conjoin.merging import MERGER, Merger
 from conjoin.nn import Split, Unite
 from conjoin.passes import rewrite
 from conjoin.tracing import sound
+from conjoin.tracing.likeness import likeness
 from conjoin.tracing.proxies import UnsoundError
 from conjoin.tracing.sandbox import FUNCTION_PARTS, MISSING, frozen, plain_class, snapshots
 from conjoin.tracing.sound import Traced
@@ -266,10 +268,7 @@ def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -
         tuple(vars(module)[kind] for module in dict.fromkeys(modules) for kind in CALL_HOOKS),
         (
             *((vars(at[path]), "training", flag) for path, flag in traced.modes),
-            *(
-                (vars(at[path])[h] if h != "__dict__" else vars(at[path]), name, value)
-                for path, h, name, value in traced.attributes
-            ),
+            *((_holder(at[path], h), name, value) for path, h, name, value in traced.attributes),
             *((vars(at[path]), name, vars(at[path])[name]) for path, name, _ in traced.contents),
             *reached,
             *traced.globals,
@@ -324,7 +323,7 @@ class Region(nn.Module):
         if not isinstance(held, list):
             self.__class__ = self.conjoin_base  # type: ignore[assignment]
             with putting_back(self):
-                _install(self, held or {None: ()}, {MERGER: Merger(self, frozen=True)})
+                _install(self, held or {None: ()}, {MERGER: Merger(self, frozen=True)}, {})
             return
         try:
             vars(self)[PLAN] = _bind(self, held)
@@ -391,15 +390,16 @@ def install(
     within = {inner for region in _regions(model) for inner in region.modules()}
     found = [module for module in dict.fromkeys(_enclosing(model)) if module in names]
     unsound: set[nn.Module] = set()
+    known: _Known = {}
     # The inner ones first: their class is then what it will be when an outer one is traced.
     with putting_back(model):
         for module in sorted(found, key=lambda m: -len(names[m].split("."))):
             if module in within:
                 continue
-            if not _install(module, _structures(calls, names[module]), meta):
+            if not _install(module, _structures(calls, names[module]), meta, known):
                 unsound.add(module)
         if not merger.frozen:
-            _install_beyond(model, calls, meta, unsound)
+            _install_beyond(model, calls, meta, unsound, known)
 
 
 def _regions(module: nn.Module) -> list[Region]:
@@ -427,6 +427,7 @@ def _install_beyond(
     calls: Mapping[str, Mapping[Structure, Alike]] | None,
     meta: dict[str, Any],
     unsound: set[nn.Module],
+    known: _Known,
 ) -> None:
     """Rewrites forwards around wide layers that no region runs once yet, the largest first.
 
@@ -443,16 +444,16 @@ def _install_beyond(
         found = itertools.chain(layers, raw_parameters(module))
         if isinstance(module, (View, Region)) or len([*itertools.islice(found, 2)]) < 2:
             continue
-        sound_traces: list[fx.GraphModule] = []
+        is_sound = False
         has_forward = not isinstance(module, WITHOUT_FORWARD)
         runs = has_forward and (not calls or bool(calls.get(name)))
         if runs and module not in unsound and _may_be_region(module):
-            known = covered(module)  # A region knows nothing of what is merged from here on.
-            traced = _trace(module, _structures(calls, name), meta, sound_traces)
+            before = covered(module)  # A region knows nothing of what is merged from here on.
+            traced, is_sound = _trace(module, _structures(calls, name), meta, known)
             batched = any(each.most is not None for each in traced)
-            if batched or _whole(module) - known:
+            if batched or _whole(module) - before:
                 _become(module, traced)
-        if not sound_traces:
+        if not is_sound:
             prefix = f"{name}." if name else ""
             pending += [(prefix + child, inner) for child, inner in module.named_children()]
 
@@ -477,12 +478,15 @@ def suspended(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
 
 
-def _install(module: nn.Module, structures: _Structures, meta: dict[str, Any]) -> bool:
+def _install(
+    module: nn.Module, structures: _Structures, meta: dict[str, Any], known: _Known
+) -> bool:
     """Rewrites a forward where that is sound; whether a trace of it was."""
-    seen: list[fx.GraphModule] = []
-    if _may_be_region(module):
-        _become(module, _trace(module, structures, meta, seen))
-    return bool(seen)
+    if not _may_be_region(module):
+        return False
+    traced, is_sound = _trace(module, structures, meta, known)
+    _become(module, traced)
+    return is_sound
 
 
 def _may_be_region(module: nn.Module) -> bool:
@@ -502,12 +506,16 @@ def _become(module: nn.Module, traced: list[Traced]) -> None:
     module.__class__ = cls
 
 
+_Traces = tuple[list[Traced], bool]
+"""What was traced of a module, and whether any trace of it was sound."""
+
+_Known = dict[Hashable, _Traces]
+"""The same by what decides it, for modules like one that was traced."""
+
+
 def _trace(
-    module: nn.Module,
-    structures: _Structures,
-    meta: dict[str, Any],
-    seen: list[fx.GraphModule],
-) -> list[Traced]:
+    module: nn.Module, structures: _Structures, meta: dict[str, Any], known: _Known
+) -> _Traces:
     """What is traced of a module, for calls of all structures and in both modes.
 
     A pass may merge more layers while it rewrites one trace, so all is traced again until the
@@ -517,18 +525,42 @@ def _trace(
         module: the module.
         structures: the structures of its calls, and which tensors were alike.
         meta: what the passes find.
-        seen: takes the graphs of sound traces, whether there was something to rewrite or not.
+        known: what was traced of other modules; takes what is traced of this one.
     """
+    merger: Merger = meta[MERGER]
     for _ in range(MOST_ROUNDS):
-        before = _state(module)
+        before, refused = _state(module), len(merger.refused)
+        like = likeness(module, merger.standing, (PLAN,)), tuple(structures.items())
+        if merger.rewritten is None and like in known:
+            traced, is_sound = known[like]
+            return [_renewed(each, module) for each in traced], is_sound
+        seen: list[fx.GraphModule] = []
         traced = [
             each
             for of, alike in structures.items()
             for each in _in_both_modes(module, of, alike, meta, seen)
         ]
         if _state(module) == before:
-            return traced
-    return []
+            if len(merger.refused) == refused:
+                known[like] = traced, bool(seen)
+            return traced, bool(seen)
+    return [], False
+
+
+def _renewed(traced: Traced, module: nn.Module) -> Traced:
+    """What was traced of a module that is like this one, with the constants of this one."""
+    at = dict(module.named_modules())
+    attributes = tuple(
+        (path, holder, name, _holder(at[path], holder).get(name, MISSING))
+        for path, holder, name, _ in traced.attributes
+    )
+    return dataclasses.replace(traced, attributes=attributes)
+
+
+def _holder(module: nn.Module, name: str) -> Mapping[str, Any]:
+    """The dictionary in which a module holds attributes, children or tensors."""
+    found: Mapping[str, Any] = vars(module) if name == "__dict__" else vars(module)[name]
+    return found
 
 
 def _state(module: nn.Module) -> list[tuple[type, str]]:
@@ -561,15 +593,13 @@ def _in_both_modes(
         for mode in (True, False):
             for own, _ in flags:
                 own["training"] = mode
-            inputs, before = Inputs(alike), len(seen)
+            inputs = Inputs(alike)
             traced = sound.trace(module, noted, structure, {**meta, INPUTS: inputs}, asked)
             found = [traced]
             if inputs.most is not None:
                 found.append(sound.trace(module, noted, structure, meta))
             yield from (each for each in found if each is not None)
-            if traced is not None and not traced.modes:
-                return
-            if len(seen) == before and not asked:  # It breaks off at the same place.
+            if not (asked if traced is None else traced.modes):
                 return
     finally:
         for own, flag in flags:

@@ -18,6 +18,7 @@ from __future__ import annotations
 import functools
 import inspect
 import itertools
+import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import FunctionType
@@ -53,6 +54,10 @@ SUNK = elementwise.ACTIVATIONS | elementwise.DROPOUTS | channelwise.MODULES
 
 OF_CONJOIN = (Parallel, Split, Unite)
 """Modules of conjoin's that a trace looks into."""
+
+
+CALLED = re.compile(r'(?<= = )(?:getattr\()*self(?:\.\w+|, "[^"]*"\))+(?=\()')
+"""How torch.fx writes what it calls of the region, `getattr(self.layers, "0")` for one."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -239,10 +244,13 @@ def trace(
     graph_module = fx.GraphModule(region, graph)
     graph_module.meta.update(meta or {})
     inputs: Inputs | None = graph_module.meta.setdefault(INPUTS, None)
-    if not rewrite(graph_module):
-        return None
+    rewritten = rewrite(graph_module)
     for path in called:
         _watch_leaf(sandbox, path, modules[path])
+    if not rewritten:
+        if asked is not None:
+            asked.update(sandbox.modes)
+        return None
     return Traced(
         _compile(graph_module.graph),
         structure,
@@ -367,9 +375,9 @@ def _reads_mode(cls: Any) -> bool:
 def _compile(graph: fx.Graph) -> Callable[..., Any]:
     """The graph as a function of the region and its arguments."""
     code = graph.python_code("self")
-    source = code.src
-    for target in {str(node.target) for node in graph.nodes if node.op == "call_module"}:
-        source = source.replace(f" = {_format_target('self', target)}(", f" = {_child(target)}(")
+    targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
+    children = {_format_target("self", target): _child(target) for target in targets}
+    source = CALLED.sub(lambda found: children.get(found[0], found[0]), code.src)
     namespace: dict[str, Any] = dict(code.globals)
     exec(compile(source, "<conjoin>", "exec"), namespace)
     function: Callable[..., Any] = namespace["forward"]
