@@ -447,6 +447,7 @@ def _install_beyond(
         is_sound = False
         has_forward = not isinstance(module, WITHOUT_FORWARD)
         runs = has_forward and (not calls or bool(calls.get(name)))
+        runs &= not _is_chain(name, module, calls)
         if runs and module not in unsound and _may_be_region(module):
             before = covered(module)  # A region knows nothing of what is merged from here on.
             traced, is_sound = _trace(module, _structures(calls, name), meta, known)
@@ -456,6 +457,24 @@ def _install_beyond(
         if not is_sound:
             prefix = f"{name}." if name else ""
             pending += [(prefix + child, inner) for child, inner in module.named_children()]
+
+
+def _is_chain(
+    name: str, module: nn.Module, calls: Mapping[str, Mapping[Structure, Alike]] | None
+) -> bool:
+    """Whether a module does no more than hand one tensor from each of its children to the next.
+
+    Then no two of them have branches in common, and each is looked at by itself.
+    """
+    if not calls or plain_class(module).forward is not nn.Sequential.forward:
+        return False
+    holders = (f"{name}.{key}".lstrip(".") for key, child in module._modules.items() if _has(child))
+    return all({*calls.get(holder, ())} == {1} for holder in holders)
+
+
+def _has(module: nn.Module | None) -> bool:
+    """Whether there is a module that has children."""
+    return module is not None and bool(module._modules) and not isinstance(module, View)
 
 
 def uninstall(model: nn.Module) -> None:
