@@ -21,6 +21,7 @@ from conjoin.layers.owner import raw_parameters, reclaim
 from conjoin.layers.product import PRODUCTS, SUFFIX
 from conjoin.layers.wide import ENCLOSES, Wide, release, views, wides
 from conjoin.merging import MERGER, Level, Merger
+from conjoin.reachable import remembering
 from conjoin.report import Group, Report
 from conjoin.tracing import regions
 from conjoin.tracing.observe import Call, Copy, UncopyableError, observe
@@ -75,7 +76,7 @@ def optimize(
         >>> [tuple(p.shape) for p in fused.parameters()]
         [(4, 8), (4,)]
     """
-    with _no_collection():
+    with _no_collection(), remembering():
         kinds = checked(kinds)
         calls = example_calls(example_inputs, example_kwargs)
         found, sightings = _find(model, calls, kinds)
@@ -142,11 +143,12 @@ def report(
     """
     calls = example_calls(example_inputs, example_kwargs)
     kinds = checked(kinds)
-    found, sightings = _find(model, calls, kinds)
-    if calls:
-        counts = _count(model, calls[0], found, sightings, kinds)
-    else:
-        counts = _uncounted(model, found, sightings, kinds)
+    with remembering():
+        found, sightings = _find(model, calls, kinds)
+        if calls:
+            counts = _count(model, calls[0], found, sightings, kinds)
+        else:
+            counts = _uncounted(model, found, sightings, kinds)
     groups = tuple(
         _group(candidate, counts) for candidate in in_order(counts.groups(found), model, sightings)
     )

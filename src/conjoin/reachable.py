@@ -6,12 +6,15 @@ the model.
 
 from __future__ import annotations
 
+import contextlib
+import dataclasses
 import functools
 import sys
 from collections import Counter, OrderedDict, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
+from contextvars import ContextVar
 from types import CellType, CodeType, FunctionType, MethodType, ModuleType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -32,6 +35,46 @@ HOOKS = frozenset(name for name in OF_MODULES if name.endswith(("_hooks", "_hook
 """Those among them that hold functions."""
 
 
+Reached = dict[int, object]
+"""Objects by their ids, which are kept alive so."""
+
+Made = TypeVar("Made")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Memory:
+    """What was found of code.
+
+    Attributes:
+        closures: all that classes can reach, by the classes, and each by its id.
+        made: what was made of what they can reach, by what made it and the id of that.
+        words: the code that was read, by its id, with its names and constants.
+    """
+
+    closures: dict[frozenset[type], Reached] = dataclasses.field(default_factory=dict)
+    made: dict[tuple[object, int], Any] = dataclasses.field(default_factory=dict)
+    words: dict[int, tuple[CodeType, tuple[object, ...]]] = dataclasses.field(default_factory=dict)
+
+
+_memory: ContextVar[_Memory | None] = ContextVar("conjoin_memory", default=None)
+
+
+@contextlib.contextmanager
+def remembering() -> Iterator[None]:
+    """Goes through code once, however often it is asked what it can reach.
+
+    That is right as long as each look at a model puts back what it changed.
+    """
+    if _memory.get() is not None:
+        yield
+        return
+    token = _memory.set(_Memory())
+    try:
+        yield
+    finally:
+        _memory.reset(token)
+
+
 def functions_of(model: nn.Module) -> Iterator[FunctionType]:
     """The functions, PyTorch's own aside, that the model's code consists of and refers to."""
     for value in reachable_from(model):
@@ -39,32 +82,79 @@ def functions_of(model: nn.Module) -> Iterator[FunctionType]:
             yield value
 
 
-def words(code: CodeType) -> Iterator[object]:
+def words(code: CodeType) -> tuple[object, ...]:
     """The names and constants in code and in the functions in it."""
+    memory = _memory.get()
+    if memory is None:
+        return tuple(_words(code))
+    if id(code) not in memory.words:
+        memory.words[id(code)] = code, tuple(_words(code))
+    return memory.words[id(code)][1]
+
+
+def _words(code: CodeType) -> Iterator[object]:
     yield from (*code.co_names, *code.co_consts)
     for constant in code.co_consts:
         if isinstance(constant, CodeType):
-            yield from words(constant)
+            yield from _words(constant)
 
 
 def reachable_from(model: nn.Module) -> Iterator[object]:
     """What the model's modules hold, and what their code can reach, each object once."""
+    known = reached_by_code(model)
+    yield from known.values()
+    yield from reached_beyond(model, known)
+
+
+def reached_by_code(model: nn.Module) -> Reached:
+    """All that the code of the model's modules can reach, as their classes define it."""
+    classes = frozenset(getattr(type(m), "conjoin_base", type(m)) for m in model.modules())
+    memory = _memory.get() or _Memory()
+    if classes not in memory.closures:
+        found = memory.closures[classes] = {}
+        for _ in _walk([*classes], _inside, found):
+            pass
+    return memory.closures[classes]
+
+
+def reached_beyond(model: nn.Module, known: Reached) -> Iterator[object]:
+    """What the model's modules themselves can reach beside what is known already."""
     pending: list[object] = [*{type(module) for module in model.modules()}]
     for module in model.modules():
         for name, value in vars(module).items():
             if type(value) not in SIMPLE and (name not in OF_MODULES or (value and name in HOOKS)):
                 pending.append(value)
-    return _walk(pending, _inside)
+    yield from _walk(pending, _inside, known.copy())
+
+
+def made_once(make: Callable[[Reached], Made], reached: Reached) -> Made:
+    """What a function makes of objects, made once for as long as that is remembered."""
+    memory = _memory.get() or _Memory()
+    key = make, id(reached)
+    if key not in memory.made:
+        memory.made[key] = make(reached)
+    made: Made = memory.made[key]
+    return made
 
 
 def held_by(value: object) -> Iterator[object]:
     """All that an object holds, itself included: what is in it and in its attributes, not code."""
-    return _walk([value], _data)
+    return _walk([value], _data, {})
 
 
-def _walk(pending: list[object], inside: Callable[[object], Iterable[object]]) -> Iterator[object]:
-    """Each object once; modules are left out, since they are looked at by themselves."""
-    seen: dict[int, object] = {}  # Alive, so that no id is used twice.
+def _walk(
+    pending: list[object],
+    inside: Callable[[object], Iterable[object]],
+    seen: Reached,
+) -> Iterator[object]:
+    """Each object once; modules are left out, since they are looked at by themselves.
+
+    Args:
+        pending: where to begin.
+        inside: what an object holds.
+        seen: the objects that are known, by id; takes those that are found, and keeps them alive,
+            so that no id is used twice.
+    """
     while pending:
         value = pending.pop()
         if id(value) not in seen and not isinstance(value, nn.Module):

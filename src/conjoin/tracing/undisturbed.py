@@ -10,12 +10,13 @@ from __future__ import annotations
 
 import contextlib
 import functools
+import itertools
 import operator
 import random
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -23,11 +24,14 @@ from torch import nn
 
 from conjoin.reachable import (
     CONTAINERS,
+    Reached,
     attributes,
     contents,
     is_full,
     is_trusted,
-    reachable_from,
+    made_once,
+    reached_beyond,
+    reached_by_code,
     words,
 )
 
@@ -56,7 +60,7 @@ def undisturbed(model: nn.Module | None = None, *, reached: bool = True) -> Iter
 @contextlib.contextmanager
 def putting_back(model: nn.Module) -> Iterator[None]:
     """Leaves what the model's code can reach and change as it was, but for the modules."""
-    undos = [undo for value in reachable_from(model) for undo in _snapshot(value)]
+    undos = list(_reached(model))
     try:
         yield
     finally:
@@ -140,41 +144,84 @@ def _snapshots(model: nn.Module, *, reached: bool) -> Iterator[Undo]:
         own = vars(module)
         held = [(value, value.copy()) for value in own.values() if type(value) in CONTAINERS]
         yield functools.partial(_put_back_module, own, dict(own), held)
-    for value in reachable_from(model) if reached else ():
-        yield from _snapshot(value)
+    if reached:
+        yield from _reached(model)
 
 
-def _snapshot(value: Any) -> Iterator[Undo]:
+def _reached(model: nn.Module) -> Iterator[Undo]:
+    """How to put back what the model's code can reach and change, but for the modules."""
+    known = reached_by_code(model)
+    for save in made_once(_savers, known):
+        yield save()
+    for save in _savers({id(value): value for value in reached_beyond(model, known)}):
+        yield save()
+
+
+def _savers(reached: Reached) -> list[Callable[[], Undo]]:
+    """What notes how objects are now, and says how to put that back, for each that can change."""
+    namespaces: dict[int, tuple[dict[str, Any], set[str]]] = {}
+    savers: list[Callable[[], Undo]] = []
+    for value in reached.values():
+        if type(value) is not FunctionType:
+            save = _saver_of(value)
+            savers += [] if save is None else [functools.partial(save, value)]
+        elif not is_trusted(value):
+            names = namespaces.setdefault(id(value.__globals__), (value.__globals__, set()))[1]
+            words_in = words(value.__code__)
+            names.update(word for word in words_in if isinstance(word, str) and word.isidentifier())
+            savers += [functools.partial(_save_cell, cell) for cell in value.__closure__ or ()]
+    savers += [functools.partial(_save_names, held, tuple(n)) for held, n in namespaces.values()]
+    return savers
+
+
+def _saver_of(value: Any) -> Callable[[Any], Undo] | None:
+    """What notes how an object is; None where it cannot change, or is not the model's affair."""
     if type(value) in CONTAINERS:
-        yield functools.partial(_put_back, value, value.copy())
-    elif isinstance(value, torch.Generator):
-        yield functools.partial(value.set_state, value.get_state())
-    elif isinstance(value, random.Random):
-        yield functools.partial(value.setstate, value.getstate())
-    elif type(value).__name__ == "Generator" and type(value).__module__.startswith("numpy."):
-        yield functools.partial(setattr, value.bit_generator, "state", value.bit_generator.state)
-    elif isinstance(value, functools._lru_cache_wrapper):
-        yield functools.partial(_put_back_cache, value, value.cache_info())
-    elif isinstance(value, type):
-        if not is_trusted(value):
-            yield functools.partial(_put_back_class, value, dict(vars(value)))
-    elif type(value) is FunctionType:
-        if not is_trusted(value):
-            yield from _bindings(value)
-    elif not is_trusted(type(value)) and (own := attributes(value)) is not None:
-        yield functools.partial(_put_back, own, dict(own))
+        return _save_container
+    if isinstance(value, torch.Generator):
+        return lambda generator: functools.partial(generator.set_state, generator.get_state())
+    if isinstance(value, random.Random):
+        return lambda generator: functools.partial(generator.setstate, generator.getstate())
+    if type(value).__name__ == "Generator" and type(value).__module__.startswith("numpy."):
+        return lambda generator: functools.partial(
+            setattr, generator.bit_generator, "state", generator.bit_generator.state
+        )
+    if isinstance(value, functools._lru_cache_wrapper):
+        return lambda cache: functools.partial(_put_back_cache, cache, cache.cache_info())
+    if isinstance(value, type):
+        return None if is_trusted(value) else _save_class
+    if is_trusted(type(value)) or attributes(value) is None:
+        return None
+    return _save_attributes
 
 
-def _bindings(function: FunctionType) -> Iterator[Undo]:
-    """How to put back the globals and the variables of enclosing functions that one names."""
-    namespace, missing = function.__globals__, object()
-    for name in words(function.__code__):
-        if isinstance(name, str) and name.isidentifier():
-            held = namespace.get(name, missing)
-            yield functools.partial(_put_back_name, namespace, name, held, missing)
-    for cell in function.__closure__ or ():
-        if is_full(cell):
-            yield functools.partial(setattr, cell, "cell_contents", cell.cell_contents)
+def _save_container(value: Any) -> Undo:
+    return functools.partial(_put_back, value, value.copy())
+
+
+def _save_class(cls: type) -> Undo:
+    return functools.partial(_put_back_class, cls, dict(vars(cls)))
+
+
+def _save_attributes(value: Any) -> Undo:
+    own = attributes(value) or {}
+    return functools.partial(_put_back, own, own.copy())
+
+
+def _save_cell(cell: CellType) -> Undo:
+    """How to put back the variable of an enclosing function."""
+    if not is_full(cell):
+        return functools.partial(bool)
+    return functools.partial(setattr, cell, "cell_contents", cell.cell_contents)
+
+
+def _save_names(namespace: dict[str, Any], names: tuple[str, ...]) -> Undo:
+    """How to put back the globals that functions name."""
+    held = [*map(namespace.get, names, itertools.repeat(_MISSING))]
+    return functools.partial(_put_back_names, namespace, names, held)
+
+
+_MISSING = object()
 
 
 def _put_back(value: Any, before: Any) -> None:
@@ -198,13 +245,14 @@ def _put_back_module(
         _put_back(value, copied)
 
 
-def _put_back_name(namespace: dict[str, Any], name: str, held: object, missing: object) -> None:
-    if namespace.get(name, missing) is held:
-        return
-    if held is missing:
-        del namespace[name]
-    else:
-        namespace[name] = held
+def _put_back_names(namespace: dict[str, Any], names: Iterable[str], held: Iterable[Any]) -> None:
+    for name, value in zip(names, held, strict=True):
+        if namespace.get(name, _MISSING) is value:
+            continue
+        if value is _MISSING:
+            del namespace[name]
+        else:
+            namespace[name] = value
 
 
 def _put_back_class(cls: type, before: dict[str, Any]) -> None:
