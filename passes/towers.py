@@ -62,9 +62,6 @@ def _climb(
             return None
         if not found[0].stacked and hazards.reads_strides(node, modules, escapes=merger.escapes):
             return None
-        # Where the weight has the channels of one group only, it does not tell their number.
-        if found[0].weight_dim != 0 and getattr(modules[str(node.target)], "groups", 1) != 1:
-            return None
         return found, size
 
     for positions in bundles.runs(bundle, key):

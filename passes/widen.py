@@ -30,9 +30,9 @@ FORESIGHT = 8
 class Widen(PassBase):
     """Merges layers that read one tensor, and runs each wide layer once.
 
-    A wide layer is left to its views where some of them are not called on the same tensor, or
-    where something stands between them that might change it: what the views compute is the same,
-    in more launches.
+    A wide layer is left to its views where some of them are not called on the same tensor, where
+    something stands between them that might change it, or where it depends on the input if one run
+    pays: what the views compute is the same, in more launches.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -111,7 +111,7 @@ def _whole(
     calls: dict[tuple[Wide, fx.Node, int], dict[int, fx.Node]] = {}
     for node, epoch in epochs.items():
         view = modules[str(node.target)] if node.op == "call_module" else None
-        if isinstance(view, View) and not hazards.is_opaque(view) and view.wide_layer.together:
+        if isinstance(view, View) and not hazards.is_opaque(view) and _runs_once(view.wide_layer):
             input = edit.only_input(node)
             if input is not None:
                 key = view.wide_layer, input, epoch
@@ -119,6 +119,10 @@ def _whole(
     for (wide, _, _), group in calls.items():
         if len(group) == len(wide.widths):
             yield [group[index] for index in range(len(group))]
+
+
+def _runs_once(wide: Wide) -> bool:
+    return wide.together and not wide.varies
 
 
 def _in_order(

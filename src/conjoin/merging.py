@@ -290,8 +290,6 @@ class Merger:
             name = self._names.get(layer)
             if name is None or name in self._apart or kind.check(layer) is not None:
                 return False
-            if together and kind.check_together(layer) is not None:
-                return False
             if held_elsewhere(name, layer, self._shared) is not None:
                 return False
         keys = [common(kind, layer, tensors(layer)) for layer in layers]

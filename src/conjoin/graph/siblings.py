@@ -185,7 +185,6 @@ def _resolve(
         name: None
         if isinstance(layer, View)
         else kind.check(layer)
-        or kind.check_together(layer)
         or held_elsewhere(name, layer, shared)
         or _touched(name, layers, sightings)
         for name, layer in layers.items()
@@ -200,7 +199,7 @@ def _resolve(
         groups += _alike(kind, {name: keys[name] for name in together})
     for group in groups:
         if len(group) > 1:
-            yield tuple(group), None
+            yield _paying(kind, group, layers, sightings)
     reference = max(groups, key=len, default=[""])[0]
     for group in groups:
         if len(group) == 1 and group[0] != reference:
@@ -208,6 +207,15 @@ def _resolve(
             verdicts[name] = _apart(name, reference, calls) or _difference(name, reference, keys)
     merged = {name for group in groups if len(group) > 1 for name in group}
     yield from _refusals([name for name in layers if name not in merged], verdicts)
+
+
+def _paying(
+    kind: Kind, group: Sequence[str], layers: Mapping[str, nn.Module], sightings: Sightings
+) -> tuple[tuple[str, ...], Refusal | None]:
+    """A group, and its refusal where it would launch more merged than apart."""
+    copies = sum(name in sightings.strided for name in group)
+    why = kind.check_together([layers[name] for name in group], copies)
+    return tuple(group), None if why is None else Refusal(tuple(group), *why)
 
 
 def _alike(kind: Kind, keys: dict[str, dict[str, object]]) -> Iterator[list[str]]:

@@ -159,9 +159,21 @@ class Kind(ABC):
             or self._settled(layer)
         )
 
-    def check_together(self, layer: nn.Module) -> Verdict | None:
-        """Why this layer cannot be merged with others that read the same tensor."""
+    def check_together(self, layers: Sequence[nn.Module], copies: int) -> Verdict | None:
+        """Why layers that read the same tensor would launch more as one; None where they do not.
+
+        Args:
+            layers: the siblings.
+            copies: how many of their outputs have to be handed out contiguous.
+        """
         return None
+
+    def pays(self, wide: Wide, input: Tensor | None = None) -> bool:
+        """Whether one run takes less time than the siblings' own, for an input or for any input.
+
+        Where that depends on the input, no rewritten forward runs them at once: each call asks.
+        """
+        return True
 
     def _shaped(self, layer: nn.Module) -> Verdict | None:
         held = tensors(layer)
