@@ -209,6 +209,13 @@ def test_grouped_of_other_widths_stay_apart():
     assert group.detail == "layers.1: out_channels=8 where layers.0 has 4"
 
 
+def test_grouped_beside_others():
+    layers = [nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3)]
+    groups = conjoin.report(Family(layers), (torch.randn(2, 4, 5, 5),)).groups
+    assert [group.fused for group in groups] == [True, False]
+    assert groups[1].detail == "layers.1: groups=2 where layers.0 has 1"
+
+
 @pytest.mark.parametrize(("number", "refused"), [(2, True), (3, True), (4, False)])
 def test_grouped_whose_outputs_must_be_contiguous(number, refused):
     """Each of them would be copied."""

@@ -301,7 +301,7 @@ def _run(input: Hashable) -> Hashable:
 def _difference(name: str, other: str, keys: dict[str, dict[str, object]]) -> Verdict:
     """What must be equal and is not."""
     mine, theirs = keys[name], keys[other]
-    differing = [key for key in mine if mine[key] != theirs.get(key)]
+    differing = [key for key in mine if key in theirs and mine[key] != theirs[key]]
     differing.sort(key="bias".__eq__)  # Last, since it is the least that keeps them apart.
     reason = DIFFERENCE.get(differing[0], Reason.DIFFERENT_SETTINGS)
     if reason is Reason.CUSTOM_PARAMETER:
