@@ -15,10 +15,10 @@ from conjoin.graph import edit, hazards, products
 from conjoin.graph.products import Call
 from conjoin.graph.siblings import Candidate, among, held_elsewhere, overlaps
 from conjoin.graph.site import Sightings, Site
-from conjoin.layers import KINDS, NORMS, Kind, Norm, activation, kind_of, norm_of
+from conjoin.layers import KINDS, NORMS, PRODUCTS, Kind, Norm, activation, kind_of, norm_of
 from conjoin.layers.kind import TENSORS, common, tensors
 from conjoin.layers.owner import lend, may_lend, reclaim
-from conjoin.layers.product import PRODUCTS, SUFFIX, Product
+from conjoin.layers.product import SUFFIX, Product
 from conjoin.layers.wide import View, Wide, fuse, release, wides
 from conjoin.reachable import functions_of, words
 
@@ -54,12 +54,14 @@ class RawProduct:
         parameters: the Parameters' names there, by those in the layer.
         layer: the product as a layer.
         read: whether one of the Parameters is read in some other way too.
+        strided: whether its output must be contiguous, where it is not one of a stack.
     """
 
     owner: str
     parameters: dict[str, str]
     layer: Product
     read: bool
+    strided: bool
 
     @property
     def name(self) -> str:
@@ -138,7 +140,8 @@ class Merger:
             sites: their calls in one graph.
         """
         assert self._sightings is not None  # `lends` was asked
-        layers = {product.name: product.layer for product in found}
+        # Where a weight is in two kinds of product, the first stands for what cannot be merged.
+        layers = {product.name: product.layer for product in reversed(found)}
         shared = {
             f"{product.name}.{tensor}": other
             for product in found
@@ -146,7 +149,8 @@ class Merger:
             if (other := self._shared.get(product.owned(name)))
         }
         read = frozenset(product.name for product in found if product.read)
-        seen = dataclasses.replace(self._sightings, sites=tuple(sites), read=read, strided={})
+        strided = {product.name: "" for product in found if product.strided}
+        seen = dataclasses.replace(self._sightings, sites=tuple(sites), read=read, strided=strided)
         by_name = {product.name: product for product in found}
         for candidate in among(layers, shared, seen, PRODUCTS):
             if candidate.refusal is not None:
@@ -157,7 +161,7 @@ class Merger:
                 lend(self._model.get_submodule(product.owner), product.layer, product.parameters)
             self._names = {module: name for name, module in self._model.named_modules()}
             merged = [layers[name] for name in candidate.layers]
-            self._merge(candidate.kind, merged, frozenset(), together=True)
+            self._merge(candidate.kind, merged, candidate.contiguous, together=True)
             self.levels.append(Level(candidate.kind, candidate.layers, candidate.widths))
 
     def raw_products(self, graph_module: fx.GraphModule) -> dict[Call, RawProduct]:
@@ -171,11 +175,13 @@ class Merger:
             for prefix, module in self._model.named_modules()
             for name, parameter in module._parameters.items()
         }
-        stacked = {
-            call.input
+        strided = {
+            call
             for call in calls
             if hazards.reads_strides(call.node, modules, escapes=self.escapes)
         }
+        stacked = {call.input for call in strided if not call.convolves}
+        copied = {call.reads for call in strided if call.convolves}
         found: dict[Call, RawProduct] = {}
         made: dict[object, RawProduct] = {}
         for call in calls:
@@ -186,13 +192,14 @@ class Merger:
             names = {tensor: name for tensor, (_, name) in places.items()}
             owner = places.get("weight", ("", ""))[0]
             whole = places.keys() == targets.keys() and all(p == owner for p, _ in places.values())
-            if not whole or is_lazy(held["weight"]) or held["weight"].dim() != 2:
+            if not whole or is_lazy(held["weight"]) or held["weight"].dim() != call.dims:
                 continue
             module = self._model.get_submodule(owner)
             if self.kind_of(module) is not None or not may_lend(module, tuple(names.values())):
                 continue
             layer = call.layer(held["weight"], held.get("bias"), stacked=call.input in stacked)
-            product = RawProduct(owner, names, layer, not read.isdisjoint(targets.values()))
+            elsewhere = not read.isdisjoint(targets.values())
+            product = RawProduct(owner, names, layer, elsewhere, call.reads in copied)
             found[call] = made.setdefault(call.reads, product)
         return found
 

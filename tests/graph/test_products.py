@@ -49,6 +49,17 @@ def einsum(equation):
         (einsum("abc, cd -> abd"), ("einsum", "abc,cd->abd", "w", None)),
         (einsum("...c,cd->...d"), ("einsum", "...c,cd->...d", "w", None)),
         (einsum("c,cd->d"), ("einsum", "c,cd->d", "w", None)),
+        (einsum("bc, dc -> bd"), ("einsum", "bc,dc->bd", "w", None)),
+        (einsum("...c,dc->...d"), ("einsum", "...c,dc->...d", "w", None)),
+        (lambda m, x: x @ m.w.t(), ("matmul", "", "w", None)),
+        (lambda m, x: x @ m.w.T, ("matmul", "", "w", None)),
+        (lambda m, x: x.mm(m.w.mT), ("mm", "", "w", None)),
+        (lambda m, x: torch.matmul(x, torch.transpose(m.w, 0, 1)), ("matmul", "", "w", None)),
+        (lambda m, x: x @ m.w.permute(1, 0), ("matmul", "", "w", None)),
+        (lambda m, x: torch.addmm(m.b, x, m.w), ("addmm", "", "w", "b")),
+        (lambda m, x: torch.addmm(m.b, x, m.w.t()), ("addmm", "", "w", "b")),
+        (lambda m, x: F.conv1d(x, m.w, m.b, 2, padding=1), ("conv1d", "", "w", "b")),
+        (lambda m, x: F.conv_transpose2d(x, m.w), ("conv_transpose2d", "", "w", None)),
     ],
 )
 def test_products(script, expected):
@@ -59,14 +70,21 @@ def test_products(script, expected):
     "script",
     [
         lambda m, x: m.w @ x,
-        lambda m, x: x @ m.w.t(),
+        lambda m, x: x @ m.w.t().t(),
+        lambda m, x: x @ m.w.transpose(0, 0),
+        lambda m, x: x @ m.w.H,
+        lambda m, x: torch.addmm(m.b, x, m.w, beta=2),
+        lambda m, x: torch.addmm(x, m.w, m.v),
+        lambda m, x: F.conv1d(x, m.w, groups=2),
+        lambda m, x: F.conv1d(x, m.w, padding=x.shape[0]),
+        lambda m, x: F.conv2d(m.w, x),
         lambda m, x: x * m.w,
         lambda m, x: F.linear(x, m.w, m.b * 2),
         lambda m, x: torch.tensordot(x, m.w, dims=2),
         lambda m, x: torch.tensordot(x, m.w, dims=([0], [0])),
         lambda m, x: torch.tensordot(x, m.w, dims=([-1], [1])),
         *map(
-            einsum, ("ab,cb->ac", "ab,bc->ca", "aa,ab->ab", "ab,bc->abc", "ab,ba->a", "ab,bb->ab")
+            einsum, ("ab,cb->ca", "ab,bc->ca", "aa,ab->ab", "ab,bc->abc", "ab,ba->a", "ab,bb->ab")
         ),
         *map(einsum, ("...b,bc->ac", "ab,bc", "ab,b...->a...")),
     ],
@@ -83,6 +101,14 @@ def test_read_otherwise():
     assert products.read_otherwise(graph, products.calls(graph)) == {"b"}
     graph = graph_of(lambda m, x: (x @ m.w, F.linear(x, m.w), x @ m.v))
     assert products.read_otherwise(graph, products.calls(graph)) == {"w"}
+    graph = graph_of(lambda m, x: (x @ m.w.t(), x @ m.w.T, x @ m.v, x @ m.v.t()))
+    assert products.read_otherwise(graph, products.calls(graph)) == {"v"}
+    graph = graph_of(lambda m, x: _and_its_transpose(x, m.w.t()))
+    assert products.read_otherwise(graph, products.calls(graph)) == {"w"}
+
+
+def _and_its_transpose(x, turned):
+    return x @ turned, turned + 1
 
 
 def test_call_puts_a_layer_in_the_place_of_its_product_only():
