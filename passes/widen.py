@@ -96,8 +96,8 @@ def _merge_siblings(
             strided[str(node.target)] = why
     if max(readers.values(), default=0) < 2:
         return
-    seen = Sightings(tuple(sites), strided)
     called = {site.layer: modules[site.layer] for site in sites}
+    seen = Sightings(tuple(sites), strided, shapes=merger.shapes(called))
     for candidate in among(called, merger.shared(called), seen, merger.kinds):
         if candidate.refusal is None:
             layers = [modules[name] for name in candidate.layers]

@@ -84,8 +84,8 @@ class Reason(enum.Enum):
     )
     GROUPED = (
         "The layers are grouped convolutions (groups > 1), for which a wide layer repeats the "
-        "input; that saves nothing for a few whose outputs must be contiguous, and transposed ones "
-        "cannot be merged. "
+        "input; that saves nothing where it is large or the outputs must be contiguous, and "
+        "transposed ones cannot be merged. "
         "Leave them as they are; the layers around them are not affected."
     )
     UNSUPPORTED_OPTION = (

@@ -14,7 +14,7 @@ from torch.nn.parameter import is_lazy
 from conjoin.graph import edit, hazards, products
 from conjoin.graph.products import Call
 from conjoin.graph.siblings import Candidate, among, held_elsewhere, overlaps
-from conjoin.graph.site import Sightings, Site
+from conjoin.graph.site import Shapes, Sightings, Site
 from conjoin.layers import KINDS, NORMS, PRODUCTS, Kind, Norm, activation, kind_of, norm_of
 from conjoin.layers.kind import TENSORS, common, tensors
 from conjoin.layers.owner import lend, may_lend, reclaim
@@ -226,6 +226,12 @@ class Merger:
                 if other := self._shared.get(f"{self._names.get(module)}.{key}".lstrip(".")):
                     found[f"{name}.{key}"] = other
         return found
+
+    def shapes(self, modules: Mapping[str, nn.Module]) -> dict[str, Shapes]:
+        """What some layers were seen to read and give, by the names given here."""
+        seen = {} if self._sightings is None else self._sightings.shapes
+        known = ((name, seen.get(self._names.get(module, ""))) for name, module in modules.items())
+        return {name: shapes for name, shapes in known if shapes is not None}
 
     def merge_all(self, found: Iterable[Candidate]) -> bool:
         """Merges the candidates that may be merged and are not yet; whether there were any."""

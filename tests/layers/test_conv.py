@@ -8,6 +8,7 @@ from families import EVERY_KIND, WIDTHS, Family, assert_runs_once, case, fused, 
 from torch import nn
 
 import conjoin
+from conjoin.layers.wide import wides
 from conjoin.legality import Reason
 
 CONVOLUTIONS = {
@@ -200,6 +201,31 @@ def test_grouped_in_a_rewritten_forward():
     (group,) = conjoin.report(plain, (x,)).groups
     assert (group.fused, group.launches) == (True, (4, 2))
     assert_same_state(conjoin.unfuse(model), plain)
+
+
+def test_grouped_that_read_a_large_tensor_stay_apart():
+    plain = Mobile()
+    assert [g.fused for g in conjoin.report(plain, (torch.randn(1, 6, 73, 74),)).groups] == [True]
+    (group,) = conjoin.report(plain, (torch.randn(1, 6, 74, 74),)).groups
+    assert group.reason is Reason.GROUPED
+    assert group.detail.endswith("groups=6, and 4 copies of the input are too large")
+    assert conjoin.report(plain).groups[0].fused  # Each call is looked at.
+
+
+def test_grouped_behind_equal_operations():
+    """Which are seen to read one tensor in the graph only."""
+
+    class Hidden(Mobile):
+        def forward(self, x):
+            return [conv(torch.sin(x)) + 1 for conv in self.convs]
+
+    plain = Hidden().double()
+    x = torch.randn(2, 6, 5, 6, dtype=torch.float64)
+    model = conjoin.optimize(plain, (x,))
+    assert_equivalent(model, plain, (x,))
+    assert_runs_once(model, x)
+    large = torch.randn(1, 6, 90, 90, dtype=torch.float64)
+    assert not [*wides(conjoin.optimize(plain, (large,)))]
 
 
 def test_grouped_of_other_widths_stay_apart():

@@ -212,9 +212,11 @@ def _resolve(
 def _paying(
     kind: Kind, group: Sequence[str], layers: Mapping[str, nn.Module], sightings: Sightings
 ) -> tuple[tuple[str, ...], Refusal | None]:
-    """A group, and its refusal where it would launch more merged than apart."""
+    """A group, and its refusal where merging it gains nothing."""
     copies = sum(name in sightings.strided for name in group)
-    why = kind.check_together([layers[name] for name in group], copies)
+    read = sightings.shapes.get(group[0])
+    shape = None if read is None else read.input
+    why = kind.check_together([layers[name] for name in group], copies, shape)
     return tuple(group), None if why is None else Refusal(tuple(group), *why)
 
 

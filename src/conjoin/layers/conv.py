@@ -25,6 +25,7 @@ convolution, of x (batch, n * in, *space) in n groups: (batch, n * out, *space')
 
 from __future__ import annotations
 
+import math
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
@@ -142,11 +143,20 @@ class _Conv(_Convolution):
             return self.apart(wide, _repeated(input, self.output_dim, number))
         return self._convolve(wide, input, 1)
 
-    def check_together(self, layers: Sequence[nn.Module], copies: int) -> Verdict | None:
-        """Refuses grouped convolutions where repeating the input and copies are more launches."""
-        groups = layers[0].groups
-        if _grouped(groups) and copies and copies + 2 > len(layers):
+    def check_together(
+        self, layers: Sequence[nn.Module], copies: int, shape: Sequence[int] | None
+    ) -> Verdict | None:
+        """Refuses grouped convolutions where repeating the input is more than what it saves."""
+        groups, number = layers[0].groups, len(layers)
+        if not _grouped(groups):
+            return None
+        if copies and copies + 2 > number:
             return Reason.GROUPED, f"groups={groups}, with {copies} outputs to copy"
+        if shape is not None and math.prod(shape) * number > REPEATED:
+            return (
+                Reason.GROUPED,
+                f"groups={groups}, and {number} copies of the input are too large",
+            )
         return None
 
     def apart(self, wide: Wide, input: Tensor) -> Tensor:

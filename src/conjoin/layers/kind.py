@@ -159,12 +159,15 @@ class Kind(ABC):
             or self._settled(layer)
         )
 
-    def check_together(self, layers: Sequence[nn.Module], copies: int) -> Verdict | None:
-        """Why layers that read the same tensor would launch more as one; None where they do not.
+    def check_together(
+        self, layers: Sequence[nn.Module], copies: int, shape: Sequence[int] | None
+    ) -> Verdict | None:
+        """Why merging layers that read the same tensor gains nothing; None where it may.
 
         Args:
             layers: the siblings.
             copies: how many of their outputs have to be handed out contiguous.
+            shape: that of the tensor, where it is known.
         """
         return None
 
