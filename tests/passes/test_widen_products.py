@@ -575,6 +575,54 @@ def test_parameters_of_layers_of_pytorch_stay():
     assert_equivalent(fused, model, (X,))
 
 
+@pytest.mark.parametrize("widths", [{}, {"kdim": 4, "vdim": 4}, {"kdim": 4, "vdim": 5}], ids=str)
+def test_attention_of_pytorch_stays(widths):
+    """Its products are in a function of PyTorch's, which is not looked into."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(6, 2, batch_first=True, **widths).double()
+    q = torch.randn(3, 4, 6, dtype=torch.float64)
+    k, v = (
+        torch.randn(3, 5, widths.get(name, 6), dtype=torch.float64) for name in ("kdim", "vdim")
+    )
+    v = k if k.shape == v.shape else v
+    fused = conjoin.optimize(model, (q, k, v))
+    assert not is_fused(fused)
+    assert not conjoin.report(model, (q, k, v)).groups
+    assert_equivalent(fused, model, (q, k, v))
+
+
+class Crossed(nn.Module):
+    """Attention with layers of its own, whose keys and values may have other widths."""
+
+    def __init__(self, kdim, vdim):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(6, 6), nn.Linear(kdim, 6), nn.Linear(vdim, 6)
+
+    def forward(self, query, key, value):
+        q, k, v = self.q(query), self.k(key), self.v(value)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("widths", "given", "groups"),
+    [
+        ((4, 4), "qkk", [("k", "v")]),
+        ((4, 4), "qkv", []),
+        ((4, 5), "qkw", []),
+        ((6, 6), "qqq", [("q", "k", "v")]),
+    ],
+    ids=str,
+)
+def test_attention_with_other_widths_of_keys_and_values(widths, given, groups):
+    """What reads one tensor has one width, and is merged; values of their own stay apart."""
+    sizes = {"q": (3, 4, 6), "k": (3, 5, 4), "v": (3, 5, 4), "w": (3, 5, 5)}
+    tensors = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
+    inputs = tuple(tensors[name] for name in given)
+    model = Crossed(*widths).double()
+    assert [group.layers for group in conjoin.report(model, inputs).groups] == groups
+    assert_equivalent(conjoin.optimize(model, inputs), model, inputs)
+
+
 def test_code_that_goes_through_all_children_finds_no_products():
     class Chain(Pair):
         def __init__(self):
