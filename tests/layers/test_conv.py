@@ -190,6 +190,14 @@ class Mobile(nn.Module):
         return sum(norm(conv(x)) for conv, norm in branches)
 
 
+def test_grouped_that_read_what_is_permuted():
+    """As q, k and v of SqueezeBERT do."""
+    plain = Family([nn.Conv1d(4, 4, 1, groups=2) for _ in range(3)]).double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64).permute(0, 2, 1)
+    assert_equivalent(fused(plain), plain, (x,))
+    assert_runs_once(fused(plain), x)
+
+
 def test_grouped_in_a_rewritten_forward():
     plain = Mobile().double()
     x = torch.randn(2, 6, 5, 6, dtype=torch.float64)

@@ -33,7 +33,7 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from conjoin.layers.kind import Kind, Verdict
+from conjoin.layers.kind import Kind, Verdict, memory_format
 from conjoin.legality import Reason
 
 if TYPE_CHECKING:
@@ -44,8 +44,9 @@ REPEATED = 2**17
 """How many elements an input may have, repeated for each of the siblings with groups > 1.
 
 Measured on one core, 2 to 8 convolutions 3x3 at once take 0.15 to 0.93 of the time of each by
-itself up to there, forward and in training, depthwise and in groups of 16 channels; 0.5 to 8.6 with
-four times as many, and up to 14 above, where memory is mapped anew for each call.
+itself up to there, forward and in training, depthwise and in groups of 16 channels, and with
+kernels of size 1, which are slow in groups, 0.9 to 1.02. With four times as many elements they take
+0.5 to 8.6, and up to 14 above, where memory is mapped anew for each call.
 """
 
 
@@ -76,12 +77,13 @@ class _Convolution(Kind):
         return found
 
     def pays(self, wide: Wide, input: Tensor | None = None) -> bool:
-        """With groups > 1 only for small inputs, which have to be repeated."""
+        """With groups > 1 only for small inputs: they are repeated, which ends channels_last."""
         if not _grouped(wide.settings["groups"]):
             return True
         if input is None or input.dim() < -self.output_dim or wide.channels_last:
             return False
-        return input.is_contiguous() and input.numel() * len(wide.widths) <= REPEATED
+        small = input.numel() * len(wide.widths) <= REPEATED
+        return small and memory_format(input) != "channels_last"
 
 
 def _grouped(groups: object) -> bool:
