@@ -8,6 +8,10 @@ below the other are the weight of one wide product. Blocks (in, out) would have 
 side, where a checkpoint could not hold them as plain tensors, so they are a stack (n, in, out), and
 x is multiplied with all of it in one batched product: y (n, ..., out). The parts of y are
 contiguous; so the blocks of an F.linear are taken as a stack too where something depends on that.
+
+Blocks (in, out_i) of different widths stay apart: to join them is a copy of all weights at each
+call. So do weights of three dimensions, as stacks of experts have: two of them on one x would read
+x twice, one copy beside the other, and so launch no less.
 """
 
 from __future__ import annotations
