@@ -218,6 +218,8 @@ def test_grouped_that_read_a_large_tensor_stay_apart():
     assert group.reason is Reason.GROUPED
     assert group.detail.endswith("groups=6, and 4 copies of the input are too large")
     assert conjoin.report(plain).groups[0].fused  # Each call is looked at.
+    (group,) = conjoin.report(conjoin.optimize(plain), (torch.randn(1, 6, 74, 74),)).groups
+    assert (group.fused, group.launches) == (True, (4, 4))
 
 
 def test_grouped_behind_equal_operations():

@@ -212,7 +212,9 @@ def _resolve(
 def _paying(
     kind: Kind, group: Sequence[str], layers: Mapping[str, nn.Module], sightings: Sightings
 ) -> tuple[tuple[str, ...], Refusal | None]:
-    """A group, and its refusal where merging it gains nothing."""
+    """A group, and its refusal where merging it, which was not done yet, gains nothing."""
+    if any(isinstance(layers[name], View) for name in group):
+        return tuple(group), None
     copies = sum(name in sightings.strided for name in group)
     read = sightings.shapes.get(group[0])
     shape = None if read is None else read.input
