@@ -132,3 +132,33 @@ def test_call_puts_a_layer_in_the_place_of_its_product_only():
 def test_offsets_are_noticed():
     assert products.tells_offsets(graph_of(lambda m, x: x.as_strided((2,), (1,))))
     assert not products.tells_offsets(graph_of(lambda m, x: x.view(-1)))
+
+
+WRITTEN = {
+    "linear": lambda m, x: F.linear(x, m.w, m.b),
+    "matmul": lambda m, x: x @ m.w,
+    "turned": lambda m, x: x @ m.w.t(),
+    "addmm": lambda m, x: torch.addmm(m.b, x, m.w),
+    "addmm turned": lambda m, x: torch.addmm(m.b, x, m.w.T),
+    "tensordot": lambda m, x: torch.tensordot(x, m.w, dims=1),
+    "einsum": einsum("ab,bc->ac"),
+    "einsum turned": einsum("ab,cb->ac"),
+}
+
+
+@pytest.mark.parametrize("script", WRITTEN.values(), ids=WRITTEN)
+def test_a_layer_is_written_as_the_product_that_it_was(script):
+    """With proxies it is written into a graph."""
+    model, x = Model(script), torch.randn(3, 4)
+    (call,) = products.calls(fx.Tracer().trace(model))
+    layer = call.layer(model.w, None if call.bias is None else model.b, stacked=False)
+    assert layer(x).equal(model(x))
+    graph = fx.Graph()
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    input = fx.Proxy(graph.placeholder("x"), tracer)
+    weight = fx.Proxy(graph.get_attr("w"), tracer)
+    bias = None if call.bias is None else fx.Proxy(graph.get_attr("b"), tracer)
+    graph.output(layer.written(input, weight, bias).node)
+    assert fx.GraphModule(model, graph)(x).equal(model(x))
+    (again,) = products.calls(graph)
+    assert again.reads == call.reads

@@ -126,19 +126,6 @@ def call(
     edit.erase_unread(graph, [n for n in graph.nodes if n.op == "get_attr" and n.target in lent])
 
 
-def _is_of(call: Call, lent: Mapping[str, tuple[str, str]], target: str, layer: Product) -> bool:
-    """Whether a call is the product that a layer stands for."""
-    bias = None if call.bias is None else lent.get(str(call.bias.target))
-    return (
-        lent[str(call.weight.target)] == (target, "weight")
-        and bias == (None if layer.bias is None else (target, "bias"))
-        and (call.bias is None) == (layer.bias is None)
-        and (call.function, call.equation) == (layer.function, layer.equation)
-        and call.rows == isinstance(layer, LinearProduct)
-        and dict(call.settings) == layer.given
-    )
-
-
 def read_otherwise(graph: fx.Graph, found: Sequence[Call]) -> set[str]:
     """The targets of weights and biases that are read in any other way than in one product."""
     products = {call.node: call for call in found}
@@ -162,6 +149,19 @@ def read_otherwise(graph: fx.Graph, found: Sequence[Call]) -> set[str]:
 def tells_offsets(graph: fx.Graph) -> bool:
     """Whether something in a graph tells where in its storage a tensor begins."""
     return any(hazards.called(node) in OFFSETS for node in graph.nodes)
+
+
+def _is_of(call: Call, lent: Mapping[str, tuple[str, str]], target: str, layer: Product) -> bool:
+    """Whether a call is the product that a layer stands for."""
+    bias = None if call.bias is None else lent.get(str(call.bias.target))
+    return (
+        lent[str(call.weight.target)] == (target, "weight")
+        and bias == (None if layer.bias is None else (target, "bias"))
+        and (call.bias is None) == (layer.bias is None)
+        and (call.function, call.equation) == (layer.function, layer.equation)
+        and call.rows == isinstance(layer, LinearProduct)
+        and dict(call.settings) == layer.given
+    )
 
 
 def _read(node: fx.Node) -> Call | None:

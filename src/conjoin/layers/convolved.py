@@ -45,9 +45,9 @@ class Convolution(Product):
         for name, value in given.items():
             setattr(self, name, value)
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(batch, in, *space) -> (batch, out, *space')."""
-        return type(self).convolve(input, self.weight, self.bias, **self.given)
+    def written(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(batch, in, *space), the weight and (out) -> (batch, out, *space')."""
+        return type(self).convolve(input, weight, bias, **self.given)
 
 
 class _Transposed(Convolution):

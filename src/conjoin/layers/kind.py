@@ -172,9 +172,13 @@ class Kind(ABC):
         return None
 
     def pays(self, wide: Wide, input: Tensor | None = None) -> bool:
-        """Whether one run takes less time than the siblings' own, for an input or for any input.
+        """Whether one run takes less time than the siblings' own.
 
         Where that depends on the input, no rewritten forward runs them at once: each call asks.
+
+        Args:
+            wide: the wide layer.
+            input: what the siblings read; None for whether it pays whatever that is.
         """
         return True
 

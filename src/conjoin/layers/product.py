@@ -76,6 +76,14 @@ class Product(nn.Module):
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
 
+    def written(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product as it was written, of these; `fx.Proxy` objects write it into a graph."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product of the input and the Parameters, as it was written."""
+        return self.written(input, self.weight, self.bias)
+
     def extra_repr(self) -> str:
         """The shape of the weight."""
         return f"weight={tuple(_held(self).shape)}"
@@ -91,17 +99,17 @@ class Product(nn.Module):
 class Matmul(Product):
     """The product with a weight (in, out)."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return _multiply(self.function, self.equation, input, self.weight, self.bias)
+    def written(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., in), (in, out) and (out) -> (..., out)."""
+        return _multiply(self.function, self.equation, input, weight, bias)
 
 
 class LinearProduct(Product):
     """The product with a weight (out, in): `F.linear`, or one with its transpose."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return _linear(self.function, self.equation, input, self.weight, self.bias)
+    def written(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., in), (out, in) and (out) -> (..., out)."""
+        return _linear(self.function, self.equation, input, weight, bias)
 
 
 class OfMatmul(Kind):
