@@ -322,6 +322,41 @@ def test_convolutions_go_on_together():
     assert_equivalent(fused, model, (IMAGES,))
 
 
+class Turned(Pair):
+    def forward(self, x):
+        return (x @ self.a.t()).add_(1), (x @ self.b.t()).mul_(2).relu_()
+
+
+class Filtered(Pair):
+    def forward(self, x):
+        return F.conv2d(x, self.a).add_(1), F.conv2d(x, self.b).mul_(2).relu_()
+
+
+class Painted(Pair):
+    def forward(self, x):
+        return F.conv_transpose2d(x, self.a).add_(1), F.conv_transpose2d(x, self.b).mul_(2).relu_()
+
+
+class Added(Quartet):
+    def forward(self, x):
+        first = torch.addmm(self.c, x, self.a).add_(1)
+        return first, torch.addmm(self.d, x, self.b).mul_(2).relu_()
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (lambda: Turned((4, 6), (4, 6)), ROWS),
+        (lambda: Filtered((4, 3, 2, 2), (4, 3, 2, 2)), IMAGES),
+        (lambda: Painted((3, 4, 2, 2), (3, 4, 2, 2)), IMAGES),
+        (lambda: Added((6, 4), (6, 4), (4,), (4,)), ROWS),
+    ],
+    ids=["turned", "convolution", "transposed", "addmm"],
+)
+def test_what_is_changed_in_place_afterwards(model, x):
+    assert_one_product(model(), x)
+
+
 def test_convolutions_with_other_settings_stay_apart():
     def forward(self, x):
         return F.conv2d(x, self.a), F.conv2d(x, self.b, stride=2)
