@@ -41,7 +41,7 @@ class Widen(PassBase):
         _merge_products(graph_module, merger)
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
         epochs = hazards.epochs(graph, modules)
-        _merge_siblings(graph, modules, epochs, merger)
+        _merge_siblings(graph_module, modules, epochs, merger)
         whole = list(_whole(modules, epochs))
         for siblings in whole:
             siblings, wide = _in_order(siblings, modules, merger)
@@ -76,7 +76,7 @@ def _merge_products(graph_module: fx.GraphModule, merger: Merger) -> None:
 
 
 def _merge_siblings(
-    graph: fx.Graph,
+    graph_module: fx.GraphModule,
     modules: Mapping[str, nn.Module],
     epochs: Mapping[fx.Node, int],
     merger: Merger,
@@ -85,14 +85,15 @@ def _merge_siblings(
     sites: list[Site] = []
     readers: Counter[fx.Node] = Counter()
     strided: dict[str, str] = {}
-    for node in graph.nodes:
+    escapes = merger.escapes(graph_module)
+    for node in graph_module.graph.nodes:
         input = edit.only_input(node) if node.op == "call_module" else None
         layer = modules.get(str(node.target))
         if input is None or isinstance(layer, View) or kind_of(layer, merger.kinds) is None:
             continue
         sites.append(Site(str(node.target), input, epochs[node]))
         readers[input] += 1
-        if why := hazards.reads_strides(node, modules, escapes=merger.escapes):
+        if why := hazards.reads_strides(node, modules, escapes=escapes):
             strided[str(node.target)] = why
     if max(readers.values(), default=0) < 2:
         return

@@ -26,6 +26,9 @@ MERGER = "conjoin_merger"
 """The entry of a GraphModule's `meta` that holds the merger of the model behind it."""
 
 
+REGION = "conjoin_region"
+"""The entry that holds the module of the model whose forward a GraphModule was traced from."""
+
 REGISTERED = frozenset({"_parameters", "_modules"})
 """Attributes of modules in which raw Parameters that are merged are not found, but products are."""
 
@@ -81,7 +84,6 @@ class Merger:
         levels: what it has merged beyond the siblings that were found at first.
         refused: the products that read one tensor and stay as they are, and why.
         rewritten: what is called with each graph when all passes are through with it.
-        escapes: whether something beyond the graphs reads their outputs.
         frozen: whether it merges nothing, and only knows what is merged.
     """
 
@@ -106,7 +108,7 @@ class Merger:
             escapes: whether something beyond the graphs reads their outputs.
         """
         self.frozen = frozen
-        self.escapes = escapes
+        self._escapes = escapes
         self.kinds = kinds
         self.levels: list[Level] = []
         self.refused: dict[frozenset[str], Candidate] = {}
@@ -131,6 +133,10 @@ class Merger:
             return False
         codes = (function.__code__ for function in functions_of(self._model))
         return not any(REGISTERED.intersection(words(code)) for code in codes)
+
+    def escapes(self, graph_module: fx.GraphModule) -> bool:
+        """Whether the model's own code, beyond a graph, reads the graph's outputs."""
+        return self._escapes and graph_module.meta.get(REGION) is not self._model
 
     def merge_products(self, found: Sequence[RawProduct], sites: Sequence[Site]) -> None:
         """Merges products with Parameters that read one tensor, and notes which stay as they are.
@@ -175,11 +181,8 @@ class Merger:
             for prefix, module in self._model.named_modules()
             for name, parameter in module._parameters.items()
         }
-        strided = {
-            call
-            for call in calls
-            if hazards.reads_strides(call.node, modules, escapes=self.escapes)
-        }
+        escapes = self.escapes(graph_module)
+        strided = {c for c in calls if hazards.reads_strides(c.node, modules, escapes=escapes)}
         stacked = {call.input for call in strided if not call.convolves}
         copied = {call.reads for call in strided if call.convolves}
         found: dict[Call, RawProduct] = {}

@@ -595,6 +595,41 @@ def test_linears_are_one_product_side_by_side():
     assert_equivalent(fused, model, (X,))
 
 
+class Returned(Pair):
+    def forward(self, x):
+        return F.linear(x, self.a), F.linear(x, self.b)
+
+
+class Viewing(nn.Module):
+    """Code that is not traced, and that depends on the strides of what a module returns."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        first, second = self.inner(x)
+        return (first.view(-1), second) if x.sum() > 1e9 else (second.view(-1), first)
+
+
+def test_what_the_model_returns_lies_side_by_side():
+    model = Returned((3, 6), (5, 6))
+    fused = conjoin.optimize(model, (X,))
+    assert [p.shape for p in fused.parameters()] == [(8, 6)]
+    assert_equivalent(fused, model, (X,))
+    counts = count(fused, (X,))
+    assert (counts.matmuls, counts.copies) == (1, 0)
+
+
+@pytest.mark.parametrize("width", [4, 3])
+def test_what_other_code_reads_is_contiguous(width):
+    """So it is one of a stack, which has one width for all."""
+    model = Viewing(Returned((4, 6), (width, 6)))
+    fused = conjoin.optimize(model, (X,))
+    assert is_fused(fused) == (width == 4)
+    assert_equivalent(fused, model, (X,))
+
+
 def test_parameters_of_layers_of_pytorch_stay():
     class Borrowed(nn.Module):
         def __init__(self):
