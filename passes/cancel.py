@@ -12,6 +12,13 @@ split, and experts that are stacked for their gates are the batched product as i
 where the pieces are the parts again, so that other passes see what is done to them. What joins
 outputs of several layers stays joined: a loss that leaves a piece out gives its layer zeros for a
 gradient, and would give it none.
+
+    W[0] + W[1] + ... + W[n-1]                            stays
+
+where the parts are a x, b x and so on, though it is (A + B + ...) x, and that would give each
+branch its exact gradient: the sum of the weights passes its own on to all of them. But the sum
+would be made at each call, so that two launches for two branches, a wide product and an addition,
+would be as many, and in half precision it would be rounded before the product, not after it.
 """
 
 from __future__ import annotations

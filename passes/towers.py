@@ -38,8 +38,9 @@ class Towers(PassBase):
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
         epochs = hazards.epochs(graph, modules)
         merger = merger_of(graph_module)
+        escapes = merger.escapes(graph_module)
         changed = bundles.rework(
-            graph, lambda bundle: _climb(graph, bundle, modules, epochs, merger)
+            graph, lambda bundle: _climb(graph, bundle, modules, epochs, merger, escapes)
         )
         # Layers that read parts go first: what they read needs no stacking.
         return PassResult(graph_module, changed or _gather(graph, modules, merger))
@@ -51,6 +52,7 @@ def _climb(
     modules: Mapping[str, nn.Module],
     epochs: Mapping[fx.Node, int],
     merger: Merger,
+    escapes: bool,
 ) -> list[fx.Node]:
     """Merges the layers that read the parts of one bundle; the splits that there are then."""
 
@@ -60,10 +62,7 @@ def _climb(
         found = layer_key(node, part, modules, merger)
         if found is None or not _fits(found[0], bundle):
             return None
-        if not found[0].stacked and hazards.reads_strides(node, modules, escapes=merger.escapes):
-            return None
-        # Where the weight has the channels of one group only, it does not tell their number.
-        if found[0].weight_dim != 0 and getattr(modules[str(node.target)], "groups", 1) != 1:
+        if not found[0].stacked and hazards.reads_strides(node, modules, escapes=escapes):
             return None
         return found, size
 

@@ -30,9 +30,9 @@ FORESIGHT = 8
 class Widen(PassBase):
     """Merges layers that read one tensor, and runs each wide layer once.
 
-    A wide layer is left to its views where some of them are not called on the same tensor, or
-    where something stands between them that might change it: what the views compute is the same,
-    in more launches.
+    A wide layer is left to its views where some of them are not called on the same tensor, where
+    something stands between them that might change it, or where it depends on the input if one run
+    pays: what the views compute is the same, in more launches.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -41,7 +41,7 @@ class Widen(PassBase):
         _merge_products(graph_module, merger)
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
         epochs = hazards.epochs(graph, modules)
-        _merge_siblings(graph, modules, epochs, merger)
+        _merge_siblings(graph_module, modules, epochs, merger)
         whole = list(_whole(graph, modules, epochs))
         for siblings in whole:
             siblings, wide = _in_order(siblings, modules, merger)
@@ -76,14 +76,14 @@ def _merge_products(graph_module: fx.GraphModule, merger: Merger) -> None:
 
 
 def _merge_siblings(
-    graph: fx.Graph,
+    graph_module: fx.GraphModule,
     modules: Mapping[str, nn.Module],
     epochs: Mapping[fx.Node, int],
     merger: Merger,
 ) -> None:
     """Merges the layers that are seen to be siblings in this graph only."""
     readers: dict[fx.Node, fx.Node] = {}
-    for node in graph.nodes:
+    for node in graph_module.graph.nodes:
         input = edit.only_input(node) if node.op == "call_module" else None
         layer = modules.get(str(node.target))
         if input is not None and not isinstance(layer, View) and kind_of(layer, merger.kinds):
@@ -92,12 +92,13 @@ def _merge_siblings(
         return
     sites: list[Site] = []
     strided: dict[str, str] = {}
+    escapes = merger.escapes(graph_module)
     for node, input in readers.items():
         sites.append(Site(str(node.target), input, epochs[node]))
-        if why := hazards.reads_strides(node, modules, escapes=merger.escapes):
+        if why := hazards.reads_strides(node, modules, escapes=escapes):
             strided[str(node.target)] = why
-    seen = Sightings(tuple(sites), strided)
     called = {site.layer: modules[site.layer] for site in sites}
+    seen = Sightings(tuple(sites), strided, shapes=merger.shapes(called))
     for candidate in among(called, merger.shared(called), seen, merger.kinds):
         if candidate.refusal is None:
             layers = [modules[name] for name in candidate.layers]
@@ -111,7 +112,7 @@ def _whole(
     calls: dict[tuple[Wide, fx.Node, int], dict[int, fx.Node]] = {}
     for node in graph.nodes:
         view = modules[str(node.target)] if node.op == "call_module" else None
-        if isinstance(view, View) and not hazards.is_opaque(view) and view.wide_layer.together:
+        if isinstance(view, View) and not hazards.is_opaque(view) and _runs_once(view.wide_layer):
             input = edit.only_input(node)
             if input is not None:
                 key = view.wide_layer, input, epochs[node]
@@ -119,6 +120,10 @@ def _whole(
     for (wide, _, _), group in calls.items():
         if len(group) == len(wide.widths):
             yield [group[index] for index in range(len(group))]
+
+
+def _runs_once(wide: Wide) -> bool:
+    return wide.together and not wide.varies
 
 
 def _in_order(

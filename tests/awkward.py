@@ -1591,6 +1591,14 @@ class Grouped(nn.Module):
         return self.a(x), self.b(x)
 
 
+class GroupedTransposed(Grouped):
+    """Transposed convolutions with groups"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = (nn.ConvTranspose2d(4, 4, 3, groups=2).double() for _ in range(2))
+
+
 class TwoKernelSizes(nn.Module):
     """Convolutions with kernels of two sizes"""
 
@@ -2895,7 +2903,8 @@ HAZARDS = (
     Hazard(Quantized, "has no kind for them", inputs=single_rows),
     Hazard(QuantizationAware, LOST, Reason.OWN_FORWARD, single_rows),
     Hazard(Adapted, "frozen and trained weights in one"),
-    Hazard(Grouped, WRONG, Reason.GROUPED, images),
+    Hazard(Grouped, WRONG, inputs=images),
+    Hazard(GroupedTransposed, WRONG, Reason.GROUPED, images),
     Hazard(TwoKernelSizes, WRONG, Reason.DIFFERENT_SETTINGS, images),
     Hazard(SpelledInTwoWays, "a comparison tells them apart", inputs=images),
     Hazard(Padded, STRIDES, inputs=images),

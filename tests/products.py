@@ -129,6 +129,41 @@ class Einsum(nn.Module):
         return torch.einsum("...i,io->...o", F.silu(gate) * up, self.down)
 
 
+class LSTM(nn.Module):
+    """A cell by hand, with weights the way round that PyTorch's have."""
+
+    def __init__(self, inputs=5, hidden=6):
+        super().__init__()
+        self.w_i, self.w_f, self.w_g, self.w_o = (normal(hidden, inputs) for _ in range(4))
+        self.u_i, self.u_f, self.u_g, self.u_o = (normal(hidden, hidden) for _ in range(4))
+
+    def forward(self, x, h, c):
+        i = torch.sigmoid(x @ self.w_i.t() + h @ self.u_i.t())
+        f = torch.sigmoid(x @ self.w_f.t() + h @ self.u_f.t())
+        g = torch.tanh(x @ self.w_g.t() + h @ self.u_g.t())
+        o = torch.sigmoid(x @ self.w_o.t() + h @ self.u_o.t())
+        c = f * c + i * g
+        return o * torch.tanh(c), c
+
+
+class Filters(nn.Module):
+    """Learned filters that are applied by functions, and their way back."""
+
+    def __init__(self, channels=3):
+        super().__init__()
+        self.fine, self.coarse = normal(4, channels, 3, 3), normal(2, channels, 3, 3)
+        self.fine_bias, self.coarse_bias = normal(4), normal(2)
+        self.mean, self.spread = normal(6, channels, 3, 3), normal(6, channels, 3, 3)
+
+    def forward(self, x):
+        fine = F.conv2d(x, self.fine, self.fine_bias, padding=1).relu()
+        coarse = F.conv2d(x, self.coarse, self.coarse_bias, padding=1).relu()
+        both = torch.cat([fine, coarse], 1) * 2
+        mean = F.conv_transpose2d(both, self.mean, padding=1)
+        spread = F.conv_transpose2d(both, self.spread, padding=1)
+        return mean.tanh(), spread.exp()
+
+
 class Nested(nn.Module):
     """Several layers, of which each is rewritten by itself."""
 
@@ -151,6 +186,8 @@ MODELS = {
     "MMoE": (MMoE, [(5, 6)], 7, 3),
     "Heads": (Heads, [(5, 6)], 2, 1),
     "Einsum": (Einsum, [(3, 5, 6)], 3, 2),
+    "LSTM": (LSTM, [(4, 5), (4, 6), (4, 6)], 8, 2),
+    "Filters": (Filters, [(2, 3, 5, 6)], 4, 2),
     "Nested": (Nested, [(3, 5, 8)], 12, 6),
 }
 """The model, the shapes of its inputs, and its products in a forward pass, before and after."""

@@ -16,9 +16,9 @@ from conjoin.graph.depth import Chain, Depths
 from conjoin.graph.siblings import Candidate, candidates, in_order
 from conjoin.graph.site import Sightings, Untraced
 from conjoin.launches import UNCOUNTED, Counted, Launches
-from conjoin.layers import KINDS, Kind, activation, checked
+from conjoin.layers import KINDS, PRODUCTS, Kind, activation, checked
 from conjoin.layers.owner import raw_parameters, reclaim
-from conjoin.layers.product import PRODUCTS, SUFFIX
+from conjoin.layers.product import SUFFIX
 from conjoin.layers.wide import ENCLOSES, Wide, release, views, wides
 from conjoin.merging import MERGER, Level, Merger
 from conjoin.reachable import remembering

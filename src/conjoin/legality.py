@@ -83,8 +83,9 @@ class Reason(enum.Enum):
         "Leave it as it is, or let a layer such as torch.nn.Linear hold the parameter."
     )
     GROUPED = (
-        "The layers are grouped convolutions (groups > 1), whose channels one wide layer "
-        "interleaves, and copying them apart costs more launches than merging saves. "
+        "The layers are grouped convolutions (groups > 1), for which a wide layer repeats the "
+        "input; that saves nothing where it is large or the outputs must be contiguous, and "
+        "transposed ones cannot be merged. "
         "Leave them as they are; the layers around them are not affected."
     )
     UNSUPPORTED_OPTION = (

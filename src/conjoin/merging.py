@@ -14,17 +14,20 @@ from torch.nn.parameter import is_lazy
 from conjoin.graph import edit, hazards, products
 from conjoin.graph.products import Call
 from conjoin.graph.siblings import Candidate, among, held_elsewhere, overlaps
-from conjoin.graph.site import Sightings, Site
-from conjoin.layers import KINDS, NORMS, Kind, Norm, activation, kind_of, norm_of
+from conjoin.graph.site import Shapes, Sightings, Site
+from conjoin.layers import KINDS, NORMS, PRODUCTS, Kind, Norm, activation, kind_of, norm_of
 from conjoin.layers.kind import TENSORS, common, tensors
 from conjoin.layers.owner import lend, may_lend, reclaim
-from conjoin.layers.product import PRODUCTS, SUFFIX, Product
+from conjoin.layers.product import SUFFIX, Product
 from conjoin.layers.wide import View, Wide, fuse, release, wides
 from conjoin.reachable import functions_of, words
 
 MERGER = "conjoin_merger"
 """The entry of a GraphModule's `meta` that holds the merger of the model behind it."""
 
+
+REGION = "conjoin_region"
+"""The entry that holds the module of the model whose forward a GraphModule was traced from."""
 
 REGISTERED = frozenset({"_parameters", "_modules"})
 """Attributes of modules in which raw Parameters that are merged are not found, but products are."""
@@ -54,12 +57,14 @@ class RawProduct:
         parameters: the Parameters' names there, by those in the layer.
         layer: the product as a layer.
         read: whether one of the Parameters is read in some other way too.
+        strided: whether its output must be contiguous, where it is not one of a stack.
     """
 
     owner: str
     parameters: dict[str, str]
     layer: Product
     read: bool
+    strided: bool
 
     @property
     def name(self) -> str:
@@ -79,7 +84,6 @@ class Merger:
         levels: what it has merged beyond the siblings that were found at first.
         refused: the products that read one tensor and stay as they are, and why.
         rewritten: what is called with each graph when all passes are through with it, if anything.
-        escapes: whether something beyond the graphs reads their outputs.
         frozen: whether it merges nothing, and only knows what is merged.
     """
 
@@ -104,7 +108,7 @@ class Merger:
             escapes: whether something beyond the graphs reads their outputs.
         """
         self.frozen = frozen
-        self.escapes = escapes
+        self._escapes = escapes
         self.kinds = kinds
         self.levels: list[Level] = []
         self.refused: dict[frozenset[str], Candidate] = {}
@@ -135,6 +139,10 @@ class Merger:
         self._names = {module: name for name, module in self._model.named_modules()}
         self._positions = {module: position for position, module in enumerate(self._names)}
 
+    def escapes(self, graph_module: fx.GraphModule) -> bool:
+        """Whether the model's own code, beyond a graph, reads the graph's outputs."""
+        return self._escapes and graph_module.meta.get(REGION) is not self._model
+
     def merge_products(self, found: Sequence[RawProduct], sites: Sequence[Site]) -> None:
         """Merges products with Parameters that read one tensor, and notes which stay as they are.
 
@@ -143,7 +151,8 @@ class Merger:
             sites: their calls in one graph.
         """
         assert self._sightings is not None  # `lends` was asked
-        layers = {product.name: product.layer for product in found}
+        # Where a weight is in two kinds of product, the first stands for what cannot be merged.
+        layers = {product.name: product.layer for product in reversed(found)}
         shared = {
             f"{product.name}.{tensor}": other
             for product in found
@@ -151,7 +160,8 @@ class Merger:
             if (other := self._shared.get(product.owned(name)))
         }
         read = frozenset(product.name for product in found if product.read)
-        seen = dataclasses.replace(self._sightings, sites=tuple(sites), read=read, strided={})
+        strided = {product.name: "" for product in found if product.strided}
+        seen = dataclasses.replace(self._sightings, sites=tuple(sites), read=read, strided=strided)
         by_name = {product.name: product for product in found}
         for candidate in among(layers, shared, seen, PRODUCTS):
             if candidate.refusal is not None:
@@ -162,7 +172,7 @@ class Merger:
                 lend(self._model.get_submodule(product.owner), product.layer, product.parameters)
             self._look_up()
             merged = [layers[name] for name in candidate.layers]
-            self._merge(candidate.kind, merged, frozenset(), together=True)
+            self._merge(candidate.kind, merged, candidate.contiguous, together=True)
             self.levels.append(Level(candidate.kind, candidate.layers, candidate.widths))
 
     def raw_products(self, graph_module: fx.GraphModule) -> dict[Call, RawProduct]:
@@ -176,11 +186,10 @@ class Merger:
             for prefix, module in self._model.named_modules()
             for name, parameter in module._parameters.items()
         }
-        stacked = {
-            call.input
-            for call in calls
-            if hazards.reads_strides(call.node, modules, escapes=self.escapes)
-        }
+        escapes = self.escapes(graph_module)
+        strided = {c for c in calls if hazards.reads_strides(c.node, modules, escapes=escapes)}
+        stacked = {call.input for call in strided if not call.convolves}
+        copied = {call.reads for call in strided if call.convolves}
         found: dict[Call, RawProduct] = {}
         made: dict[object, RawProduct] = {}
         for call in calls:
@@ -191,13 +200,14 @@ class Merger:
             names = {tensor: name for tensor, (_, name) in places.items()}
             owner = places.get("weight", ("", ""))[0]
             whole = places.keys() == targets.keys() and all(p == owner for p, _ in places.values())
-            if not whole or is_lazy(held["weight"]) or held["weight"].dim() != 2:
+            if not whole or is_lazy(held["weight"]) or held["weight"].dim() != call.dims:
                 continue
             module = self._model.get_submodule(owner)
             if self.kind_of(module) is not None or not may_lend(module, tuple(names.values())):
                 continue
             layer = call.layer(held["weight"], held.get("bias"), stacked=call.input in stacked)
-            product = RawProduct(owner, names, layer, not read.isdisjoint(targets.values()))
+            elsewhere = not read.isdisjoint(targets.values())
+            product = RawProduct(owner, names, layer, elsewhere, call.reads in copied)
             found[call] = made.setdefault(call.reads, product)
         return found
 
@@ -229,7 +239,14 @@ class Merger:
         """What decides, beside the module itself, whether it may be merged."""
         name = self._names.get(module)
         shared = tuple(key for key in TENSORS if f"{name}.{key}".lstrip(".") in self._shared)
-        return name is None, name in self._apart, shared
+        seen = None if self._sightings is None else self._sightings.shapes.get(name or "")
+        return name is None, name in self._apart, shared, seen
+
+    def shapes(self, modules: Mapping[str, nn.Module]) -> dict[str, Shapes]:
+        """What some layers were seen to read and give, by the names given here."""
+        seen = {} if self._sightings is None else self._sightings.shapes
+        known = ((name, seen.get(self._names.get(module, ""))) for name, module in modules.items())
+        return {name: shapes for name, shapes in known if shapes is not None}
 
     def merge_all(self, found: Iterable[Candidate]) -> bool:
         """Merges the candidates that may be merged and are not yet; whether there were any."""
@@ -300,8 +317,6 @@ class Merger:
         for layer in layers:
             name = self._names.get(layer)
             if name is None or name in self._apart or kind.check(layer) is not None:
-                return False
-            if together and kind.check_together(layer) is not None:
                 return False
             if held_elsewhere(name, layer, self._shared) is not None:
                 return False

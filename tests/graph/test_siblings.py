@@ -127,7 +127,7 @@ REFUSALS = {
         ["memory_format", "channels_last", "contiguous"],
     ),
     "groups": (
-        [nn.Conv2d(2, 4, 1, groups=2), nn.Conv2d(2, 4, 1, groups=2)],
+        [nn.ConvTranspose2d(2, 4, 1, groups=2), nn.ConvTranspose2d(2, 4, 1, groups=2)],
         Reason.GROUPED,
         ["groups=2"],
     ),
@@ -199,7 +199,7 @@ REFUSALS = {
 def input_of(layer):
     if isinstance(layer, nn.Embedding):
         return torch.tensor([[1, 2], [0, 1]])
-    return IMAGE if isinstance(layer, nn.Conv2d) else X
+    return IMAGE if isinstance(layer, (nn.Conv2d, nn.ConvTranspose2d)) else X
 
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")

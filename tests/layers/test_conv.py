@@ -3,11 +3,13 @@
 import pytest
 import torch
 from derivatives import assert_same_second_derivatives
-from equivalence import assert_equivalent
-from families import EVERY_KIND, WIDTHS, Family, assert_runs_once, case, fused
+from equivalence import assert_equivalent, assert_same_state
+from families import EVERY_KIND, WIDTHS, Family, assert_runs_once, case, fused, wide_runs
 from torch import nn
 
-from conjoin.launches import count_step
+import conjoin
+from conjoin.layers.wide import wides
+from conjoin.legality import Reason
 
 CONVOLUTIONS = {
     "stride": case(nn.Conv1d, 2, (2, 2, 9), kernel_size=3, stride=2, padding=1),
@@ -105,22 +107,167 @@ def test_output_size_given_at_the_call(name):
     assert fused(plain)(x, size)[0].shape[2:] == torch.Size(size)
 
 
-@pytest.mark.parametrize("number", [2, 3, 8])
-@pytest.mark.parametrize("width", [4, 8])
-def test_grouped_convolutions_do_not_pay(number, width):
-    """What one wide grouped convolution would cost, so that they are refused."""
-    layers = nn.ModuleList([nn.Conv2d(4, width, 3, groups=4, bias=False) for _ in range(number)])
+GROUPED = {
+    "depthwise": case(nn.Conv2d, 4, (2, 4, 5, 6), kernel_size=3, padding=1, groups=4),
+    "multiplied": case(nn.Conv2d, 2, (2, 2, 5, 6), kernel_size=3, stride=2, groups=2),
+    "two groups": case(nn.Conv2d, 6, (2, 6, 5, 6), kernel_size=(1, 3), dilation=2, groups=2),
+    "1d": case(nn.Conv1d, 4, (3, 4, 9), kernel_size=3, groups=4, padding="same"),
+    "1d unbatched": case(nn.Conv1d, 4, (4, 9), kernel_size=3, groups=2),
+    "1d empty": case(nn.Conv1d, 4, (0, 4, 9), kernel_size=3, groups=2),
+    "3d": case(nn.Conv3d, 4, (2, 4, 4, 3, 5), kernel_size=2, groups=4),
+    "circular": case(
+        nn.Conv2d, 4, (2, 4, 5, 6), kernel_size=3, padding=1, padding_mode="circular", groups=4
+    ),
+}
 
-    def wide(x):
-        blocks = [layer.weight.unflatten(0, (4, -1)) for layer in layers]
-        y = nn.functional.conv2d(x, torch.cat(blocks, 1).flatten(0, 1), groups=4)
-        parts = y.unflatten(1, (4, number, -1)).unbind(2)
-        return [part.flatten(1, 2).contiguous() for part in parts]
 
-    x = torch.randn(2, 4, 5, 5)
-    for ours, theirs in zip(wide(x), (layer(x) for layer in layers), strict=True):
-        torch.testing.assert_close(ours, theirs)
-    assert count_step(wide, (x,)).forward > count_step(Family(layers), (x,)).forward
+@pytest.mark.parametrize("number", [2, 3, 5])
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("name", GROUPED)
+def test_grouped(name, bias, number):
+    plain = GROUPED[name].family([4] * number, bias=bias)
+    x = GROUPED[name].input()
+    assert_equivalent(fused(plain), plain, (x,))
+    assert_runs_once(fused(plain), x)
+
+
+def test_grouped_have_the_same_second_derivatives():
+    chosen = GROUPED["two groups"]
+    plain = chosen.family((4, 4, 4))
+    assert_same_second_derivatives(fused(plain), plain, chosen.input())
+
+
+def test_grouped_with_a_bias_on_some():
+    layers = [nn.Conv2d(4, 4, 3, groups=4, bias=i != 1) for i in range(4)]
+    plain = Family(layers).double()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    model = conjoin.optimize(plain, (x,))
+    assert_equivalent(model, plain, (x,))
+    assert_runs_once(model, x)
+
+
+@pytest.mark.parametrize("layout", ["large", "channels_last", "channels_last weights"])
+def test_grouped_run_apart_where_that_is_faster(layout):
+    plain = Family([nn.Conv2d(4, 4, 3, groups=2) for _ in range(2)]).double()
+    x = torch.randn(3, 4, 5, 5, dtype=torch.float64)
+    if layout == "large":
+        x = torch.randn(1, 4, 130, 130, dtype=torch.float64)
+    elif layout == "channels_last":
+        x = x.to(memory_format=torch.channels_last)
+    else:
+        plain = plain.to(memory_format=torch.channels_last)
+    model = fused(plain)
+    with wide_runs() as runs:
+        model(x)
+    assert not runs
+    assert_equivalent(model, plain, (x,))
+
+
+@pytest.mark.parametrize("wrong", [(2, 8, 5, 5), (2, 2, 5, 5), (5, 5), (5,), ()], ids=str)
+def test_grouped_raise_as_before(wrong):
+    plain = Family([nn.Conv2d(4, 4, 3, groups=2) for _ in range(2)])
+    messages = []
+    for each in (plain, fused(plain)):
+        with pytest.raises(RuntimeError) as error:
+            each(torch.randn(wrong))
+        messages.append(str(error.value))
+    assert messages[0] == messages[1]
+
+
+class Mobile(nn.Module):
+    """Depthwise branches that are summed, as MobileOne's are in training."""
+
+    def __init__(self, number=4):
+        super().__init__()
+        self.convs = nn.ModuleList(
+            nn.Conv2d(6, 6, 3, padding=1, groups=6, bias=False) for _ in range(number)
+        )
+        self.norms = nn.ModuleList(nn.BatchNorm2d(6) for _ in range(number))
+
+    def forward(self, x):
+        x = x.relu()
+        branches = zip(self.convs, self.norms, strict=True)
+        return sum(norm(conv(x)) for conv, norm in branches)
+
+
+def test_grouped_that_read_what_is_permuted():
+    """As q, k and v of SqueezeBERT do."""
+    plain = Family([nn.Conv1d(4, 4, 1, groups=2) for _ in range(3)]).double()
+    x = torch.randn(2, 5, 4, dtype=torch.float64).permute(0, 2, 1)
+    assert_equivalent(fused(plain), plain, (x,))
+    assert_runs_once(fused(plain), x)
+
+
+def test_grouped_in_a_rewritten_forward():
+    plain = Mobile().double()
+    x = torch.randn(2, 6, 5, 6, dtype=torch.float64)
+    model = conjoin.optimize(plain, (x,))
+    assert_equivalent(model, plain, (x,))
+    large = torch.randn(1, 6, 90, 90, dtype=torch.float64)
+    assert_equivalent(model, plain, (large,))
+    assert_runs_once(model.eval(), x)
+    (group,) = conjoin.report(plain, (x,)).groups
+    assert (group.fused, group.launches) == (True, (4, 2))
+    assert_same_state(conjoin.unfuse(model), plain)
+
+
+def test_grouped_that_read_a_large_tensor_stay_apart():
+    plain = Mobile()
+    assert [g.fused for g in conjoin.report(plain, (torch.randn(1, 6, 73, 74),)).groups] == [True]
+    (group,) = conjoin.report(plain, (torch.randn(1, 6, 74, 74),)).groups
+    assert group.reason is Reason.GROUPED
+    assert group.detail.endswith("groups=6, and 4 copies of the input are too large")
+    assert conjoin.report(plain).groups[0].fused  # Each call is looked at.
+    (group,) = conjoin.report(conjoin.optimize(plain), (torch.randn(1, 6, 74, 74),)).groups
+    assert (group.fused, group.launches) == (True, (4, 4))
+
+
+def test_grouped_behind_equal_operations():
+    """Which are seen to read one tensor in the graph only."""
+
+    class Hidden(Mobile):
+        def forward(self, x):
+            return [conv(torch.sin(x)) + 1 for conv in self.convs]
+
+    plain = Hidden().double()
+    x = torch.randn(2, 6, 5, 6, dtype=torch.float64)
+    model = conjoin.optimize(plain, (x,))
+    assert_equivalent(model, plain, (x,))
+    assert_runs_once(model, x)
+    large = torch.randn(1, 6, 90, 90, dtype=torch.float64)
+    assert not [*wides(conjoin.optimize(plain, (large,)))]
+
+
+def test_grouped_of_other_widths_stay_apart():
+    layers = [nn.Conv2d(4, width, 3, groups=2) for width in (4, 8)]
+    (group,) = conjoin.report(Family(layers), (torch.randn(2, 4, 5, 5),)).groups
+    assert group.reason is Reason.DIFFERENT_SETTINGS
+    assert group.detail == "layers.1: out_channels=8 where layers.0 has 4"
+
+
+def test_grouped_beside_others():
+    layers = [nn.Conv2d(4, 4, 3), nn.Conv2d(4, 4, 3, groups=2), nn.Conv2d(4, 4, 3)]
+    groups = conjoin.report(Family(layers), (torch.randn(2, 4, 5, 5),)).groups
+    assert [group.fused for group in groups] == [True, False]
+    assert groups[1].detail == "layers.1: groups=2 where layers.0 has 1"
+
+
+@pytest.mark.parametrize(("number", "refused"), [(2, True), (3, True), (4, False)])
+def test_grouped_whose_outputs_must_be_contiguous(number, refused):
+    """Each of them would be copied."""
+
+    class Viewed(Family):
+        def forward(self, x):
+            parts = super().forward(x)
+            return [part.view(-1) for part in parts[:2]] + parts[2:]
+
+    plain = Viewed([nn.Conv2d(4, 4, 3, groups=2) for _ in range(number)]).double()
+    x = torch.randn(2, 4, 5, 5, dtype=torch.float64)
+    (group,) = conjoin.report(plain, (x,)).groups
+    assert (group.reason is Reason.GROUPED) == refused
+    if refused:
+        assert group.detail == "groups=2, with 2 outputs to copy"
+    assert_equivalent(conjoin.optimize(plain, (x,)), plain, (x,))
 
 
 @pytest.mark.parametrize("name", ["circular", "same reflect", "2d same"])

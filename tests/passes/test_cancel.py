@@ -116,6 +116,44 @@ def test_a_source_that_is_read_by_others():
     assert targets(traced) == targets(plain)
 
 
+def recut(m, x):
+    first, second, third = torch.split(torch.cat([m.a(x), m.b(x.cos()), m.c(x.sin())], -1), 4, -1)
+    return first.tanh(), second.relu(), third
+
+
+def test_a_split_of_what_several_layers_gave_stays():
+    traced, plain = both(Scripted(recut, **linears()))
+    assert "cat" in targets(traced)
+    assert "split" in targets(traced)
+    assert_same(traced, plain, randn(3, 4))
+
+
+def test_a_piece_that_the_loss_leaves_out_gives_its_layer_zeros():
+    traced, plain = both(Scripted(recut, **linears()))
+    for model in (traced, plain):
+        model(randn(3, 4))[0].sum().backward()
+        assert model.b.weight.grad.eq(0).all()
+        assert model.a.weight.grad.ne(0).any()
+
+
+SUMS = {
+    "two": lambda m, x: m.a(x) + m.b(x),
+    "three": lambda m, x: m.a(x) + m.b(x) + m.c(x),
+    "of a list": lambda m, x: sum([m.a(x), m.b(x)]),
+    "of a stack": lambda m, x: torch.stack([m.a(x), m.b(x)]).sum(0),
+}
+
+
+@pytest.mark.parametrize("script", SUMS.values(), ids=SUMS)
+def test_a_sum_of_branches_stays_a_sum(script):
+    """One wide product, and each branch gets its own gradient."""
+    traced, plain = both(Scripted(lambda m, x: script(m, x).sin(), **linears()))
+    assert [target for target in targets(traced) if "wide" in target] == ["a.wide"]
+    assert {"add", "sum"} & {*targets(traced)}
+    assert_same(traced, plain, randn(3, 4), randn(2, 4, 4), randn(4))
+    assert_released_to_the_bit(traced, plain)
+
+
 ORDERS = [list(order) for order in itertools.permutations("abc")]
 
 

@@ -140,9 +140,238 @@ def test_ways_to_write_a_product(name):
     assert_equivalent(fused, model, (X,))
 
 
+ROWS, IMAGES, ROW_IMAGES = (
+    torch.randn(shape, dtype=torch.float64) for shape in [(5, 6), (2, 3, 5, 6), (2, 3, 7)]
+)
+WITH_BIAS = {
+    "linear": lambda self, x: (F.linear(x, self.a, self.c) + 1, F.linear(x, self.b, self.d) + 1),
+    "addmm": lambda self, x: (
+        torch.addmm(self.c, x, self.a.t()) + 1,
+        torch.addmm(self.d, x, self.b.t()) + 1,
+    ),
+}
+ROWS_FIRST = {
+    "t": lambda self, x: (x @ self.a.t() + 1, x.matmul(torch.t(self.b)) + 1),
+    "T": lambda self, x: (x @ self.a.T + 1, torch.matmul(x, self.b.mT) + 1),
+    "mm": lambda self, x: (
+        torch.mm(x, self.a.transpose(0, 1)) + 1,
+        x.mm(self.b.permute(1, 0)) + 1,
+    ),
+    "einsum": lambda self, x: (
+        torch.einsum("bi,oi->bo", x, self.a) + 1,
+        torch.einsum("bi,oi->bo", x, self.b) + 1,
+    ),
+    "dots": lambda self, x: (
+        torch.einsum("...i,oi->...o", x, self.a) + 1,
+        torch.einsum("...i,oi->...o", x, self.b) + 1,
+    ),
+    "viewed": lambda self, x: ((x @ self.a.t()).view(-1), x @ self.b.t()),
+}
+"""Products with weights (out, in)."""
+
+CONVOLUTIONS = {
+    "plain": (
+        ROW_IMAGES,
+        lambda self, x: (F.conv1d(x, self.a), F.conv1d(x, self.b)),
+        (4, 3, 2),
+        (2, 3, 2),
+    ),
+    "settings": (
+        IMAGES,
+        lambda self, x: (
+            F.conv2d(x, self.a, None, 2, (1, 0), dilation=1),
+            F.conv2d(x, self.b, stride=[2, 2], padding=(1, 0)),
+        ),
+        (4, 3, 2, 3),
+        (1, 3, 2, 3),
+    ),
+    "same": (
+        IMAGES,
+        lambda self, x: (
+            F.conv2d(x, self.a, padding="same"),
+            F.conv2d(x, self.b, padding="same"),
+        ),
+        (4, 3, 3, 1),
+        (1, 3, 3, 1),
+    ),
+    "viewed": (
+        IMAGES,
+        lambda self, x: (F.conv2d(x, self.a).view(-1), F.conv2d(x, self.b)),
+        (4, 3, 2, 2),
+        (2, 3, 2, 2),
+    ),
+    "3d": (
+        IMAGES[None],
+        lambda self, x: (F.conv3d(x, self.a), F.conv3d(x, self.b)),
+        (4, 2, 2, 2, 2),
+        (3, 2, 2, 2, 2),
+    ),
+    "transposed": (
+        IMAGES,
+        lambda self, x: (
+            F.conv_transpose2d(x, self.a, None, 2, 0, 1),
+            F.conv_transpose2d(x, self.b, None, 2, output_padding=1),
+        ),
+        (3, 4, 2, 2),
+        (3, 2, 2, 2),
+    ),
+    "transposed 1d": (
+        ROW_IMAGES,
+        lambda self, x: (F.conv_transpose1d(x, self.a), F.conv_transpose1d(x, self.b)),
+        (3, 4, 2),
+        (3, 2, 2),
+    ),
+}
+
+
+def assert_one_product(model, x):
+    """One product of two, the same function, and the way back."""
+    fused = conjoin.optimize(model, (x,))
+    assert is_fused(fused)
+    assert count(model, (x,)).products == 2 * count(fused, (x,)).products == 2
+    assert_equivalent(fused, model, (x,))
+    assert conjoin.verify(model, fused, (x,))
+    (group,) = conjoin.report(model, (x,)).groups
+    assert (group.layers, group.fused) == (("a", "b"), True)
+    plain = conjoin.unfuse(fused)
+    assert_same_state(plain, model)
+    assert_same_structure(plain, model)
+    return fused
+
+
+@pytest.mark.parametrize("name", ROWS_FIRST)
+def test_weights_with_a_row_for_each_output(name):
+    widths = (4, 4) if name == "viewed" else (4, 3)  # What is viewed is one of a stack.
+    model = pair(ROWS_FIRST[name], a=(widths[0], 6), b=(widths[1], 6))
+    fused = assert_one_product(model, ROWS)
+    for wrong, x in WRONG.items():
+        ours, theirs = (outcome(each, x) for each in (fused, model))
+        if isinstance(theirs, str):
+            assert ours == theirs, wrong
+        else:
+            torch.testing.assert_close(ours, theirs)
+
+
+class Quartet(Pair):
+    """Two weights and two biases that are read as a subclass says."""
+
+    def __init__(self, *shapes):
+        nn.Module.__init__(self)
+        self.a, self.b, self.c, self.d = (normal(*shape) for shape in shapes)
+        self.double()
+
+
+@pytest.mark.parametrize("name", WITH_BIAS)
+def test_products_with_a_bias(name):
+    class Own(Quartet):
+        forward = WITH_BIAS[name]
+
+    assert_one_product(Own((4, 6), (3, 6), (4,), (3,)), ROWS)
+
+
+def test_addmm():
+    class Own(Quartet):
+        def forward(self, x):
+            return torch.addmm(self.c, x, self.a), torch.addmm(self.d, x, self.b)
+
+    model = Own((6, 4), (6, 4), (4,), (4,))
+    fused = assert_one_product(model, ROWS)
+    for wrong, x in WRONG.items():
+        ours, theirs = (outcome(each, x) for each in (fused, model))
+        if isinstance(theirs, str):
+            assert ours == theirs, wrong
+        else:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_addmm_with_a_bias_that_is_broadcast():
+    class Own(Quartet):
+        def forward(self, x):
+            return torch.addmm(self.c, x, self.a), torch.addmm(self.d, x, self.b)
+
+    model = Own((6, 4), (6, 4), (1,), (1,))
+    fused = conjoin.optimize(model, (ROWS,))
+    assert not is_fused(fused)
+    assert_equivalent(fused, model, (ROWS,))
+
+
+@pytest.mark.parametrize("name", CONVOLUTIONS)
+def test_convolutions(name):
+    x, forward, a, b = CONVOLUTIONS[name]
+    model = pair(forward, a=a, b=b)
+    fused = assert_one_product(model, x)
+    for wrong in (x[:, :2], x[0], x[0, 0], x.float(), x[..., :1], x[:0]):
+        ours, theirs = (outcome(each, wrong) for each in (fused, model))
+        if isinstance(theirs, str):
+            assert ours == theirs
+        else:
+            torch.testing.assert_close(ours, theirs)
+
+
+def test_convolutions_go_on_together():
+    class Own(Quartet):
+        def forward(self, x):
+            first = F.conv2d(x, self.a, self.c, padding=1).relu()
+            second = F.conv2d(x, self.b, self.d, padding=1).relu()
+            return F.max_pool2d(first, 2) + 1, F.max_pool2d(second, 2) + 1
+
+    model = Own((4, 3, 3, 3), (2, 3, 3, 3), (4,), (2,))
+    fused = conjoin.optimize(model, (IMAGES,))
+    counts = count(fused, (IMAGES,))
+    assert (counts.convolutions, counts.activations, counts.pools) == (1, 1, 1)
+    assert_equivalent(fused, model, (IMAGES,))
+
+
+class Turned(Pair):
+    def forward(self, x):
+        return (x @ self.a.t()).add_(1), (x @ self.b.t()).mul_(2).relu_()
+
+
+class Filtered(Pair):
+    def forward(self, x):
+        return F.conv2d(x, self.a).add_(1), F.conv2d(x, self.b).mul_(2).relu_()
+
+
+class Painted(Pair):
+    def forward(self, x):
+        return F.conv_transpose2d(x, self.a).add_(1), F.conv_transpose2d(x, self.b).mul_(2).relu_()
+
+
+class Added(Quartet):
+    def forward(self, x):
+        first = torch.addmm(self.c, x, self.a).add_(1)
+        return first, torch.addmm(self.d, x, self.b).mul_(2).relu_()
+
+
+@pytest.mark.parametrize(
+    ("model", "x"),
+    [
+        (lambda: Turned((4, 6), (4, 6)), ROWS),
+        (lambda: Filtered((4, 3, 2, 2), (4, 3, 2, 2)), IMAGES),
+        (lambda: Painted((3, 4, 2, 2), (3, 4, 2, 2)), IMAGES),
+        (lambda: Added((6, 4), (6, 4), (4,), (4,)), ROWS),
+    ],
+    ids=["turned", "convolution", "transposed", "addmm"],
+)
+def test_what_is_changed_in_place_afterwards(model, x):
+    assert_one_product(model(), x)
+
+
+def test_convolutions_with_other_settings_stay_apart():
+    def forward(self, x):
+        return F.conv2d(x, self.a), F.conv2d(x, self.b, stride=2)
+
+    model = pair(forward, a=(4, 3, 2, 2), b=(4, 3, 2, 2))
+    (group,) = conjoin.report(model, (IMAGES,)).groups
+    assert group.reason is Reason.DIFFERENT_SETTINGS
+    assert group.kind == "conv2d"
+    assert "stride=(2, 2) where a has (1, 1)" in group.detail
+
+
 OTHERWISE = {
     "its norm": lambda self, x: (x @ self.a, x @ self.b, self.a.norm()),
     "its transpose": lambda self, x: (x @ self.a, x @ self.b, self.b.t()),
+    "both ways": lambda self, x: (x @ self.a, x @ self.b, x[:, :4] @ self.b.t()),
     "in another product": lambda self, x: (x @ self.a, x @ self.b, self.b @ x[0, :4]),
     "in a sum": lambda self, x: (x @ self.a, x @ self.b + self.b.sum()),
 }
@@ -366,6 +595,41 @@ def test_linears_are_one_product_side_by_side():
     assert_equivalent(fused, model, (X,))
 
 
+class Returned(Pair):
+    def forward(self, x):
+        return F.linear(x, self.a), F.linear(x, self.b)
+
+
+class Viewing(nn.Module):
+    """Code that is not traced, and that depends on the strides of what a module returns."""
+
+    def __init__(self, inner):
+        super().__init__()
+        self.inner = inner
+
+    def forward(self, x):
+        first, second = self.inner(x)
+        return (first.view(-1), second) if x.sum() > 1e9 else (second.view(-1), first)
+
+
+def test_what_the_model_returns_lies_side_by_side():
+    model = Returned((3, 6), (5, 6))
+    fused = conjoin.optimize(model, (X,))
+    assert [p.shape for p in fused.parameters()] == [(8, 6)]
+    assert_equivalent(fused, model, (X,))
+    counts = count(fused, (X,))
+    assert (counts.matmuls, counts.copies) == (1, 0)
+
+
+@pytest.mark.parametrize("width", [4, 3])
+def test_what_other_code_reads_is_contiguous(width):
+    """So it is one of a stack, which has one width for all."""
+    model = Viewing(Returned((4, 6), (width, 6)))
+    fused = conjoin.optimize(model, (X,))
+    assert is_fused(fused) == (width == 4)
+    assert_equivalent(fused, model, (X,))
+
+
 def test_parameters_of_layers_of_pytorch_stay():
     class Borrowed(nn.Module):
         def __init__(self):
@@ -379,6 +643,54 @@ def test_parameters_of_layers_of_pytorch_stay():
     fused = conjoin.optimize(model, (X,))
     assert not is_fused(fused)
     assert_equivalent(fused, model, (X,))
+
+
+@pytest.mark.parametrize("widths", [{}, {"kdim": 4, "vdim": 4}, {"kdim": 4, "vdim": 5}], ids=str)
+def test_attention_of_pytorch_stays(widths):
+    """Its products are in a function of PyTorch's, which is not looked into."""
+    torch.manual_seed(0)
+    model = nn.MultiheadAttention(6, 2, batch_first=True, **widths).double()
+    q = torch.randn(3, 4, 6, dtype=torch.float64)
+    k, v = (
+        torch.randn(3, 5, widths.get(name, 6), dtype=torch.float64) for name in ("kdim", "vdim")
+    )
+    v = k if k.shape == v.shape else v
+    fused = conjoin.optimize(model, (q, k, v))
+    assert not is_fused(fused)
+    assert not conjoin.report(model, (q, k, v)).groups
+    assert_equivalent(fused, model, (q, k, v))
+
+
+class Crossed(nn.Module):
+    """Attention with layers of its own, whose keys and values may have other widths."""
+
+    def __init__(self, kdim, vdim):
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(6, 6), nn.Linear(kdim, 6), nn.Linear(vdim, 6)
+
+    def forward(self, query, key, value):
+        q, k, v = self.q(query), self.k(key), self.v(value)
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+@pytest.mark.parametrize(
+    ("widths", "given", "groups"),
+    [
+        ((4, 4), "qkk", [("k", "v")]),
+        ((4, 4), "qkv", []),
+        ((4, 5), "qkw", []),
+        ((6, 6), "qqq", [("q", "k", "v")]),
+    ],
+    ids=str,
+)
+def test_attention_with_other_widths_of_keys_and_values(widths, given, groups):
+    """What reads one tensor has one width, and is merged; values of their own stay apart."""
+    sizes = {"q": (3, 4, 6), "k": (3, 5, 4), "v": (3, 5, 4), "w": (3, 5, 5)}
+    tensors = {name: torch.randn(size, dtype=torch.float64) for name, size in sizes.items()}
+    inputs = tuple(tensors[name] for name in given)
+    model = Crossed(*widths).double()
+    assert [group.layers for group in conjoin.report(model, inputs).groups] == groups
+    assert_equivalent(conjoin.optimize(model, inputs), model, inputs)
 
 
 def test_code_that_goes_through_all_children_finds_no_products():

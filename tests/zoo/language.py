@@ -92,6 +92,10 @@ MODELS = {
     "longformer": hugging(
         "LongformerModel", lambda: text(8), **TEXT, attention_window=4, pad_token_id=0
     ),
+    # Its q, k and v are convolutions with groups.
+    "squeezebert": hugging(
+        "SqueezeBertModel", text, **{**TEXT, "num_hidden_layers": 1}, embedding_size=32
+    ),
     "gpt2": hugging(
         "GPT2LMHeadModel",
         text,

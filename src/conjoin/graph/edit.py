@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Collection, Sequence
+from collections.abc import Iterable, Sequence
 from typing import Any
 
 import torch
@@ -59,10 +59,10 @@ def call_instead(graph: fx.Graph, node: fx.Node, target: str, input: fx.Node) ->
     graph.erase_node(node)
 
 
-def erase_unread(graph: fx.Graph, targets: Collection[str]) -> None:
-    """Takes out the attributes of these targets that nothing reads."""
-    for node in list(graph.nodes):
-        if node.op == "get_attr" and node.target in targets and not node.users:
+def erase_unread(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:
+    """Takes out those of some nodes that nothing reads."""
+    for node in dict.fromkeys(nodes):
+        if not node.users:
             graph.erase_node(node)
 
 

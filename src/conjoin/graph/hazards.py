@@ -277,13 +277,14 @@ DETACHING = frozenset({"detach", "detach_"})
 SPLITS = frozenset({"unsafe_split_with_sizes", "unstack"})
 """Functions that cut a tensor into parts that have no memory in common."""
 
-PRODUCTS: tuple[Any, ...] = (operator.matmul, torch.matmul, torch.mm, F.linear)
+PRODUCTS: tuple[Any, ...] = (operator.matmul, torch.matmul, torch.mm, torch.addmm, F.linear)
 """Functions that multiply matrices."""
 
 ALLOCATING: frozenset[Any] = frozenset(
     {
         *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, *PRODUCTS),
         *(F.conv1d, F.conv2d, F.conv3d, F.embedding, F.batch_norm, F.group_norm, F.layer_norm),
+        *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
     }
 )
 """Functions whose result is a tensor with memory of its own, or no tensor."""

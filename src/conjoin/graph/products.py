@@ -1,18 +1,20 @@
-"""Products with Parameters in a graph: `F.linear(x, self.w, self.b)`, `x @ self.w` and the like."""
+"""Products with Parameters in a graph: `F.linear(x, self.w)`, `x @ self.w`, `F.conv2d`, ..."""
 
 from __future__ import annotations
 
 import operator
 import re
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.utils import _pytree as pytree
 
 from conjoin.graph import edit, hazards
+from conjoin.layers.convolved import CONVOLUTIONS
 from conjoin.layers.product import LinearProduct, Matmul, Product
 
 OFFSETS = frozenset({"storage_offset", "as_strided", "as_strided_"})
@@ -30,6 +32,19 @@ MATMULS: dict[Any, str] = {
 LINEAR = ("input", "weight", "bias")
 """The arguments of `F.linear`."""
 
+TURNED: dict[Any, tuple[tuple[Any, ...], ...]] = {
+    torch.t: ((),),
+    "t": ((),),
+    torch.transpose: ((0, 1), (1, 0), (-2, -1), (-1, -2)),
+    "transpose": ((0, 1), (1, 0), (-2, -1), (-1, -2)),
+    "permute": ((1, 0), ((1, 0),)),
+    getattr: (("T",), ("mT",)),
+}
+"""Functions and methods that transpose a weight, and with which further arguments."""
+
+CONVOLVING: dict[Any, str] = {getattr(F, function): function for function in CONVOLUTIONS}
+"""Functions that convolve, and their names."""
+
 
 @dataclass(frozen=True, slots=True)
 class Call:
@@ -42,6 +57,9 @@ class Call:
         bias: the node of the bias, where there is one.
         function: the name of the function.
         equation: for `einsum`, its equation; for `tensordot`, a number of dimensions, if given.
+        rows: whether the rows of the weight are output channels, so that it is (out, in).
+        turned: the node that transposes the weight before, where there is one.
+        settings: for a convolution, its settings by name.
     """
 
     node: fx.Node
@@ -50,18 +68,34 @@ class Call:
     bias: fx.Node | None
     function: str
     equation: str = ""
+    rows: bool = False
+    turned: fx.Node | None = None
+    settings: tuple[tuple[str, Any], ...] = ()
 
     @property
     def reads(self) -> tuple[object, ...]:
         """What is read, and how; equal for all calls of one product."""
         bias = None if self.bias is None else self.bias.target
-        return self.weight.target, bias, self.function, self.equation
+        how = self.function, self.equation, self.rows, self.settings
+        return self.weight.target, bias, *how
+
+    @property
+    def convolves(self) -> bool:
+        """Whether it is a convolution."""
+        return self.function in CONVOLUTIONS
+
+    @property
+    def dims(self) -> int:
+        """How many dimensions the weight must have."""
+        return CONVOLUTIONS[self.function].dims if self.convolves else 2
 
     def layer(self, weight: nn.Parameter, bias: nn.Parameter | None, *, stacked: bool) -> Product:
         """The product as a layer."""
-        if self.function == "linear":
-            return LinearProduct(self.function, weight, bias, stacked=stacked)
-        return Matmul(self.function, weight, None, self.equation)
+        if self.convolves:
+            return CONVOLUTIONS[self.function](weight, bias, dict(self.settings))
+        if self.rows:
+            return LinearProduct(self.function, weight, bias, self.equation, stacked=stacked)
+        return Matmul(self.function, weight, bias, self.equation)
 
 
 def calls(graph: fx.Graph) -> list[Call]:
@@ -81,12 +115,40 @@ def call(
         lent: for the target of each Parameter that of its layer, and its name there.
         modules: the layers, by target.
     """
+    turned: list[fx.Node] = []
     for found in calls(graph):
         target, _ = lent.get(str(found.weight.target), ("", ""))
         layer = modules.get(target)
         if isinstance(layer, Product) and _is_of(found, lent, target, layer):
             edit.call_instead(graph, found.node, target, found.input)
-    edit.erase_unread(graph, lent)
+            turned += [found.turned] if found.turned is not None else []
+    edit.erase_unread(graph, turned)
+    edit.erase_unread(graph, [n for n in graph.nodes if n.op == "get_attr" and n.target in lent])
+
+
+def read_otherwise(graph: fx.Graph, found: Sequence[Call]) -> set[str]:
+    """The targets of weights and biases that are read in any other way than in one product."""
+    products = {call.node: call for call in found}
+    turned = {call.turned for call in found}
+
+    def ways(node: fx.Node) -> Iterator[object]:
+        for user in node.users:
+            known = products.get(user)
+            if user in turned:
+                yield from ways(user)
+            else:
+                yield known.reads if known is not None and known.input is not node else user
+
+    read: dict[str, set[object]] = {}
+    for node in graph.nodes:
+        if node.op == "get_attr":
+            read.setdefault(str(node.target), set()).update(ways(node))
+    return {target for target, each in read.items() if len(each) > 1}
+
+
+def tells_offsets(graph: fx.Graph) -> bool:
+    """Whether something in a graph tells where in its storage a tensor begins."""
+    return any(hazards.called(node) in OFFSETS for node in graph.nodes)
 
 
 def _is_of(call: Call, lent: Mapping[str, tuple[str, str]], target: str, layer: Product) -> bool:
@@ -97,35 +159,58 @@ def _is_of(call: Call, lent: Mapping[str, tuple[str, str]], target: str, layer: 
         and bias == (None if layer.bias is None else (target, "bias"))
         and (call.bias is None) == (layer.bias is None)
         and (call.function, call.equation) == (layer.function, layer.equation)
+        and call.rows == isinstance(layer, LinearProduct)
+        and dict(call.settings) == layer.given
     )
-
-
-def read_otherwise(graph: fx.Graph, found: Sequence[Call]) -> set[str]:
-    """The targets of weights and biases that are read in any other way than in one product."""
-    products = {call.node: call for call in found}
-    ways: dict[str, set[object]] = {}
-    for node in graph.nodes:
-        for user in node.users if node.op == "get_attr" else ():
-            known = products.get(user)
-            way = known.reads if known is not None and known.input is not node else user
-            ways.setdefault(str(node.target), set()).add(way)
-    return {target for target, each in ways.items() if len(each) > 1}
-
-
-def tells_offsets(graph: fx.Graph) -> bool:
-    """Whether something in a graph tells where in its storage a tensor begins."""
-    return any(hazards.called(node) in OFFSETS for node in graph.nodes)
 
 
 def _read(node: fx.Node) -> Call | None:
     """A node as a product with a Parameter; None where it is none."""
+    if node.op == "call_function" and (found := _convolution(node)) is not None:
+        return found
     function, equation, operands = _written(node)
     input, weight, bias = (*operands, None, None, None)[:3]
-    if not isinstance(input, fx.Node) or not _is_attribute(weight):
+    if not isinstance(input, fx.Node) or not isinstance(weight, fx.Node):
         return None
-    if bias is not None and not _is_attribute(bias):
+    turned = None
+    if function in ("matmul", "mm", "addmm") and _turns(weight):
+        turned, weight = weight, weight.args[0]
+    if not _is_attribute(weight) or not (bias is None or _is_attribute(bias)):
         return None
-    return Call(node, input, weight, bias, function, equation)
+    rows = function == "linear" or turned is not None or _is_product(equation, turned=True)
+    return Call(node, input, weight, bias, function, equation, rows, turned)
+
+
+def _turns(node: fx.Node) -> bool:
+    """Whether a node is the transpose of a Parameter, which it is sure to be if it has two dims."""
+    known = node.op in ("call_function", "call_method") and node.target in TURNED
+    return (
+        known
+        and not node.kwargs
+        and _is_attribute(node.args[0])
+        and node.args[1:] in TURNED[node.target]
+    )
+
+
+def _convolution(node: fx.Node) -> Call | None:
+    """A node as a convolution with a Parameter; None where it is none."""
+    function = CONVOLVING.get(node.target)
+    if function is None:
+        return None
+    defaults = CONVOLUTIONS[function].defaults  # In the order of the arguments.
+    given = edit.arguments(node, (*LINEAR, *defaults))
+    input, weight, bias = (given.get(name) for name in LINEAR)
+    settings = tuple((name, _plain(given.get(name, defaults[name]))) for name in defaults)
+    plain = dict(settings)["groups"] == 1
+    plain &= not any(isinstance(each, fx.Node) for each in pytree.tree_leaves(settings))
+    plain &= _is_attribute(weight) and (bias is None or _is_attribute(bias))
+    if not plain or not isinstance(input, fx.Node) or not isinstance(weight, fx.Node):
+        return None
+    return Call(node, input, weight, bias, function, settings=settings)
+
+
+def _plain(setting: Any) -> Any:
+    return tuple(setting) if isinstance(setting, (list, tuple)) else setting
 
 
 def _written(node: fx.Node) -> tuple[str, str, Sequence[Any]]:
@@ -136,6 +221,9 @@ def _written(node: fx.Node) -> tuple[str, str, Sequence[Any]]:
         return "linear", "", [given.get(name) for name in LINEAR]
     if node.op in ("call_function", "call_method") and node.target in MATMULS:
         return none if node.kwargs or len(node.args) != 2 else (MATMULS[node.target], "", node.args)
+    if node.op == "call_function" and node.target is torch.addmm:
+        plain = not node.kwargs and len(node.args) == 3 and _is_attribute(node.args[0])
+        return ("addmm", "", [*node.args[1:], node.args[0]]) if plain else none
     if node.op == "call_function" and node.target is torch.tensordot:
         given = edit.arguments(node, ("a", "b", "dims"))
         plain = given.get("out") is None and _is_last_by_first(given.get("dims"))
@@ -146,8 +234,10 @@ def _written(node: fx.Node) -> tuple[str, str, Sequence[Any]]:
         written, *operands = node.args
         if len(operands) == 1 and isinstance(operands[0], (list, tuple)):
             operands = [*operands[0]]
-        if isinstance(written, str) and len(operands) == 2 and _is_product(written):
-            return "einsum", written.replace(" ", ""), operands
+        if isinstance(written, str) and len(operands) == 2:
+            equation = written.replace(" ", "")
+            if _is_product(equation) or _is_product(equation, turned=True):
+                return "einsum", equation, operands
     return none
 
 
@@ -159,17 +249,23 @@ def _is_last_by_first(dims: object) -> bool:
     return type(dims) is int and dims == 1
 
 
-def _is_product(equation: str) -> bool:
-    """Whether an equation is that of `x @ w`, such as `bsi,io->bso` or `...i,io->...o`."""
+def _is_product(equation: str, *, turned: bool = False) -> bool:
+    """Whether an equation is that of `x @ w`, such as `bsi,io->bso` or `...i,io->...o`.
+
+    Args:
+        equation: the equation, without spaces.
+        turned: whether it is that of `x @ w.t()` instead, such as `bsi,oi->bso`.
+    """
     found = re.fullmatch(
         r"(\.\.\.)?([a-zA-Z]*)([a-zA-Z]),([a-zA-Z])([a-zA-Z])->(\.\.\.)?([a-zA-Z]*)([a-zA-Z])",
-        equation.replace(" ", ""),
+        equation,
     )
     if found is None:
         return False
-    dots, rows, inner, first, width, same_dots, same_rows, last = found.groups()
-    letters = [*rows, inner, width]
-    kept = (dots, rows, inner, width) == (same_dots, same_rows, first, last)
+    dots, rows, inner, first, second, same_dots, same_rows, last = found.groups()
+    letters = [*rows, inner, last]
+    weight = (last, inner) if turned else (inner, last)
+    kept = (dots, rows, first, second) == (same_dots, same_rows, *weight)
     return kept and len({*letters}) == len(letters)
 
 

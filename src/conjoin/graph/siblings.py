@@ -187,7 +187,6 @@ def _resolve(
         name: None
         if isinstance(layer, View)
         else kind.check(layer)
-        or kind.check_together(layer)
         or held_elsewhere(name, layer, shared)
         or _touched(name, layers, sightings)
         for name, layer in layers.items()
@@ -202,7 +201,7 @@ def _resolve(
         groups += _alike(kind, {name: keys[name] for name in together})
     for group in groups:
         if len(group) > 1:
-            yield tuple(group), None
+            yield _paying(kind, group, layers, sightings)
     reference = max(groups, key=len, default=[""])[0]
     for group in groups:
         if len(group) == 1 and group[0] != reference:
@@ -210,6 +209,19 @@ def _resolve(
             verdicts[name] = _apart(name, reference, calls) or _difference(name, reference, keys)
     merged = {name for group in groups if len(group) > 1 for name in group}
     yield from _refusals([name for name in layers if name not in merged], verdicts)
+
+
+def _paying(
+    kind: Kind, group: Sequence[str], layers: Mapping[str, nn.Module], sightings: Sightings
+) -> tuple[tuple[str, ...], Refusal | None]:
+    """A group, and its refusal where merging it, which was not done yet, gains nothing."""
+    if any(isinstance(layers[name], View) for name in group):
+        return tuple(group), None
+    copies = sum(name in sightings.strided for name in group)
+    read = sightings.shapes.get(group[0])
+    shape = None if read is None else read.input
+    why = kind.check_together([layers[name] for name in group], copies, shape)
+    return tuple(group), None if why is None else Refusal(tuple(group), *why)
 
 
 def _alike(kind: Kind, keys: dict[str, dict[str, object]]) -> Iterator[list[str]]:
@@ -295,7 +307,7 @@ def _run(input: Hashable) -> Hashable:
 def _difference(name: str, other: str, keys: dict[str, dict[str, object]]) -> Verdict:
     """What must be equal and is not."""
     mine, theirs = keys[name], keys[other]
-    differing = [key for key in mine if mine[key] != theirs.get(key)]
+    differing = [key for key in mine if key in theirs and mine[key] != theirs[key]]
     differing.sort(key="bias".__eq__)  # Last, since it is the least that keeps them apart.
     reason = DIFFERENCE.get(differing[0], Reason.DIFFERENT_SETTINGS)
     if reason is Reason.CUSTOM_PARAMETER:

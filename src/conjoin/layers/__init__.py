@@ -6,6 +6,7 @@ from collections.abc import Iterator
 
 from torch import nn
 
+from conjoin.layers import convolved, product
 from conjoin.layers.conv import (
     Conv1d,
     Conv2d,
@@ -32,6 +33,9 @@ KINDS: tuple[Kind, ...] = (
     Embedding(),
 )
 """Every kind of layer that siblings are looked for in."""
+
+PRODUCTS: tuple[Kind, ...] = (*product.KINDS, *convolved.KINDS)
+"""The kinds of product with a module's own Parameters."""
 
 NORMS: tuple[Kind, ...] = (*NORMALIZATIONS, PReLU())
 """The kinds that follow wide layers and keep the number of channels."""

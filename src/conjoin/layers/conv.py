@@ -7,13 +7,13 @@ A transposed convolution keeps its channels the other way round, W_i: (in, out_i
 wide weight (in, sum out_i, *kernel) would interleave the blocks in memory, so they are kept one
 after another and joined at each call.
 
-With groups > 1 the wide output has, within each group, the channels of one sibling after those of
-the other. A part of it is a tensor whose channels lie apart, so that `.view(batch, -1)`, which the
-sibling's output and every plain slice allow, raises; and with a copy of each part, n launches
-become n + 2. Repeating the input n times instead keeps the parts together in 2 launches, for widths
-that are equal, but has n times the input to write, read and keep for backward. So they are refused.
-Measured on one core, two depthwise 3x3 convolutions as one, copies included, take 1.0 to 4.4 of
-their time forward and 0.9 to 4.9 in training, since no fast path knows two channels a group.
+With groups > 1 one convolution of x would interleave the siblings' channels within each group, and
+copying them apart costs more than it saves: two depthwise 3x3 convolutions take 1.0 to 4.4 of their
+time then, measured on one core, since no fast path knows two channels a group. So the input is
+repeated, x (batch, n * in, *space), and siblings of one shape run on it like layers on different
+inputs, see below: 2 launches, and the parts lie side by side. What is written and kept is n times
+the input, so it depends on each input whether that pays, see `REPEATED`. A rewritten forward does
+not ask, so it calls the views, which do.
 
 Kernels of different size could be padded with zeros to the largest, which multiplies the
 arithmetic: 1x1 beside 3x3 takes 1.0 to 1.9 of the time then, in nearly all widths and sizes that
@@ -25,18 +25,29 @@ convolution, of x (batch, n * in, *space) in n groups: (batch, n * out, *space')
 
 from __future__ import annotations
 
-from collections.abc import Callable
+import math
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from conjoin.layers.kind import Kind, Verdict
+from conjoin.layers.kind import Kind, Verdict, memory_format
 from conjoin.legality import Reason
 
 if TYPE_CHECKING:
     from conjoin.layers.wide import Wide
+
+
+REPEATED = 2**17
+"""How many elements an input may have, repeated for each of the siblings with groups > 1.
+
+Measured on one core, 2 to 8 convolutions 3x3 at once take 0.15 to 0.93 of the time of each by
+itself up to there, forward and in training, depthwise and in groups of 16 channels, and with
+kernels of size 1, which are slow in groups, 0.9 to 1.02. With four times as many elements they take
+0.5 to 8.6, and up to 14 above, where memory is mapped anew for each call.
+"""
 
 
 def _for_each(setting: Any, dimensions: int) -> Any:
@@ -56,18 +67,35 @@ class _Convolution(Kind):
     bias_on_some = True
 
     def key(self, layer: nn.Module) -> dict[str, object]:
-        """The settings, with a number for each dimension of space."""
+        """The settings, with a number for each dimension of space; also the width of groups."""
         found = super().key(layer)
+        if _grouped(found["groups"]):
+            found["out_channels"] = layer.out_channels
         for name in ("stride", "dilation", "output_padding"):
             if name in found:
                 found[name] = _for_each(found[name], -1 - self.output_dim)
         return found
 
-    def check_together(self, layer: nn.Module) -> Verdict | None:
-        """Refuses grouped convolutions, whose channels are interleaved in a wide layer."""
-        if isinstance(layer.groups, int) and layer.groups > 1:
-            return Reason.GROUPED, f"groups={layer.groups}"
-        return None
+    def pays(self, wide: Wide, input: Tensor | None = None) -> bool:
+        """With groups > 1 only for small inputs: they are repeated, which ends channels_last."""
+        if not _grouped(wide.settings["groups"]):
+            return True
+        if input is None or input.dim() < -self.output_dim or wide.channels_last:
+            return False
+        small = input.numel() * len(wide.widths) <= REPEATED
+        return small and memory_format(input) != "channels_last"
+
+
+def _grouped(groups: object) -> bool:
+    return isinstance(groups, int) and groups > 1
+
+
+def _repeated(input: Tensor, dim: int, number: int) -> Tensor:
+    """The input so often, side by side along a dimension, which is counted from the end."""
+    dim += input.dim()
+    sizes = [-1] * (input.dim() + 1)
+    sizes[dim] = number
+    return input.unsqueeze(dim).expand(sizes).flatten(dim, dim + 1)
 
 
 def _around(settings: dict[str, Any], kernel: tuple[int, ...]) -> tuple[int, ...]:
@@ -112,7 +140,26 @@ class _Conv(_Convolution):
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(batch, in, *space) -> (batch, sum out_i, *space')."""
+        number = len(wide.widths)
+        if number > 1 and _grouped(wide.settings["groups"]):
+            return self.apart(wide, _repeated(input, self.output_dim, number))
         return self._convolve(wide, input, 1)
+
+    def check_together(
+        self, layers: Sequence[nn.Module], copies: int, shape: Sequence[int] | None
+    ) -> Verdict | None:
+        """Refuses grouped convolutions where repeating the input is more than what it saves."""
+        groups, number = layers[0].groups, len(layers)
+        if not _grouped(groups):
+            return None
+        if copies and copies + 2 > number:
+            return Reason.GROUPED, f"groups={groups}, with {copies} outputs to copy"
+        if shape is not None and math.prod(shape) * number > REPEATED:
+            return (
+                Reason.GROUPED,
+                f"groups={groups}, and {number} copies of the input are too large",
+            )
+        return None
 
     def apart(self, wide: Wide, input: Tensor) -> Tensor:
         """(batch, n * in, *space) -> (batch, n * out, *space')."""
@@ -147,6 +194,12 @@ class _ConvTranspose(_Convolution):
         "padding_mode",
     )
     weight_dim = 1
+
+    def check(self, layer: nn.Module) -> Verdict | None:
+        """Also refuses groups, of whose channels the weight holds those of one only."""
+        if _grouped(layer.groups):
+            return Reason.GROUPED, f"transposed, groups={layer.groups}"
+        return super().check(layer)
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(batch, in, *space) -> (batch, sum out_i, *space')."""

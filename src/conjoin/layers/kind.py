@@ -159,9 +159,28 @@ class Kind(ABC):
             or self._settled(layer)
         )
 
-    def check_together(self, layer: nn.Module) -> Verdict | None:
-        """Why this layer cannot be merged with others that read the same tensor."""
+    def check_together(
+        self, layers: Sequence[nn.Module], copies: int, shape: Sequence[int] | None
+    ) -> Verdict | None:
+        """Why merging layers that read the same tensor gains nothing; None where it may.
+
+        Args:
+            layers: the siblings.
+            copies: how many of their outputs have to be handed out contiguous.
+            shape: that of the tensor, where it is known.
+        """
         return None
+
+    def pays(self, wide: Wide, input: Tensor | None = None) -> bool:
+        """Whether one run takes less time than the siblings' own.
+
+        Where that depends on the input, no rewritten forward runs them at once: each call asks.
+
+        Args:
+            wide: the wide layer.
+            input: what the siblings read; None for whether it pays whatever that is.
+        """
+        return True
 
     def _shaped(self, layer: nn.Module) -> Verdict | None:
         held = tensors(layer)

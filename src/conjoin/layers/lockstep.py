@@ -92,9 +92,10 @@ def take(wide: Wide, index: int, input: Any) -> Tensor | None:
         input: what it was called with.
 
     Returns:
-        The part, which nobody else has been given; None where the sibling must compute it.
+        The part, which nobody else has been given; None where the sibling must compute it, or
+        where that takes less time.
     """
-    if not _shareable(input):
+    if not _shareable(input) or (wide.varies and not wide.kind.pays(wide, input)):
         return None
     source: Tensor = input
     steps: tuple[Step, ...] = ()

@@ -1,18 +1,23 @@
 """Products of a tensor with a module's own Parameters, such as `x @ self.w`.
 
-    linear    y_i = x W_i^T + b_i     W_i: (out_i, in)     F.linear(x, self.w, self.b)
-    matmul    y_i = x W_i             W_i: (in, out)       x @ self.w, and what is written otherwise
+    linear    y_i = x W_i^T + b_i     W_i: (out_i, in)     F.linear(x, self.w), x @ self.w.t()
+    matmul    y_i = x W_i + b_i       W_i: (in, out)       x @ self.w, and what is written otherwise
 
 x: (..., in). A `Product` is such a Parameter as a layer, see `owner.py`. The blocks (out_i, in) one
-below the other are the weight of one wide F.linear. Blocks (in, out) would have to lie side by
+below the other are the weight of one wide product. Blocks (in, out) would have to lie side by
 side, where a checkpoint could not hold them as plain tensors, so they are a stack (n, in, out), and
 x is multiplied with all of it in one batched product: y (n, ..., out). The parts of y are
 contiguous; so the blocks of an F.linear are taken as a stack too where something depends on that.
+
+Blocks (in, out_i) of different widths stay apart: to join them is a copy of all weights at each
+call. So do weights of three dimensions, as stacks of experts have: two of them on one x would read
+x twice, one copy beside the other, and so launch no less.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
+from types import MappingProxyType
 from typing import TYPE_CHECKING, Any, cast
 
 import torch
@@ -48,9 +53,11 @@ class Product(nn.Module):
         function: the name of the function.
         equation: for `einsum`, its equation; for `tensordot`, a number of dimensions, if given.
         stacked: whether siblings are multiplied as a stack.
+        given: for a convolution, its settings by name.
     """
 
     conjoin_view = ProductView
+    given: Mapping[str, Any] = MappingProxyType({})
     weight: nn.Parameter
     bias: nn.Parameter | None
 
@@ -69,6 +76,14 @@ class Product(nn.Module):
         self.register_parameter("weight", weight)
         self.register_parameter("bias", bias)
 
+    def written(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """The product as it was written, of these; `fx.Proxy` objects write it into a graph."""
+        raise NotImplementedError
+
+    def forward(self, input: Tensor) -> Tensor:
+        """The product of the input and the Parameters, as it was written."""
+        return self.written(input, self.weight, self.bias)
+
     def extra_repr(self) -> str:
         """The shape of the weight."""
         return f"weight={tuple(_held(self).shape)}"
@@ -84,21 +99,21 @@ class Product(nn.Module):
 class Matmul(Product):
     """The product with a weight (in, out)."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return _multiply(self.function, self.equation, input, self.weight)
+    def written(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., in), (in, out) and (out) -> (..., out)."""
+        return _multiply(self.function, self.equation, input, weight, bias)
 
 
 class LinearProduct(Product):
-    """`F.linear` with a weight (out, in)."""
+    """The product with a weight (out, in): `F.linear`, or one with its transpose."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        return F.linear(input, self.weight, self.bias)
+    def written(self, input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        """(..., in), (out, in) and (out) -> (..., out)."""
+        return _linear(self.function, self.equation, input, weight, bias)
 
 
 class OfMatmul(Kind):
-    """`x @ self.w`, `torch.mm`, `torch.tensordot` and `torch.einsum`."""
+    """`x @ self.w`, `torch.mm`, `torch.addmm`, `torch.tensordot` and `torch.einsum`."""
 
     layer = Matmul
     settings = ("function", "equation")
@@ -115,12 +130,7 @@ class OfMatmul(Kind):
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(..., in) -> (n, ..., out)."""
-        settings: dict[str, Any] = wide.settings
-        stack = wide.weight.view(len(wide.widths), *wide.shapes[0])
-        if _goes_as_stack(settings["function"], settings["equation"], input, stack):
-            return _batched(input, stack, None)
-        function, equation = settings["function"], settings["equation"]
-        return torch.stack([_multiply(function, equation, input, each) for each in stack])
+        return _at_once(self, wide, input, _multiply)
 
     def split(self, wide: Wide) -> tuple[Callable[..., Sequence[Tensor]], tuple[Any, ...]]:
         """Along the stack."""
@@ -128,10 +138,10 @@ class OfMatmul(Kind):
 
 
 class OfLinear(Kind):
-    """`F.linear`."""
+    """`F.linear`, and `x @ self.w.t()`."""
 
     layer = LinearProduct
-    settings = ("stacked",)
+    settings = ("function", "equation", "stacked")
     bias_on_some = True
 
     @property
@@ -146,37 +156,66 @@ class OfLinear(Kind):
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(..., in) -> (n, ..., out) for a stack, (..., sum out_i) otherwise."""
-        if not wide.settings["stacked"]:
-            return F.linear(input, wide.weight, self.biases(wide))
-        blocks = wide.weight.view(len(wide.widths), *wide.shapes[0])
-        bias = self.biases(wide)
-        biases = None if bias is None else bias.view(len(wide.widths), -1)
-        if _goes_as_stack("linear", "", input, blocks.transpose(1, 2)):
-            return _batched(input, blocks.transpose(1, 2), biases)
-        rows = [None] * len(blocks) if biases is None else biases
-        return torch.stack([F.linear(input, *each) for each in zip(blocks, rows, strict=True)])
+        settings: dict[str, Any] = wide.settings
+        function, equation = settings["function"], settings["equation"]
+        if settings["stacked"]:
+            return _at_once(self, wide, input, _linear)
+        return _linear(function, equation, input, wide.weight, self.biases(wide))
 
     def split(self, wide: Wide) -> tuple[Callable[..., Sequence[Tensor]], tuple[Any, ...]]:
         """Along the stack for a stack, along the channels otherwise."""
         return (unstack, (len(wide.widths),)) if wide.settings["stacked"] else super().split(wide)
 
 
-PRODUCTS: tuple[Kind, ...] = (OfMatmul(), OfLinear())
-"""The kinds of product."""
+KINDS: tuple[Kind, ...] = (OfMatmul(), OfLinear())
+"""The kinds of product of matrices."""
 
 
 def _held(layer: nn.Module) -> Tensor:
     return cast(Tensor, layer.weight)
 
 
-def _multiply(function: str, equation: str, input: Tensor, weight: Tensor) -> Tensor:
-    """The product as it was written."""
+Compute = Callable[[str, str, Tensor, Tensor, "Tensor | None"], Tensor]
+"""A product as it was written, of a function, an equation, the input, the weight and the bias."""
+
+
+def _multiply(
+    function: str, equation: str, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The product with a weight (in, out) as it was written."""
     if function == "einsum":
         return torch.einsum(equation, input, weight)
     if function == "tensordot":
         dims: Any = 1 if equation else ([-1], [0])
         return cast(Tensor, torch.tensordot(input, weight, dims=dims))
+    if bias is not None:
+        return torch.addmm(bias, input, weight)
     return torch.mm(input, weight) if function == "mm" else torch.matmul(input, weight)
+
+
+def _linear(
+    function: str, equation: str, input: Tensor, weight: Tensor, bias: Tensor | None
+) -> Tensor:
+    """The product with a weight (out, in) as it was written."""
+    if function == "linear":
+        return F.linear(input, weight, bias)
+    turned = weight if function == "einsum" else weight.t()
+    return _multiply(function, equation, input, turned, bias)
+
+
+def _at_once(kind: Kind, wide: Wide, input: Tensor, compute: Compute) -> Tensor:
+    """(..., in) -> (n, ..., out), with the blocks as a stack."""
+    settings: dict[str, Any] = wide.settings
+    function, equation = settings["function"], settings["equation"]
+    blocks = wide.weight.view(len(wide.widths), *wide.shapes[0])
+    stack = blocks.transpose(1, 2) if compute is _linear else blocks
+    bias = kind.biases(wide)
+    biases = None if bias is None else bias.view(len(blocks), -1)
+    if _goes_as_stack(function, equation, input, stack):
+        return _batched(input, stack, biases)
+    rows = [None] * len(blocks) if biases is None else biases
+    each = zip(blocks, rows, strict=True)
+    return torch.stack([compute(function, equation, input, *own) for own in each])
 
 
 def _goes_as_stack(function: str, equation: str, input: Tensor, stack: Tensor) -> bool:
@@ -184,7 +223,7 @@ def _goes_as_stack(function: str, equation: str, input: Tensor, stack: Tensor) -
 
     Under autocast `tensordot` keeps to its own precision.
     """
-    dim = {"mm": 2, "einsum": len(equation.partition(",")[0])}.get(function)
+    dim = {"mm": 2, "addmm": 2, "einsum": len(equation.partition(",")[0])}.get(function)
     if function == "einsum" and equation.startswith("..."):
         dim = None
     autocast = input.device.type != "meta" and torch.is_autocast_enabled(input.device.type)

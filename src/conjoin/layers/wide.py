@@ -56,6 +56,7 @@ class Wide(nn.Module):
         together: whether the siblings are called on one tensor, and so can share a run.
         running: the buffers that a call updates, the siblings' one after another, by name.
         hidden: whether the siblings read equal tensors, each an object of its own.
+        varies: whether it depends on the input if one run pays.
         weight: the siblings' weights as contiguous blocks, one after another.
         bias: the biases of those that have one likewise, or None.
         biased: which of them have a bias.
@@ -91,6 +92,7 @@ class Wide(nn.Module):
         self.together = together
         self.channels_last = memory_format(tensors(layers[0])["weight"]) == "channels_last"
         self.hidden = False
+        self.varies = not kind.pays(self)
         self.wasted = 0
         self.identity = uuid.uuid4().hex
         self._collected: dict[str, dict[int, Tensor]] = {}

@@ -85,7 +85,7 @@ def _part(view: View, number: Callable[[Hashable], int]) -> Hashable:
     )
 
 
-OF_WIDE = ("biased", "contiguous", "together", "channels_last", "hidden", "training")
+OF_WIDE = ("biased", "contiguous", "together", "channels_last", "hidden", "training", "varies")
 """What a rewritten forward, or a pass, may ask of a wide layer beside its sizes."""
 
 

@@ -34,6 +34,7 @@ from conjoin.graph import channelwise, edit, elementwise, products
 from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.wide import View
+from conjoin.merging import REGION
 from conjoin.nn import Parallel, Split, Unite
 from conjoin.reachable import words
 from conjoin.tracing.known import is_not_none
@@ -242,7 +243,7 @@ def trace(
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     _take_out_idle(graph, modules)
     graph_module = fx.GraphModule(region, graph)
-    graph_module.meta.update(meta or {})
+    graph_module.meta.update({**(meta or {}), REGION: region})
     inputs: Inputs | None = graph_module.meta.setdefault(INPUTS, None)
     rewritten = rewrite(graph_module)
     for path in called:
