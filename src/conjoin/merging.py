@@ -240,7 +240,7 @@ class Merger:
         name = self._names.get(module)
         shared = tuple(key for key in TENSORS if f"{name}.{key}".lstrip(".") in self._shared)
         seen = None if self._sightings is None else self._sightings.shapes.get(name or "")
-        return name is None, name in self._apart, shared, seen
+        return name is None, name in self._apart, shared, seen and seen.input
 
     def shapes(self, modules: Mapping[str, nn.Module]) -> dict[str, Shapes]:
         """What some layers were seen to read and give, by the names given here."""
