@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from conjoin.cost import Policy
+from conjoin.deciding import DECIDED, check_policy, decide, note, noted
 from conjoin.graph.depth import Chain, Depths
 from conjoin.graph.siblings import Candidate, candidates, in_order
 from conjoin.graph.site import Sightings, Untraced
@@ -37,6 +39,7 @@ def optimize(
     example_kwargs: dict[str, Any] | None = None,
     inplace: bool = False,
     kinds: Sequence[Kind] = KINDS,
+    policy: Policy = "auto",
 ) -> Model:
     """Merges sibling layers, those that read the same tensor, into wide layers.
 
@@ -53,6 +56,12 @@ def optimize(
             memory then, and what it takes to trace the model.
         kinds: the kinds of layer to merge, by default all that conjoin knows. `Kind` tells how to
             write one for layers of your own; that for the most specific class counts.
+        policy: which groups are merged, of those that can be. With `"auto"` all but those that an
+            estimate from the shapes of the example inputs is against; it may divide a group into
+            several wide layers. With `"measure"` each group is timed by itself, on its device, and
+            the quickest form is taken. With `"always"` all. What is quick is looked at in the mode
+            that the model is in: forward and backward where it is in training mode and gradients
+            are on, otherwise forward. Without example inputs no shapes are known, and all merge.
 
     Returns:
         The optimized model: `model` itself with `inplace`, otherwise a copy.
@@ -60,8 +69,8 @@ def optimize(
     Raises:
         TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, or `kinds`
             is no tuple of kinds.
-        ValueError: the model cannot be copied, or does not run on the example inputs; or two of the
-            kinds are for one class.
+        ValueError: the model cannot be copied, or does not run on the example inputs; two of the
+            kinds are for one class; or there is no such policy.
 
     Example:
         >>> import torch, conjoin
@@ -78,9 +87,12 @@ def optimize(
     with _no_collection():
         kinds = checked(kinds)
         calls = example_calls(example_inputs, example_kwargs)
+        check_policy(policy)
         found, sightings = _find(model, calls, kinds)
+        found = decide(model, found, sightings, policy)
         optimized = model if inplace else _copy(model)
         _merge(optimized, found, sightings, kinds)
+        note(optimized, found)
     return optimized
 
 
@@ -107,6 +119,7 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
         reclaim(module)
         activation.forget(module)
         vars(module).pop(ENCLOSES, None)
+        vars(module).pop(DECIDED, None)
     return plain
 
 
@@ -116,6 +129,7 @@ def report(
     *,
     example_kwargs: dict[str, Any] | None = None,
     kinds: Sequence[Kind] = KINDS,
+    policy: Policy = "auto",
 ) -> Report:
     """Tells which siblings are, or would be, merged, which are not and why, and what that saves.
 
@@ -130,6 +144,7 @@ def report(
             once, is in the totals only.
         example_kwargs: the keyword arguments that go with them.
         kinds: as for `optimize`. Layers that were merged earlier count also without.
+        policy: as for `optimize`, where that has not decided earlier.
 
     Returns:
         The report; `str()` of it is a table.
@@ -137,12 +152,14 @@ def report(
     Raises:
         TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, or `kinds`
             is no tuple of kinds.
-        ValueError: the model cannot be copied, or does not run on the example inputs; or two of the
-            kinds are for one class.
+        ValueError: the model cannot be copied, or does not run on the example inputs; two of the
+            kinds are for one class; or there is no such policy.
     """
     calls = example_calls(example_inputs, example_kwargs)
     kinds = checked(kinds)
+    check_policy(policy)
     found, sightings = _find(model, calls, kinds)
+    found = decide(model, noted(model, found), sightings, policy)
     if calls:
         counts = _count(model, calls[0], found, sightings, kinds)
     else:
@@ -427,7 +444,7 @@ def _group(candidate: Candidate, counts: _Counts) -> Group:
         layers=tuple(name.removesuffix(SUFFIX) for name in candidate.layers),
         fused=refusal is None,
         reason=None if refusal is None else refusal.reason,
-        detail="" if refusal is None else refusal.detail.replace(SUFFIX, ""),
+        detail=candidate.note if refusal is None else refusal.detail.replace(SUFFIX, ""),
         widths=candidate.widths,
         launches=counts.of(candidate.layers),
         depth=counts.chains(candidate.layers),

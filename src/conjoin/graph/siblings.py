@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from conjoin.cost import Figures
 from conjoin.graph.site import Sightings, Site
 from conjoin.layers import Kind, kind_of
 from conjoin.layers.kind import Verdict, common, tensors
@@ -44,6 +45,8 @@ class Candidate:
         contiguous: the positions of the layers whose output must be contiguous.
         activations: the names of the activations behind which the layers are hidden: each layer
             reads the output of its own, and they are equal.
+        figures: what the layers take by themselves and merged, where that decided.
+        note: what else there is to say of it.
     """
 
     kind: Kind
@@ -52,6 +55,8 @@ class Candidate:
     refusal: Refusal | None = None
     contiguous: frozenset[int] = frozenset()
     activations: tuple[str, ...] = ()
+    figures: Figures | None = None
+    note: str = ""
 
 
 def candidates(
@@ -94,8 +99,8 @@ def among(
         for names, refusal in _resolve(kind, layers, calls, shared, sightings):
             widths = tuple(_width(kind, modules[name]) for name in names)
             strided = frozenset(i for i, name in enumerate(names) if name in sightings.strided)
-            activations = _activations(names, sightings.sites)
-            yield Candidate(kind, names, widths, refusal, strided, activations)
+            behind = activations(names, sightings.sites)
+            yield Candidate(kind, names, widths, refusal, strided, behind)
 
 
 def in_order(
@@ -114,7 +119,7 @@ def in_order(
     return tuple(sorted(found, key=key))
 
 
-def _activations(layers: Collection[str], sites: Iterable[Site]) -> tuple[str, ...]:
+def activations(layers: Collection[str], sites: Iterable[Site]) -> tuple[str, ...]:
     """The activations behind which layers are hidden; none where they read the same object."""
     read: dict[Hashable, list[Site]] = {}
     for site in sites:

@@ -6,6 +6,8 @@ from collections.abc import Collection, Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
 
+import torch
+
 
 @dataclass(frozen=True, slots=True)
 class Site:
@@ -27,6 +29,23 @@ class Site:
     modes: Hashable = None
     object: Hashable = None
     activations: tuple[str, ...] = ()
+
+
+@dataclass(frozen=True, slots=True)
+class Shapes:
+    """What the first call of a layer that was seen read and gave.
+
+    Attributes:
+        input: the shape of what it read.
+        output: the shape of what it gave.
+        dtype: the type of the numbers that it read.
+        passed_on: whether what it read gets a gradient in training.
+    """
+
+    input: tuple[int, ...]
+    output: tuple[int, ...]
+    dtype: torch.dtype
+    passed_on: bool
 
 
 @dataclass(frozen=True, slots=True)
@@ -57,6 +76,7 @@ class Sightings:
         calls: for each module with children, the structures of its calls, and which of their
             tensors were always alike, see `tracing/structures.py`.
         read: the layers whose parameters are read in another way than by calling the layer.
+        shapes: what each layer read and gave, where it was run.
     """
 
     sites: tuple[Site, ...]
@@ -66,3 +86,4 @@ class Sightings:
     changed: frozenset[str] = frozenset()
     calls: Mapping[str, Mapping[Any, tuple[int, ...]]] = field(default_factory=dict)
     read: frozenset[str] = frozenset()
+    shapes: Mapping[str, Shapes] = field(default_factory=dict)

@@ -220,6 +220,10 @@ class Kind(ABC):
             return wide.weight
         return torch.cat(self._blocks(wide, wide.weight), dim=self.weight_dim)
 
+    def joins(self, widths: Sequence[int]) -> bool:
+        """Whether a wide layer of siblings of these widths copies its weight at each call."""
+        return self.weight_dim != 0
+
     def biases(self, wide: Wide) -> Tensor | None:
         """The bias of all parts at once, or None.
 

@@ -27,7 +27,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from conjoin.graph import hazards
-from conjoin.graph.site import Sightings, Site, Untraced
+from conjoin.graph.site import Shapes, Sightings, Site, Untraced
 from conjoin.launches import Counted, count_layers
 from conjoin.layers import Kind, activation, kind_of
 from conjoin.layers.lockstep import in_transform
@@ -259,6 +259,7 @@ def _observe(copied: Copy, calls: Sequence[Call], kinds: tuple[Kind, ...]) -> Si
         watch.listings.found,
         frozenset(watch.changed),
         watch.calls,
+        shapes=watch.shapes,
     )
 
 
@@ -316,6 +317,7 @@ class _Watch(TorchFunctionMode):
         self._layers: dict[nn.Module, str] = {}
         self.changed: set[str] = set()
         self.calls: dict[str, dict[Structure, Alike]] = {}
+        self.shapes: dict[str, Shapes] = {}
         self._raw = {name + SUFFIX: parameter for name, parameter in raw_parameters(model)}
         owners = {model.get_submodule(name.rpartition(".")[0]) for name in self._raw}
         for name, module in model.named_modules():
@@ -399,6 +401,8 @@ class _Watch(TorchFunctionMode):
         if isinstance(output, Tensor):
             with torch._C.DisableTorchFunction():
                 channel = output.dim() + kind.output_dim
+                if isinstance(input, Tensor):
+                    self.shapes.setdefault(name, _shapes(input, output))
                 self._outputs[output.untyped_storage()._cdata] = (name, output, channel)
         return output
 
@@ -531,6 +535,10 @@ def _fits(tensor: Tensor, channel: int, result: Tensor) -> bool:
         if leading >= before:
             return leading == before and result.dtype is tensor.dtype
     return False
+
+
+def _shapes(input: Tensor, output: Tensor) -> Shapes:
+    return Shapes(tuple(input.shape), tuple(output.shape), input.dtype, input.requires_grad)
 
 
 def _version(tensor: Tensor) -> int:

@@ -1,0 +1,263 @@
+"""Which of the groups that may be merged are, and in how many wide layers.
+
+What is refused here could be merged exactly; it is left alone because it does not pay, or because a
+call would need more memory than it may. That is noted in the model, and so is what was measured, so
+that a report of it says later what was done and why.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Hashable, Iterable, Iterator, Sequence
+from typing import get_args
+
+import torch
+from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
+
+from conjoin import machine, race
+from conjoin.cost import Figures, Form, Policy, Setting, Work, choose, likely, widest
+from conjoin.graph.siblings import Candidate, activations
+from conjoin.graph.site import Shapes, Sightings
+from conjoin.layers import Kind
+from conjoin.layers.kind import common, tensors
+from conjoin.layers.wide import View, Wide
+from conjoin.legality import Reason, Refusal
+
+DECIDED = "_conjoin_decided"
+"""The attribute of an optimized model that holds the groups that were left alone by choice, and
+those of which the time was measured."""
+
+CHOICES = frozenset({Reason.DOES_NOT_PAY, Reason.EXCEEDS_MEMORY})
+"""The reasons why a group that could be merged is left alone."""
+
+
+def check_policy(policy: object) -> None:
+    """Raises ValueError where there is no such policy."""
+    known = get_args(Policy)
+    if policy not in known:
+        raise ValueError(f"policy is one of {', '.join(map(repr, known))}, not {policy!r}.")
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Group:
+    """Layers that may be merged, in what was seen of them.
+
+    Attributes:
+        kind: their kind.
+        names: their qualified names.
+        layers: the layers.
+        shapes: what each read and gave.
+        contiguous: the positions of those whose output must be contiguous.
+        training: whether a backward pass is to be quick too.
+    """
+
+    kind: Kind
+    names: tuple[str, ...]
+    layers: tuple[nn.Module, ...]
+    shapes: tuple[Shapes, ...]
+    contiguous: frozenset[int]
+    training: bool
+
+    @property
+    def weight(self) -> Tensor:
+        """The weight of one of them; it is on the device of all, and of their dtype."""
+        return tensors(self.layers[0])["weight"]
+
+    def works(self) -> list[Work]:
+        """What each layer does."""
+        return [self._work(position) for position in range(len(self.layers))]
+
+    def _work(self, position: int) -> Work:
+        shapes, held = self.shapes[position], tensors(self.layers[position])
+        weight, size = held["weight"], held["weight"].element_size()
+        outputs, width = math.prod(shapes.output), weight.shape[self.kind.weight_dim]
+        looked_up = _is_index(shapes.dtype)
+        return Work(
+            input=math.prod(shapes.input) * shapes.dtype.itemsize,
+            output=outputs * size,
+            weight=weight.numel() * size,
+            read=(outputs if looked_up else weight.numel()) * size,
+            operations=0 if looked_up else 2 * outputs * weight.numel() // max(width, 1),
+            biased="bias" in held,
+            contiguous=position in self.contiguous,
+        )
+
+    def setting(self) -> Setting:
+        """What their calls have in common."""
+        widths = [tensors(layer)["weight"].shape[self.kind.weight_dim] for layer in self.layers]
+        passed_on = any(shapes.passed_on for shapes in self.shapes)
+        return Setting(self.training, passed_on, self.kind.joins(widths))
+
+    def key(self) -> Hashable:
+        """What is equal for groups that take the same time."""
+        keys = [common(self.kind, layer, tensors(layer)) for layer in self.layers]
+        settings = tuple(tuple(key.items()) for key in keys)
+        return self.kind, settings, self.shapes, tuple(self.works()), self.training
+
+
+def decide(
+    model: nn.Module, found: Iterable[Candidate], sightings: Sightings, policy: Policy
+) -> tuple[Candidate, ...]:
+    """The groups as they are to be merged, by the policy.
+
+    What is merged already stays so, and where shapes are not known, all is merged.
+
+    Args:
+        model: the model, in the mode that it is to be quick in.
+        found: its groups and refusals.
+        sightings: what was seen of it.
+        policy: which groups to merge.
+    """
+    raced: dict[Hashable, dict[Form, float]] = {}
+    decided: list[Candidate] = []
+    for candidate in found:
+        if candidate.refusal is not None:
+            decided.append(candidate)
+            continue
+        layers = tuple(model.get_submodule(name) for name in candidate.layers)
+        merged, group = _as_merged(layers), None
+        if merged is None and policy != "always":
+            group = _group(model, candidate, layers, sightings)
+        choice = None if group is None else _choice(group, policy, raced)
+        if merged is not None:
+            decided += _pieces(candidate, merged, sightings)
+        elif choice is not None:
+            decided += _chosen(candidate, *choice, sightings)
+        else:
+            decided.append(candidate)
+    return tuple(decided)
+
+
+def _group(
+    model: nn.Module, candidate: Candidate, layers: tuple[nn.Module, ...], sightings: Sightings
+) -> Group | None:
+    """A candidate in what was seen of it; None where its layers were not run, or are not real."""
+    if not all(name in sightings.shapes for name in candidate.layers):
+        return None
+    if any(isinstance(layer, View) for layer in layers):  # Something has changed since.
+        return None
+    held = [tensor for layer in layers for tensor in tensors(layer).values()]
+    if any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in held):
+        return None
+    training = model.training and torch.is_grad_enabled() and any(t.requires_grad for t in held)
+    shapes = tuple(sightings.shapes[name] for name in candidate.layers)
+    contiguous = candidate.contiguous
+    return Group(candidate.kind, candidate.layers, layers, shapes, contiguous, training)
+
+
+def _choice(
+    group: Group, policy: Policy, raced: dict[Hashable, dict[Form, float]]
+) -> tuple[Form, Figures] | None:
+    """How to run a group, and what that takes; None where nothing is known of the device."""
+    known = machine.constants(group.weight.device, group.weight.dtype)
+    if policy == "auto":
+        if known is None:
+            return None
+        return choose(known, group.works(), group.names, group.setting())
+    among = likely(known, group.works(), group.names, group.setting())
+    key = group.key(), among
+    if key not in raced:
+        training = group.training
+        example = _example(group)
+        raced[key] = race.run(
+            group.kind, group.layers, group.contiguous, example, among, training=training
+        )
+    return widest(raced[key], measured=True, training=group.training)
+
+
+def _is_index(dtype: torch.dtype) -> bool:
+    return not (dtype.is_floating_point or dtype.is_complex)
+
+
+def _example(group: Group) -> Tensor:
+    """Something that the layers of a group can be called with."""
+    shapes = group.shapes[0]
+    value = 0 if _is_index(shapes.dtype) else 0.5
+    example = torch.full(shapes.input, value, dtype=shapes.dtype, device=group.weight.device)
+    return example.requires_grad_(group.training and shapes.passed_on)
+
+
+def _as_merged(layers: Sequence[nn.Module]) -> Form | None:
+    """How layers are merged already; None where some are not, or with others than these."""
+    parts: dict[Wide, list[int]] = {}
+    for position, layer in enumerate(layers):
+        if not isinstance(layer, View):
+            return None
+        parts.setdefault(layer.wide_layer, []).append(position)
+    if any(len(positions) < len(wide.widths) for wide, positions in parts.items()):
+        return None
+    return tuple(map(tuple, parts.values()))
+
+
+def _chosen(
+    candidate: Candidate, form: Form, figures: Figures, sightings: Sightings
+) -> Iterator[Candidate]:
+    """What becomes of a candidate that is to run in some form."""
+    if len(form) == len(candidate.layers):
+        refusal = Refusal(candidate.layers, Reason.DOES_NOT_PAY, str(figures))
+        yield dataclasses.replace(candidate, refusal=refusal, figures=figures)
+    elif len(form) > 1:
+        note = f"one of {len(form)} for {len(candidate.layers)} layers; {figures}"
+        noted = dataclasses.replace(candidate, figures=figures, note=note)
+        yield from _pieces(noted, form, sightings)
+    elif figures.measured:
+        yield dataclasses.replace(candidate, figures=figures, note=str(figures))
+    else:
+        yield candidate
+
+
+def _pieces(candidate: Candidate, form: Form, sightings: Sightings) -> Iterator[Candidate]:
+    """The parts of a candidate that are merged by themselves."""
+    if len(form) == 1 and len(form[0]) == len(candidate.layers):
+        yield candidate
+        return
+    for members in form:
+        names = tuple(candidate.layers[member] for member in members)
+        yield dataclasses.replace(
+            candidate,
+            layers=names,
+            widths=tuple(candidate.widths[member] for member in members),
+            contiguous=frozenset(
+                at for at, member in enumerate(members) if member in candidate.contiguous
+            ),
+            activations=activations(names, sightings.sites),
+        )
+
+
+def note(model: nn.Module, decided: Iterable[Candidate]) -> None:
+    """Notes in a model what a report of it could not find out later."""
+    kept = tuple(each for each in decided if each.figures is not None or _is_choice(each))
+    vars(model).pop(DECIDED, None)
+    if kept:
+        vars(model)[DECIDED] = kept
+
+
+def _is_choice(candidate: Candidate) -> bool:
+    return candidate.refusal is not None and candidate.refusal.reason in CHOICES
+
+
+def noted(model: nn.Module, found: Iterable[Candidate]) -> Iterator[Candidate]:
+    """The groups of an optimized model, with what was decided where that was noted.
+
+    Args:
+        model: the model.
+        found: its groups and refusals.
+    """
+    known: tuple[Candidate, ...] = vars(model).get(DECIDED, ())
+    for candidate in found:
+        within = [each for each in known if {*each.layers} <= {*candidate.layers}]
+        whole = sum(len(each.layers) for each in within) == len(candidate.layers)
+        if candidate.refusal is None and whole and all(_holds(model, each) for each in within):
+            yield from within
+        else:
+            yield candidate
+
+
+def _holds(model: nn.Module, decided: Candidate) -> bool:
+    """Whether layers are as it was decided that they be."""
+    layers = [model.get_submodule(name) for name in decided.layers]
+    if decided.refusal is None:
+        return _as_merged(layers) == (tuple(range(len(layers))),)
+    return not any(isinstance(layer, View) for layer in layers)
