@@ -12,6 +12,8 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from conjoin import memory
+from conjoin.budget import fit
 from conjoin.cost import Policy
 from conjoin.deciding import DECIDED, check_policy, decide, note, noted
 from conjoin.graph.depth import Chain, Depths
@@ -22,6 +24,7 @@ from conjoin.layers import KINDS, Kind, activation, checked
 from conjoin.layers.owner import raw_parameters, reclaim
 from conjoin.layers.product import PRODUCTS, SUFFIX
 from conjoin.layers.wide import ENCLOSES, Wide, release, views, wides
+from conjoin.memory import Memory
 from conjoin.merging import MERGER, Level, Merger
 from conjoin.report import Group, Report
 from conjoin.tracing import regions
@@ -40,6 +43,7 @@ def optimize(
     inplace: bool = False,
     kinds: Sequence[Kind] = KINDS,
     policy: Policy = "auto",
+    memory_budget: float | None = None,
 ) -> Model:
     """Merges sibling layers, those that read the same tensor, into wide layers.
 
@@ -62,15 +66,21 @@ def optimize(
             the quickest form is taken. With `"always"` all. What is quick is looked at in the mode
             that the model is in: forward and backward where it is in training mode and gradients
             are on, otherwise forward. Without example inputs no shapes are known, and all merge.
+        memory_budget: bytes as an `int`, or a fraction of the memory of the model's device as a
+            `float`, that a call with the example inputs may need, forward and, where gradients are
+            on, backward. Groups for which the predicted peak would be above it, and above that of
+            the model as it is, become several wide layers, or stay apart. `conjoin.memory` tells
+            what is counted.
 
     Returns:
         The optimized model: `model` itself with `inplace`, otherwise a copy.
 
     Raises:
-        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, or `kinds`
-            is no tuple of kinds.
+        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, `kinds` is
+            no tuple of kinds, or `memory_budget` is no number.
         ValueError: the model cannot be copied, or does not run on the example inputs; two of the
-            kinds are for one class; or there is no such policy.
+            kinds are for one class; there is no such policy; or `memory_budget` is not above 0, is
+            a fraction above 1, or is given without example inputs.
 
     Example:
         >>> import torch, conjoin
@@ -87,9 +97,11 @@ def optimize(
     with _no_collection():
         kinds = checked(kinds)
         calls = example_calls(example_inputs, example_kwargs)
-        check_policy(policy)
+        limit = _limits(model, calls, policy, memory_budget)
         found, sightings = _find(model, calls, kinds)
         found = decide(model, found, sightings, policy)
+        if limit is not None:
+            found = _fit(model, calls[0], found, sightings, kinds, limit)
         optimized = model if inplace else _copy(model)
         _merge(optimized, found, sightings, kinds)
         note(optimized, found)
@@ -130,6 +142,7 @@ def report(
     example_kwargs: dict[str, Any] | None = None,
     kinds: Sequence[Kind] = KINDS,
     policy: Policy = "auto",
+    memory_budget: float | None = None,
 ) -> Report:
     """Tells which siblings are, or would be, merged, which are not and why, and what that saves.
 
@@ -145,30 +158,36 @@ def report(
         example_kwargs: the keyword arguments that go with them.
         kinds: as for `optimize`. Layers that were merged earlier count also without.
         policy: as for `optimize`, where that has not decided earlier.
+        memory_budget: likewise.
 
     Returns:
         The report; `str()` of it is a table.
 
     Raises:
-        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, or `kinds`
-            is no tuple of kinds.
+        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, `kinds` is
+            no tuple of kinds, or `memory_budget` is no number.
         ValueError: the model cannot be copied, or does not run on the example inputs; two of the
-            kinds are for one class; or there is no such policy.
+            kinds are for one class; there is no such policy; or `memory_budget` is not above 0, is
+            a fraction above 1, or is given without example inputs.
     """
     calls = example_calls(example_inputs, example_kwargs)
     kinds = checked(kinds)
-    check_policy(policy)
+    limit = _limits(model, calls, policy, memory_budget)
     found, sightings = _find(model, calls, kinds)
     found = decide(model, noted(model, found), sightings, policy)
-    if calls:
-        counts = _count(model, calls[0], found, sightings, kinds)
-    else:
-        counts = _uncounted(model, found, sightings, kinds)
+    with _no_collection():  # What it would find is counted as if it were alive until then.
+        if limit is not None:
+            found = _fit(model, calls[0], found, sightings, kinds, limit)
+        if calls:
+            counts = _count(model, calls[0], found, sightings, kinds)
+        else:
+            counts = _uncounted(model, found, sightings, kinds)
     groups = tuple(
         _group(candidate, counts) for candidate in in_order(counts.groups(found), model, sightings)
     )
     launches = Launches(counts.plain.count, counts.optimized.count)
-    return Report(groups, launches, sightings.untraced, bool(calls))
+    peaks = Memory(counts.plain.peak, counts.optimized.peak)
+    return Report(groups, launches, sightings.untraced, bool(calls), peaks)
 
 
 @contextlib.contextmanager
@@ -207,6 +226,22 @@ def example_calls(inputs: object, kwargs: dict[str, Any] | None) -> list[Call]:
             )
         calls.append((call, kwargs or {}))
     return calls
+
+
+def _limits(
+    model: nn.Module, calls: list[Call], policy: object, budget: float | None
+) -> int | None:
+    """Checks the policy and the budget, and gives the budget in bytes."""
+    check_policy(policy)
+    if budget is None:
+        return None
+    check_model(model)
+    if not calls:
+        raise ValueError(
+            "memory_budget was given and example_inputs were not, which tell how large the model's "
+            "tensors are. Pass example_inputs, the model's arguments as a tuple."
+        )
+    return memory.limit(budget, model)
 
 
 def _copy(model: Model) -> Model:
@@ -328,6 +363,43 @@ class _Counts:
         return before, after
 
 
+def _fit(
+    model: nn.Module,
+    call: Call,
+    found: tuple[Candidate, ...],
+    sightings: Sightings,
+    kinds: tuple[Kind, ...],
+    limit: int,
+) -> tuple[Candidate, ...]:
+    """The groups with which a call stays within a limit of memory, predicted on copies."""
+
+    def fitted(copied: Callable[[], Copy]) -> tuple[Candidate, ...]:
+        def peak(groups: Sequence[Candidate]) -> int:
+            merged = copied()
+            _merge(merged.model, groups, sightings, kinds)
+            return merged.count(call, {}).peak or 0
+
+        plain = copied()
+        unfuse(plain.model, inplace=True)
+        with undisturbed(plain.model):
+            return fit(found, sightings, peak, plain.count(call, {}).peak or 0, limit)
+
+    return _on_copies(model, fitted) or found
+
+
+Result = TypeVar("Result")
+
+
+def _on_copies(model: nn.Module, work: Callable[[Callable[[], Copy]], Result]) -> Result | None:
+    """What comes of work on copies of a model, fake ones if they carry it; None without copies."""
+    with contextlib.suppress(UncopyableError):
+        try:
+            return work(functools.partial(Copy, model, fake=True))
+        except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
+            return work(functools.partial(Copy, model, fake=False))
+    return None
+
+
 def _count(
     model: nn.Module,
     call: Call,
@@ -336,14 +408,8 @@ def _count(
     kinds: tuple[Kind, ...],
 ) -> _Counts:
     """The launches of a call of the model, plain and optimized."""
-    with contextlib.suppress(UncopyableError):
-        try:
-            copied = functools.partial(Copy, model, fake=True)
-            return _count_on(copied, call, found, sightings, kinds)
-        except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
-            copied = functools.partial(Copy, model, fake=False)
-            return _count_on(copied, call, found, sightings, kinds)
-    return _Counts()
+    counted = _on_copies(model, lambda copied: _count_on(copied, call, found, sightings, kinds))
+    return counted or _Counts()
 
 
 def _uncounted(
@@ -448,4 +514,5 @@ def _group(candidate: Candidate, counts: _Counts) -> Group:
         widths=candidate.widths,
         launches=counts.of(candidate.layers),
         depth=counts.chains(candidate.layers),
+        figures=candidate.figures,
     )

@@ -122,7 +122,7 @@ def decide(
             group = _group(model, candidate, layers, sightings)
         choice = None if group is None else _choice(group, policy, raced)
         if merged is not None:
-            decided += _pieces(candidate, merged, sightings)
+            decided += pieces(candidate, merged, sightings)
         elif choice is not None:
             decided += _chosen(candidate, *choice, sightings)
         else:
@@ -201,14 +201,14 @@ def _chosen(
     elif len(form) > 1:
         note = f"one of {len(form)} for {len(candidate.layers)} layers; {figures}"
         noted = dataclasses.replace(candidate, figures=figures, note=note)
-        yield from _pieces(noted, form, sightings)
+        yield from pieces(noted, form, sightings)
     elif figures.measured:
         yield dataclasses.replace(candidate, figures=figures, note=str(figures))
     else:
         yield candidate
 
 
-def _pieces(candidate: Candidate, form: Form, sightings: Sightings) -> Iterator[Candidate]:
+def pieces(candidate: Candidate, form: Form, sightings: Sightings) -> Iterator[Candidate]:
     """The parts of a candidate that are merged by themselves."""
     if len(form) == 1 and len(form[0]) == len(candidate.layers):
         yield candidate
@@ -228,7 +228,7 @@ def _pieces(candidate: Candidate, form: Form, sightings: Sightings) -> Iterator[
 
 def note(model: nn.Module, decided: Iterable[Candidate]) -> None:
     """Notes in a model what a report of it could not find out later."""
-    kept = tuple(each for each in decided if each.figures is not None or _is_choice(each))
+    kept = tuple(each for each in decided if each.note or _is_choice(each))
     vars(model).pop(DECIDED, None)
     if kept:
         vars(model)[DECIDED] = kept
