@@ -6,6 +6,7 @@ MEGABYTE = 2**20
 
 STEADY = Machine(
     call=4e-6,
+    cut=2e-6,
     rate=5e10,
     bandwidth=1e10,
     written=(

@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from conjoin import memory
 from conjoin.budget import fit
 from conjoin.cost import Policy
-from conjoin.deciding import DECIDED, check_policy, decide, note, noted
+from conjoin.deciding import DECIDED, check_policy, decide, leave_apart, note, noted
 from conjoin.graph.depth import Chain, Depths
 from conjoin.graph.siblings import Candidate, candidates, in_order
 from conjoin.graph.site import Sightings, Untraced
@@ -103,7 +103,7 @@ def optimize(
         if limit is not None:
             found = _fit(model, calls[0], found, sightings, kinds, limit)
         optimized = model if inplace else _copy(model)
-        _merge(optimized, found, sightings, kinds)
+        _, found = _merge(optimized, found, sightings, kinds)
         note(optimized, found)
     return optimized
 
@@ -274,16 +274,21 @@ def _merge(
     sightings: Sightings,
     kinds: tuple[Kind, ...],
     depths: Depths | None = None,
-) -> Merger:
-    """Merges what was found, and what the rewritten forwards can run at once beyond that."""
+) -> tuple[Merger, tuple[Candidate, ...]]:
+    """Merges what was found, and what the rewritten forwards can run at once beyond that.
+
+    Returns:
+        The merger, and what became of what was found.
+    """
     merger = Merger(model, kinds, sightings, found)
     if depths is not None:
         merger.rewritten = depths.watch
     if merger.merge_all(found):
         regions.uninstall(model)  # They may know wide layers that are no more.
     regions.install(model, sightings.calls, {MERGER: merger})
-    merger.give_back(regions.covered(model))
-    return merger
+    running = regions.covered(model)
+    merger.give_back(running)
+    return merger, leave_apart(model, found, running)
 
 
 @dataclasses.dataclass(frozen=True)
@@ -311,6 +316,7 @@ class _Counts:
         apart: those of layers whose wide layer did not run, without rewritten forwards.
         levels: what was merged beyond what was found at first, or runs in a rewritten forward.
         refused: products that read one tensor and stay as they are.
+        found: what became of what was found; None where nothing was merged.
         depths: what is behind groups, by their layers.
     """
 
@@ -320,9 +326,11 @@ class _Counts:
     levels: tuple[Level, ...] = ()
     depths: Mapping[frozenset[str], _Depth] = dataclasses.field(default_factory=dict)
     refused: tuple[Candidate, ...] = ()
+    found: tuple[Candidate, ...] | None = None
 
     def groups(self, found: Sequence[Candidate]) -> Iterator[Candidate]:
         """What was found, and what was merged beyond, but for what is behind another group."""
+        found = found if self.found is None else self.found
         known = {frozenset(names) for depth in self.depths.values() for names in depth.levels}
         levels = [Candidate(level.kind, level.layers, level.widths) for level in self.levels]
         told: set[str] = set()
@@ -418,7 +426,7 @@ def _uncounted(
     """What becomes of products with raw Parameters, which are found where a forward is traced."""
     if any(True for _ in raw_parameters(model)):
         with contextlib.suppress(UncopyableError), undisturbed(model):
-            merger = _merge(Copy(model, fake=False).model, found, sightings, kinds)
+            merger, _ = _merge(Copy(model, fake=False).model, found, sightings, kinds)
             levels = tuple(level for level in merger.levels if level.kind in PRODUCTS)
             return _Counts(levels=levels, refused=tuple(merger.refused.values()))
     return _Counts()
@@ -435,7 +443,7 @@ def _count_on(
     plain, optimized = copied(), copied()
     unfuse(plain.model, inplace=True)
     depths = Depths(optimized.model)
-    merger = _merge(optimized.model, found, sightings, kinds, depths)
+    merger, found = _merge(optimized.model, found, sightings, kinds, depths)
     levels = _levels(optimized.model)
     groups = [candidate.layers for candidate in (*found, *merger.refused.values())]
     groups += [level.layers for level in levels.values()]
@@ -454,6 +462,7 @@ def _count_on(
             (*merger.levels, *map(levels.__getitem__, depths.roots)),
             _depths(depths, optimized.model),
             tuple(merger.refused.values()),
+            tuple(found),
         )
 
 

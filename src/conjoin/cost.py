@@ -9,8 +9,9 @@ summed over the forward pass and, in training, the backward pass. All constants 
 machine (see `machine.py`). What differs between the forms:
 
 - launches: one forward and, in training, one for each gradient of a layer; one each to add the
-  layers' gradients of x; for a wide layer also the split, the cat that is its backward pass, a copy
-  for each part that must be contiguous, and one where the weights are joined at each call;
+  layers' gradients of x; for a wide layer also one where the weights are joined at each call;
+- what it takes to cut a wide output where nothing carries the wide form on: the split itself, the
+  cat that is its backward pass, and a copy for each part that must be contiguous;
 - bytes: x is read once for each layer; sums, cats, copies and joined weights are new bytes;
 - what a new byte takes: not the same in a tensor that lies in a cache, in one that does not, and in
   one that the allocator asks the system for at each call, whose pages are all faulted in anew.
@@ -49,6 +50,7 @@ class Machine:
 
     Attributes:
         call: what a layer takes that has next to nothing to do.
+        cut: what it takes to cut a tensor in two.
         rate: floating-point operations in a second.
         bandwidth: bytes read in a second, from memory.
         written: what it takes to fill a tensor that is new, beyond `call`, by its number of bytes,
@@ -56,6 +58,7 @@ class Machine:
     """
 
     call: float
+    cut: float
     rate: float
     bandwidth: float
     written: tuple[tuple[float, float], ...]
@@ -99,11 +102,14 @@ class Setting:
         training: whether there is a backward pass.
         passed_on: whether the input gets a gradient in it.
         joined: whether a wide layer joins its weights at each call.
+        cut: whether its output is cut right behind it; otherwise more may run on it first, or it
+            may not be cut at all.
     """
 
     training: bool
     passed_on: bool = True
     joined: bool = False
+    cut: bool = True
 
 
 @dataclass(frozen=True, slots=True)
@@ -152,25 +158,25 @@ def _seconds_of(machine: Machine, form: Form, works: Sequence[Work], setting: Se
 
 def _layer(machine: Machine, layers: Sequence[Work], setting: Setting) -> float:
     """What it takes to run one layer that is as wide as all of these."""
-    is_wide = len(layers) > 1
-    joined = is_wide and setting.joined
+    joined = len(layers) > 1 and setting.joined
+    cut = len(layers) > 1 and setting.cut
     output, weight = sum(each.output for each in layers), sum(each.weight for each in layers)
-    new = [output, *(each.output for each in layers if is_wide and each.contiguous)]
+    new = [output, *(each.output for each in layers if cut and each.contiguous)]
     new += [weight] if joined else []
-    launches, products = len(new) + is_wide, 1
     biased = {each.biased for each in layers}
-    launches += len(biased) > 1  # Zeros fill the gaps.
+    launches, products = len(new) + (len(biased) > 1), 1  # Zeros fill the gaps of a bias.
     if setting.training:
         back = [weight, *([layers[0].input] if setting.passed_on else [])]
         products += len(back)
-        back += [output] if is_wide else []  # The cat of the parts' gradients.
+        back += [output] if cut else []  # The cat of the parts' gradients.
         back += [weight] if joined else []
         launches += len(back) + any(biased)
         new += back
     operations = sum(each.operations for each in layers)
     read = layers[0].input + sum(each.read for each in layers)
     product = max(operations / machine.rate, read / machine.bandwidth)
-    return launches * machine.call + products * product + sum(map(machine.new, new))
+    fixed = launches * machine.call + cut * machine.cut
+    return fixed + products * product + sum(map(machine.new, new))
 
 
 def forms(widths: Sequence[int], names: Sequence[str]) -> Iterator[Form]:

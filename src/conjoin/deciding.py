@@ -8,8 +8,9 @@ that a report of it says later what was done and why.
 from __future__ import annotations
 
 import dataclasses
+import itertools
 import math
-from collections.abc import Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
 from typing import get_args
 
 import torch
@@ -17,12 +18,12 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from conjoin import machine, race
-from conjoin.cost import Figures, Form, Policy, Setting, Work, choose, likely, widest
+from conjoin.cost import Figures, Form, Machine, Policy, Setting, Work, choose, likely, widest
 from conjoin.graph.siblings import Candidate, activations
 from conjoin.graph.site import Shapes, Sightings
 from conjoin.layers import Kind
 from conjoin.layers.kind import common, tensors
-from conjoin.layers.wide import View, Wide
+from conjoin.layers.wide import View, Wide, release
 from conjoin.legality import Reason, Refusal
 
 DECIDED = "_conjoin_decided"
@@ -84,11 +85,11 @@ class Group:
             contiguous=position in self.contiguous,
         )
 
-    def setting(self) -> Setting:
-        """What their calls have in common."""
+    def setting(self, *, cut: bool = True) -> Setting:
+        """What their calls have in common; `cut` as in `Setting`."""
         widths = [tensors(layer)["weight"].shape[self.kind.weight_dim] for layer in self.layers]
         passed_on = any(shapes.passed_on for shapes in self.shapes)
-        return Setting(self.training, passed_on, self.kind.joins(widths))
+        return Setting(self.training, passed_on, self.kind.joins(widths), cut)
 
     def key(self) -> Hashable:
         """What is equal for groups that take the same time."""
@@ -111,23 +112,30 @@ def decide(
         policy: which groups to merge.
     """
     raced: dict[Hashable, dict[Form, float]] = {}
-    decided: list[Candidate] = []
-    for candidate in found:
-        if candidate.refusal is not None:
-            decided.append(candidate)
-            continue
-        layers = tuple(model.get_submodule(name) for name in candidate.layers)
-        merged, group = _as_merged(layers), None
-        if merged is None and policy != "always":
-            group = _group(model, candidate, layers, sightings)
-        choice = None if group is None else _choice(group, policy, raced)
-        if merged is not None:
-            decided += pieces(candidate, merged, sightings)
-        elif choice is not None:
-            decided += _chosen(candidate, *choice, sightings)
-        else:
-            decided.append(candidate)
-    return tuple(decided)
+    each = (_decided(model, candidate, sightings, policy, raced) for candidate in found)
+    return tuple(itertools.chain.from_iterable(each))
+
+
+def _decided(
+    model: nn.Module,
+    candidate: Candidate,
+    sightings: Sightings,
+    policy: Policy,
+    raced: dict[Hashable, dict[Form, float]],
+) -> Iterable[Candidate]:
+    """What becomes of one candidate."""
+    if candidate.refusal is not None:
+        return (candidate,)
+    layers = tuple(model.get_submodule(name) for name in candidate.layers)
+    if (merged := _as_merged(layers)) is not None:
+        return pieces(candidate, merged, sightings)
+    group = None if policy == "always" else _group(model, candidate, layers, sightings)
+    if group is None:
+        return (candidate,)
+    known = machine.constants(group.weight.device, group.weight.dtype)
+    if policy == "measure":
+        return _chosen(candidate, *_raced(group, known, raced), sightings)
+    return (candidate,) if known is None else _estimated(candidate, group, known, sightings)
 
 
 def _group(
@@ -147,24 +155,39 @@ def _group(
     return Group(candidate.kind, candidate.layers, layers, shapes, contiguous, training)
 
 
-def _choice(
-    group: Group, policy: Policy, raced: dict[Hashable, dict[Form, float]]
-) -> tuple[Form, Figures] | None:
-    """How to run a group, and what that takes; None where nothing is known of the device."""
-    known = machine.constants(group.weight.device, group.weight.dtype)
-    if policy == "auto":
-        if known is None:
-            return None
-        return choose(known, group.works(), group.names, group.setting())
+def _raced(
+    group: Group, known: Machine | None, raced: dict[Hashable, dict[Form, float]]
+) -> tuple[Form, Figures]:
+    """How to run a group by a race, which groups that are equal run once."""
     among = likely(known, group.works(), group.names, group.setting())
     key = group.key(), among
     if key not in raced:
-        training = group.training
-        example = _example(group)
         raced[key] = race.run(
-            group.kind, group.layers, group.contiguous, example, among, training=training
+            group.kind,
+            group.layers,
+            group.contiguous,
+            _example(group),
+            among,
+            training=group.training,
         )
     return widest(raced[key], measured=True, training=group.training)
+
+
+def _estimated(
+    candidate: Candidate, group: Group, known: Machine, sightings: Sightings
+) -> Iterator[Candidate]:
+    """What becomes of a candidate by an estimate.
+
+    Where a forward is rewritten, what is behind the layers may run wide too, so that nothing is cut
+    or copied there. So that counts only where none is.
+    """
+    works = group.works()
+    form, figures = choose(known, works, group.names, group.setting(cut=False))
+    in_lockstep, cut = choose(known, works, group.names, group.setting())
+    if len(in_lockstep) == len(group.names):
+        refusal = Refusal(candidate.layers, Reason.DOES_NOT_PAY, str(cut))
+        candidate = dataclasses.replace(candidate, lockstep=refusal)
+    return _chosen(candidate, form, figures, sightings)
 
 
 def _is_index(dtype: torch.dtype) -> bool:
@@ -215,6 +238,7 @@ def pieces(candidate: Candidate, form: Form, sightings: Sightings) -> Iterator[C
         return
     for members in form:
         names = tuple(candidate.layers[member] for member in members)
+        lockstep = candidate.lockstep and dataclasses.replace(candidate.lockstep, layers=names)
         yield dataclasses.replace(
             candidate,
             layers=names,
@@ -223,7 +247,30 @@ def pieces(candidate: Candidate, form: Form, sightings: Sightings) -> Iterator[C
                 at for at, member in enumerate(members) if member in candidate.contiguous
             ),
             activations=activations(names, sightings.sites),
+            lockstep=lockstep,
         )
+
+
+def leave_apart(
+    model: nn.Module, found: Iterable[Candidate], running: Collection[Wide]
+) -> tuple[Candidate, ...]:
+    """Undoes what does not pay where no forward is rewritten; the groups as they are then.
+
+    Args:
+        model: the model, in which the groups are merged.
+        found: the groups and refusals.
+        running: the wide layers that a rewritten forward runs.
+    """
+    left: list[Candidate] = []
+    for candidate in found:
+        views = [model.get_submodule(n) for n in candidate.layers if candidate.lockstep]
+        held = [view for view in views if isinstance(view, View)]
+        if held and held[0].wide_layer not in running:
+            for view in held:
+                release(view)
+            candidate = dataclasses.replace(candidate, refusal=candidate.lockstep, note="")
+        left.append(candidate)
+    return tuple(left)
 
 
 def note(model: nn.Module, decided: Iterable[Candidate]) -> None:

@@ -32,9 +32,11 @@ FORMAT = 1
 DEVICES = ("cpu", "cuda")
 """The types of devices that are measured; on others all is fused."""
 
-SIZES = (*(2**power for power in range(12, 25)), 31 * 2**20, 2**25, 2**26)
-"""Bytes of the new tensors that are filled: from a page to beyond what caches hold. From 32 MiB on
-glibc's `malloc` asks the system for each (`DEFAULT_MMAP_THRESHOLD_MAX`), so just below, too."""
+SIZES = (*(2**power for power in range(8, 25)), 31 * 2**20, 2**25, 2**26)
+"""Bytes of the new tensors that are filled: from next to none to beyond what caches hold.
+
+From 32 MiB on glibc's `malloc` asks the system for each (`DEFAULT_MMAP_THRESHOLD_MAX`), so there is
+one just below, too."""
 
 SIDE = 512
 """Rows and columns of the matrices whose product tells the rate."""
@@ -112,7 +114,7 @@ def read(path: Path, key: tuple[str, ...]) -> Machine | None:
 
 def _is_possible(found: Machine) -> bool:
     """Whether the numbers can have been measured."""
-    positive = (found.call, found.rate, found.bandwidth)
+    positive = (found.call, found.cut, found.rate, found.bandwidth)
     sizes = tuple(size for size, _ in found.written)
     return (
         all(math.isfinite(number) and number > 0 for number in positive)
@@ -148,6 +150,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
     with torch.inference_mode():
         row, few = full((1, 8)), full((8, 8))
         call = least(lambda: F.linear(row, few), device)
+        cut = least(lambda: torch.unsafe_split_with_sizes(row, (4, 4), -1), device)
         square = full((SIDE, SIDE))
         product = least(lambda: F.linear(square, square), device)
         long = full((READ // dtype.itemsize,))
@@ -159,6 +162,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         filled[larger] = min(filled[larger : larger + 2])
     return Machine(
         call=call,
+        cut=cut,
         rate=2 * SIDE**3 / product,
         bandwidth=READ / reading,
         written=tuple((n, taken - filled[0]) for n, taken in zip(SIZES, filled, strict=True)),
