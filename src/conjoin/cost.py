@@ -102,6 +102,7 @@ class Setting:
         training: whether there is a backward pass.
         passed_on: whether the input gets a gradient in it.
         joined: whether a wide layer joins its weights at each call.
+        one_by_one: whether a wide layer runs its parts by themselves and joins what they give.
         cut: whether its output is cut right behind it; otherwise more may run on it first, or it
             may not be cut at all.
     """
@@ -109,6 +110,7 @@ class Setting:
     training: bool
     passed_on: bool = True
     joined: bool = False
+    one_by_one: bool = False
     cut: bool = True
 
 
@@ -158,6 +160,9 @@ def _seconds_of(machine: Machine, form: Form, works: Sequence[Work], setting: Se
 
 def _layer(machine: Machine, layers: Sequence[Work], setting: Setting) -> float:
     """What it takes to run one layer that is as wide as all of these."""
+    if len(layers) > 1 and setting.one_by_one:
+        joint = machine.call + machine.new(sum(each.output for each in layers))
+        return joint + sum(_layer(machine, [each], setting) for each in layers)
     joined = len(layers) > 1 and setting.joined
     cut = len(layers) > 1 and setting.cut
     output, weight = sum(each.output for each in layers), sum(each.weight for each in layers)

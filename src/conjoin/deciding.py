@@ -89,7 +89,9 @@ class Group:
         """What their calls have in common; `cut` as in `Setting`."""
         widths = [tensors(layer)["weight"].shape[self.kind.weight_dim] for layer in self.layers]
         passed_on = any(shapes.passed_on for shapes in self.shapes)
-        return Setting(self.training, passed_on, self.kind.joins(widths), cut)
+        joined = self.kind.joins(widths)
+        one_by_one = self.kind.reads_one_by_one(widths, training=self.training)
+        return Setting(self.training, passed_on, joined, one_by_one, cut)
 
     def key(self) -> Hashable:
         """What is equal for groups that take the same time."""
