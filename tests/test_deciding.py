@@ -290,3 +290,60 @@ def test_an_embedding_is_looked_up():
     assert wides(conjoin.optimize(Tables(8, 8, 8), (index,)))
     with torch.no_grad():  # Tables of different widths are read one by one there, and joined.
         assert not wides(conjoin.optimize(Tables(8, 9, 10), (index,)))
+
+
+class Mixed(nn.Module):
+    """Layers that run in lockstep, and of two regions beside, each holds one of them."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two = Branch(), Branch()
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return None
+        return [*self.one(x), *self.two(x)]
+
+
+class Branch(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.conv = nn.Conv2d(3, 4, 1)
+        self.a, self.b = nn.Linear(5, 3), nn.Linear(5, 3)
+
+    def forward(self, x):
+        y = x.sin()
+        return [self.conv(x).view(-1), self.a(y), self.b(y)]
+
+
+def test_regions_know_what_was_left_apart():
+    model, x = Mixed().double().eval(), torch.randn(4, 3, 5, 5, dtype=torch.float64)
+    with torch.no_grad():
+        optimized = conjoin.optimize(model, (x,))
+        for branch in (optimized.one, optimized.two):
+            assert type(branch.conv) is nn.Conv2d
+            assert branch._get_name() == "Branch"
+            assert type(branch) is not Branch  # A region, of which the plan holds.
+            ((variant,),) = vars(branch)["conjoin_plan"].variants.values()
+            assert variant.holds()
+        report = conjoin.report(optimized, (x,))
+        assert str(report) == str(conjoin.report(model, (x,)))
+        assert {g.layers[0]: g.reason for g in report.groups}["one.conv"] is Reason.DOES_NOT_PAY
+    assert_equivalent(optimized, model, (x,))
+
+
+def test_a_second_time_what_was_divided_keeps_its_figures(x, on):
+    on(SMALL)
+    optimized = conjoin.optimize(heads(), (x,))
+    again = conjoin.optimize(optimized, (x,), policy="always")
+    assert str(conjoin.report(again, (x,))) == str(conjoin.report(optimized, (x,)))
+    left = conjoin.optimize(heads(2, width=48), (x,))
+    assert wides(conjoin.optimize(left, (x,), policy="always"))
+
+
+def test_a_race_that_cannot_be_run_merges_all(x, monkeypatch):
+    def run(*args, **options):
+        raise torch.OutOfMemoryError("no memory")
+
+    monkeypatch.setattr(race, "run", run)
+    assert len(wides(conjoin.optimize(heads(), (x,), policy="measure"))) == 1

@@ -99,7 +99,7 @@ def optimize(
         calls = example_calls(example_inputs, example_kwargs)
         limit = _limits(model, calls, policy, memory_budget)
         found, sightings = _find(model, calls, kinds)
-        found = decide(model, found, sightings, policy)
+        found = decide(model, noted(model, found, again=True), sightings, policy)
         if limit is not None:
             found = _fit(model, calls[0], found, sightings, kinds, limit)
         optimized = model if inplace else _copy(model)
@@ -174,7 +174,7 @@ def report(
     kinds = checked(kinds)
     limit = _limits(model, calls, policy, memory_budget)
     found, sightings = _find(model, calls, kinds)
-    found = decide(model, noted(model, found), sightings, policy)
+    found = decide(model, noted(model, found, again=False), sightings, policy)
     with _no_collection():  # What it would find is counted as if it were alive until then.
         if limit is not None:
             found = _fit(model, calls[0], found, sightings, kinds, limit)
@@ -285,10 +285,16 @@ def _merge(
         merger.rewritten = depths.watch
     if merger.merge_all(found):
         regions.uninstall(model)  # They may know wide layers that are no more.
-    regions.install(model, sightings.calls, {MERGER: merger})
-    running = regions.covered(model)
-    merger.give_back(running)
-    return merger, leave_apart(model, found, running)
+    while True:
+        regions.install(model, sightings.calls, {MERGER: merger})
+        running = regions.covered(model)
+        merger.give_back(running)
+        settled = leave_apart(model, found, running)
+        if settled == tuple(found):
+            return merger, settled
+        merger.leave(settled)
+        found = settled
+        regions.uninstall(model)  # They know views that are none any more.
 
 
 @dataclasses.dataclass(frozen=True)

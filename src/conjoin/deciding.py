@@ -135,9 +135,13 @@ def _decided(
     if group is None:
         return (candidate,)
     known = machine.constants(group.weight.device, group.weight.dtype)
-    if policy == "measure":
-        return _chosen(candidate, *_raced(group, known, raced), sightings)
-    return (candidate,) if known is None else _estimated(candidate, group, known, sightings)
+    if policy == "auto":
+        return (candidate,) if known is None else _estimated(candidate, group, known, sightings)
+    try:
+        form, figures = _raced(group, known, raced)
+    except RuntimeError:  # No memory for the copies, or no such operation on what they read here.
+        return (candidate,)
+    return _chosen(candidate, form, figures, sightings)
 
 
 def _group(
@@ -287,18 +291,20 @@ def _is_choice(candidate: Candidate) -> bool:
     return candidate.refusal is not None and candidate.refusal.reason in CHOICES
 
 
-def noted(model: nn.Module, found: Iterable[Candidate]) -> Iterator[Candidate]:
+def noted(model: nn.Module, found: Iterable[Candidate], *, again: bool) -> Iterator[Candidate]:
     """The groups of an optimized model, with what was decided where that was noted.
 
     Args:
         model: the model.
         found: its groups and refusals.
+        again: whether it is to be decided again what becomes of groups that were left alone.
     """
     known: tuple[Candidate, ...] = vars(model).get(DECIDED, ())
     for candidate in found:
         within = [each for each in known if {*each.layers} <= {*candidate.layers}]
         whole = sum(len(each.layers) for each in within) == len(candidate.layers)
-        if candidate.refusal is None and whole and all(_holds(model, each) for each in within):
+        stays = whole and not (again and any(each.refusal for each in within))
+        if candidate.refusal is None and stays and all(_holds(model, each) for each in within):
             yield from within
         else:
             yield candidate

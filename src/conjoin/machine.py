@@ -87,7 +87,7 @@ def _constants(device: torch.device, dtype: torch.dtype, key: tuple[str, ...]) -
     if found is None:
         try:
             found = measure(device, dtype)
-        except (RuntimeError, NotImplementedError):  # No memory, or no product of this dtype.
+        except RuntimeError:  # No memory, or no product of this dtype.
             return None
         write(path, key, found)
     return found
@@ -144,7 +144,6 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
 
     Raises:
         RuntimeError: it has too little memory, or does not calculate with this type of numbers.
-        NotImplementedError: likewise.
     """
     full: Any = functools.partial(torch.full, fill_value=0.5, device=device, dtype=dtype)
     with torch.inference_mode():
