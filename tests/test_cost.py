@@ -190,7 +190,7 @@ def test_forms_for_a_race():
         ),
         (
             Figures(0.0418, 0.063, 0.0333, 3, True, True),
-            "measured: 41.8 ms apart, 63 ms as one layer, 33.3 ms as 3, forward and backward",
+            "measured: 41.8 ms apart, 63 ms as one layer, 33.3 ms as 3, a training step",
         ),
         (
             Figures(2.0, 1.5, 1.5, 1, True, False),

@@ -240,12 +240,9 @@ def test_measured(x, monkeypatch):
         (2, True, True),
         (2, False, True),
     ]
-    assert report.groups[4].detail == (
-        "measured: 1 s apart, 3 s as one layer, forward and backward"
-    )
+    assert report.groups[4].detail == ("measured: 1 s apart, 3 s as one layer, a training step")
     assert report.groups[0].detail == (
-        "one of 2 for 4 layers; measured: 2 s apart, 3 s as one layer, 1 s as 2, "
-        "forward and backward"
+        "one of 2 for 4 layers; measured: 2 s apart, 3 s as one layer, 1 s as 2, a training step"
     )
 
 

@@ -5,19 +5,20 @@ one of these layers takes is taken to be
 
     launches * call  +  max(2 * multiply-adds / rate, bytes read / bandwidth)  +  new bytes
 
-summed over the forward pass and, in training, the backward pass. All constants are measured on the
-machine (see `machine.py`). What differs between the forms:
+summed over the forward pass and, in training, the backward pass and what the optimizer allocates.
+All constants are measured on the machine (see `machine.py`). What differs between the forms:
 
 - launches: one forward and, in training, one for each gradient of a layer; one each to add the
   layers' gradients of x; for a wide layer also one where the weights are joined at each call;
 - what it takes to cut a wide output where nothing carries the wide form on: the split itself, the
   cat that is its backward pass, and a copy for each part that must be contiguous;
-- bytes: x is read once for each layer; sums, cats, copies and joined weights are new bytes;
+- bytes: x is read once for each layer; sums, cats, copies and joined weights are new bytes, and so
+  are tensors of a weight's size that an optimizer makes and drops again;
 - what a new byte takes: not the same in a tensor that lies in a cache, in one that does not, and in
   one that the allocator asks the system for at each call, whose pages are all faulted in anew.
 
-The optimizer's step, what is done to the parts, and how well a library does at one width or another
-are not in it. So it is an estimate, and labelled so; `policy="measure"` measures.
+The optimizer's launches, what is done to the parts, and how well a library does at one width or
+another are not in it. So it is an estimate, and labelled so; `policy="measure"` measures.
 """
 
 from __future__ import annotations
@@ -36,6 +37,10 @@ Form = tuple[tuple[int, ...], ...]
 
 MOST_BETWEEN = 3
 """How many forms between one wide layer and none are raced: each holds the weights once more."""
+
+TEMPORARIES = 2
+"""How many tensors of a weight's size Adam's step makes for it, on a CPU: the root of the second
+moment, and that divided."""
 
 MARGIN = 0.02
 """By how much slower than the quickest form a wider one may be and still be taken.
@@ -124,7 +129,7 @@ class Figures:
         chosen: the form that was chosen, which may be one of these.
         layers: how many layers run in that form.
         measured: whether that was measured; otherwise it is an estimate.
-        training: whether it is forward and backward, or forward only.
+        training: whether it is a step of training, or forward only.
     """
 
     apart: float
@@ -141,7 +146,7 @@ class Figures:
             f"{'measured' if self.measured else 'estimate'}: {_time(self.apart)} apart",
             f", {_time(self.whole)} as one layer",
             several if self.chosen not in (self.apart, self.whole) else "",
-            ", forward and backward" if self.training else ", forward",
+            ", a training step" if self.training else ", forward",
         ]
         return "".join(parts)
 
@@ -176,7 +181,7 @@ def _layer(machine: Machine, layers: Sequence[Work], setting: Setting) -> float:
         back += [output] if cut else []  # The cat of the parts' gradients.
         back += [weight] if joined else []
         launches += len(back) + any(biased)
-        new += back
+        new += [*back, *[weight] * TEMPORARIES]
     operations = sum(each.operations for each in layers)
     read = layers[0].input + sum(each.read for each in layers)
     product = max(operations / machine.rate, read / machine.bandwidth)

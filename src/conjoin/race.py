@@ -65,7 +65,7 @@ def run(
         contiguous: the positions of those whose output must be contiguous.
         input: what they are called with.
         among: the forms.
-        training: whether a step is forward and backward, or forward only.
+        training: whether a step is forward, backward and Adam's, or forward only.
 
     Returns:
         The seconds, by form, in the order of `among`.
@@ -94,12 +94,13 @@ def _step(model: nn.Module, input: Tensor, training: bool) -> Callable[[], objec
     if not training:
         return lambda: model(input)
     seeds = [torch.ones_like(output) for output in model(input)]
-    parameters = list(model.parameters())
+    optimizer = torch.optim.Adam([p for p in model.parameters() if p.requires_grad], lr=0.0)
 
     def step() -> None:
-        for tensor in (input, *parameters):
-            tensor.grad = None
+        optimizer.zero_grad()
+        input.grad = None
         torch.autograd.backward(model(input), seeds)
+        optimizer.step()
 
     return step
 
