@@ -7,6 +7,7 @@ MEGABYTE = 2**20
 STEADY = Machine(
     call=4e-6,
     cut=2e-6,
+    step=2e-5,
     rate=5e10,
     bandwidth=1e10,
     written=(

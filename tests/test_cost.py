@@ -22,7 +22,9 @@ from conjoin.cost import (
 
 FORWARD = Setting(training=False)
 TRAINING = Setting(training=True)
-FLAT = Machine(call=1.0, cut=0.5, rate=1.0, bandwidth=1e9, written=((0.0, 0.0), (1e9, 0.0)))
+FLAT = Machine(
+    call=1.0, cut=0.5, step=0.0, rate=1.0, bandwidth=1e9, written=((0.0, 0.0), (1e9, 0.0))
+)
 """A machine on which only calls and arithmetic take time."""
 
 
@@ -81,6 +83,15 @@ def test_what_a_wide_layer_spares_and_costs():
 def test_copies(changes, setting, extra):
     plain = seconds(FLAT, [[linear(4)] * 3], dataclasses.replace(setting, joined=False))
     assert seconds(FLAT, [[linear(4, **changes)] * 3], setting) == pytest.approx(plain + extra)
+
+
+def test_each_parameter_is_a_step_of_the_optimizer():
+    stepping = dataclasses.replace(FLAT, step=100.0)
+    three = [linear(4, biased=True) for _ in range(3)]
+    for works, parameters in (([three], 2), ([[work] for work in three], 6)):
+        without = seconds(FLAT, works, TRAINING)
+        assert seconds(stepping, works, TRAINING) == pytest.approx(without + 100 * parameters)
+        assert seconds(stepping, works, FORWARD) == seconds(FLAT, works, FORWARD)
 
 
 def test_what_runs_one_by_one_saves_nothing():

@@ -18,6 +18,7 @@ from conjoin.legality import Reason
 SMALL = Machine(
     call=1e-6,
     cut=1e-6,
+    step=0.0,
     rate=1e15,
     bandwidth=1e15,
     written=((0.0, 0.0), (2**14, 1e-7), (2**14 + 1, 1.0), (2**15, 2.0)),

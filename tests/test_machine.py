@@ -16,7 +16,9 @@ from conjoin.cost import Machine
 
 CPU = torch.device("cpu")
 KEY = ("a device", "cpu", "torch.float32")
-FOUND = Machine(1e-6, 1e-6, 1e11, 1e10, tuple((float(size), 1e-9 * size) for size in machine.SIZES))
+FOUND = Machine(
+    1e-6, 1e-6, 2e-5, 1e11, 1e10, tuple((float(size), 1e-9 * size) for size in machine.SIZES)
+)
 
 
 @pytest.fixture
@@ -74,6 +76,7 @@ def changed(**fields):
                 {"rate": 0},
                 {"bandwidth": math.inf},
                 {"cut": math.nan},
+                {"step": -1e-6},
                 {"call": None},
                 {"call": "quick"},
                 {"more": 1.0},

@@ -5,8 +5,9 @@ one of these layers takes is taken to be
 
     launches * call  +  max(2 * multiply-adds / rate, bytes read / bandwidth)  +  new bytes
 
-summed over the forward pass and, in training, the backward pass and what the optimizer allocates.
-All constants are measured on the machine (see `machine.py`). What differs between the forms:
+summed over the forward pass and, in training, the backward pass and what a step of Adam takes for
+each parameter. All constants are measured on the machine (see `machine.py`). What differs between the
+forms:
 
 - launches: one forward and, in training, one for each gradient of a layer; one each to add the
   layers' gradients of x; for a wide layer also one where the weights are joined at each call;
@@ -17,8 +18,8 @@ All constants are measured on the machine (see `machine.py`). What differs betwe
 - what a new byte takes: not the same in a tensor that lies in a cache, in one that does not, and in
   one that the allocator asks the system for at each call, whose pages are all faulted in anew.
 
-The optimizer's launches, what is done to the parts, and how well a library does at one width or
-another are not in it. So it is an estimate, and labelled so; `policy="measure"` measures.
+What is done to the parts, and how well a library does at one width or another, are not in it. So it
+is an estimate, and labelled so; `policy="measure"` measures.
 """
 
 from __future__ import annotations
@@ -56,6 +57,7 @@ class Machine:
     Attributes:
         call: what a layer takes that has next to nothing to do.
         cut: what it takes to cut a tensor in two.
+        step: what one more small parameter adds to a step of Adam.
         rate: floating-point operations in a second.
         bandwidth: bytes read in a second, from memory.
         written: what it takes to fill a tensor that is new, beyond `call`, by its number of bytes,
@@ -64,6 +66,7 @@ class Machine:
 
     call: float
     cut: float
+    step: float
     rate: float
     bandwidth: float
     written: tuple[tuple[float, float], ...]
@@ -186,6 +189,7 @@ def _layer(machine: Machine, layers: Sequence[Work], setting: Setting) -> float:
     read = layers[0].input + sum(each.read for each in layers)
     product = max(operations / machine.rate, read / machine.bandwidth)
     fixed = launches * machine.call + cut * machine.cut
+    fixed += setting.training * (1 + any(biased)) * machine.step
     return fixed + products * product + sum(map(machine.new, new))
 
 

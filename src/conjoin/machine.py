@@ -44,6 +44,9 @@ SIDE = 512
 READ = 2**27
 """Bytes that are read to tell the bandwidth of the memory: beyond what most caches hold."""
 
+MORE = 4
+"""By how many parameters the steps of Adam differ that tell what one of them adds."""
+
 ROUNDS = 7
 """How often each thing is timed. The least counts: what disturbs it only adds."""
 
@@ -118,6 +121,8 @@ def _is_possible(found: Machine) -> bool:
     sizes = tuple(size for size, _ in found.written)
     return (
         all(math.isfinite(number) and number > 0 for number in positive)
+        and math.isfinite(found.step)
+        and found.step >= 0
         and sizes == SIZES
         and all(math.isfinite(taken) and taken >= 0 for _, taken in found.written)
     )
@@ -156,16 +161,26 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         reading = least(long.sum, device)
         del long
         filled = [least(functools.partial(full, (n // dtype.itemsize,)), device) for n in SIZES]
+    few_parameters, more = (_step_of_adam(device, dtype, count) for count in (1, 1 + MORE))
     # What disturbs a timing only adds, so that more bytes take no less.
     for larger in reversed(range(len(filled) - 1)):
         filled[larger] = min(filled[larger : larger + 2])
     return Machine(
         call=call,
         cut=cut,
+        step=max(0.0, more - few_parameters) / MORE,
         rate=2 * SIDE**3 / product,
         bandwidth=READ / reading,
         written=tuple((n, taken - filled[0]) for n, taken in zip(SIZES, filled, strict=True)),
     )
+
+
+def _step_of_adam(device: torch.device, dtype: torch.dtype, count: int) -> float:
+    """The seconds of a step of Adam with some small parameters."""
+    parameters = [torch.zeros(8, 8, device=device, dtype=dtype) for _ in range(count)]
+    for parameter in parameters:
+        parameter.grad = torch.zeros_like(parameter)
+    return least(torch.optim.Adam(parameters, lr=0.0).step, device)
 
 
 def least(step: Callable[[], object], device: torch.device) -> float:

@@ -74,8 +74,8 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         """Counts the memory of a tensor until it is gone; once, however many tensors share it."""
         try:
             storage = tensor.untyped_storage()
-        except (NotImplementedError, RuntimeError):  # A sparse tensor, or one of a class that has
-            return  # no memory of its own.
+        except (RuntimeError, ValueError):  # It is sparse, of a class of its own, or lazy.
+            return
         key, size = storage._cdata, storage.nbytes()
         if key in self._known:
             return
