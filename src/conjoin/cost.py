@@ -6,8 +6,7 @@ one of these layers takes is taken to be
     launches * call  +  max(2 * multiply-adds / rate, bytes read / bandwidth)  +  new bytes
 
 summed over the forward pass and, in training, the backward pass and what a step of Adam takes for
-each parameter. All constants are measured on the machine (see `machine.py`). What differs between the
-forms:
+each parameter. All constants are measured on the machine (see `machine.py`). What differs:
 
 - launches: one forward and, in training, one for each gradient of a layer; one each to add the
   layers' gradients of x; for a wide layer also one where the weights are joined at each call;

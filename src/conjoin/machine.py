@@ -23,6 +23,7 @@ from typing import Any
 
 import torch
 from torch.nn import functional as F
+from torch.optim.adam import adam
 
 from conjoin.cost import Machine
 
@@ -177,10 +178,15 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
 
 def _step_of_adam(device: torch.device, dtype: torch.dtype, count: int) -> float:
     """The seconds of a step of Adam with some small parameters."""
-    parameters = [torch.zeros(8, 8, device=device, dtype=dtype) for _ in range(count)]
-    for parameter in parameters:
-        parameter.grad = torch.zeros_like(parameter)
-    return least(torch.optim.Adam(parameters, lr=0.0).step, device)
+    like = functools.partial(torch.zeros, 8, 8, device=device, dtype=dtype)
+    parameters, gradients, means, squares = ([like() for _ in range(count)] for _ in range(4))
+    steps = [torch.zeros(()) for _ in range(count)]
+    # The optimizer itself would import Dynamo, which takes seconds.
+    step = functools.partial(
+        adam, parameters, gradients, means, squares, [], steps, amsgrad=False, maximize=False
+    )
+    rates = {"beta1": 0.9, "beta2": 0.999, "lr": 0.0, "weight_decay": 0.0, "eps": 1e-8}
+    return least(functools.partial(step, **rates), device)
 
 
 def least(step: Callable[[], object], device: torch.device) -> float:
