@@ -6,7 +6,7 @@ python -m benchmarks.memory --json PATH                write it down
 
 What is compared is what a step needs beyond what is there before it: a process has much in memory
 that is no tensor. On a GPU the allocator tells its peak. On a CPU it is the peak of the process,
-each measurement in one of its own, after a first step that loads what libraries load once.
+each measurement in one of its own, after first steps that load what libraries load once.
 """
 
 from __future__ import annotations
@@ -15,6 +15,7 @@ import argparse
 import ctypes
 import gc
 import json
+import statistics
 import subprocess
 import sys
 from collections.abc import Sequence
@@ -34,6 +35,10 @@ SHOWN = ("vae", "inception", "googlenet", "qkv_train", "gated_train", "time_proj
 """The cases whose steps need megabytes."""
 
 FORMS = ("plain", "optimized")
+
+WARM_UP = 3
+STEPS = 5
+"""Steps before anything is measured, and steps that are; the median of these counts."""
 
 LEAST = 1.0
 """MiB that a step needs at least to be compared: a process takes some pages at random."""
@@ -100,8 +105,9 @@ def measure_here(case: str, mode: str, form: str, device: str) -> dict[str, Any]
         peaks = conjoin.report(model, inputs).memory
         if form == "optimized":
             model = conjoin.optimize(model, inputs, inplace=True)
-        _step(model, inputs)
-        measured = _peak(model, inputs)
+        for _ in range(WARM_UP):
+            _step(model, inputs)
+        measured = statistics.median(_peak(model, inputs) for _ in range(STEPS))
     whole = peaks.before if form == "plain" else peaks.after
     assert whole is not None
     predicted = whole - sum(map(_size, [*model.parameters(), *model.buffers(), *inputs]))

@@ -195,3 +195,26 @@ def test_only_the_group_that_matters_is_narrowed(x):
     assert fused == {"large", "small"}
     assert [len(g.layers) for g in report.groups if g.layers[0].startswith("small")] == [4]
     assert all(len(g.layers) < 4 for g in report.groups if g.layers[0].startswith("large"))
+
+
+def test_what_is_merged_stays_merged(model, x):
+    with torch.no_grad():
+        optimized = conjoin.optimize(model, (x,))
+        report = conjoin.report(optimized, (x,), memory_budget=1)
+        assert [group.fused for group in report.groups] == [True]
+        again = conjoin.optimize(optimized, (x,), memory_budget=1)
+        assert str(conjoin.report(again, (x,))) == str(report)
+
+
+def test_a_model_without_siblings_has_no_budget_to_keep(x):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU()).double()
+    conjoin.optimize(model, (x,), memory_budget=1)
+
+
+def test_a_model_that_cannot_be_copied(model, x):
+    class Uncopyable(Sum):
+        def __deepcopy__(self, memo):
+            raise TypeError("there is one of it only")
+
+    with pytest.raises(ValueError, match="which cannot be made"):
+        conjoin.optimize(Uncopyable(2).double(), (x,), memory_budget=10**9, inplace=True)

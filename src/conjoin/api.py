@@ -395,10 +395,17 @@ def _fit(
 
         plain = copied()
         unfuse(plain.model, inplace=True)
+        merged = frozenset(name for name, _ in views(model))
         with undisturbed(plain.model):
-            return fit(found, sightings, peak, plain.count(call, {}).peak or 0, limit)
+            return fit(found, sightings, peak, plain.count(call, {}).peak or 0, limit, merged)
 
-    return _on_copies(model, fitted) or found
+    settled = _on_copies(model, fitted)
+    if settled is None:
+        raise ValueError(
+            "memory_budget was given, and how much memory the model needs is predicted on copies "
+            "of it, which cannot be made. Leave memory_budget out."
+        )
+    return settled
 
 
 Result = TypeVar("Result")

@@ -24,7 +24,12 @@ Peak = Callable[[Sequence[Candidate]], int]
 
 
 def fit(
-    found: Sequence[Candidate], sightings: Sightings, peak: Peak, plain: int, limit: int
+    found: Sequence[Candidate],
+    sightings: Sightings,
+    peak: Peak,
+    plain: int,
+    limit: int,
+    merged: frozenset[str],
 ) -> tuple[Candidate, ...]:
     """The groups as they are to be merged, so that the predicted peak is within a limit.
 
@@ -36,12 +41,13 @@ def fit(
         peak: predicts the peak.
         plain: the predicted peak of the model as it was.
         limit: the limit in bytes.
+        merged: the layers that were merged earlier, and stay so.
     """
     most = max(limit, plain)
     if peak(found) <= most:
         return tuple(found)
-    choices = [_Choice.of(candidate, sightings) for candidate in found]
-    while (widest := max(choices, key=_Choice.size)).size():
+    choices = [_Choice.of(candidate, sightings, merged) for candidate in found]
+    while choices and (widest := max(choices, key=_Choice.size)).size():
         choices[choices.index(widest)] = widest.narrowed()
         if peak(_candidates(choices)) <= most:
             break
@@ -80,14 +86,14 @@ class _Choice:
     detail: str = ""
 
     @classmethod
-    def of(cls, candidate: Candidate, sightings: Sightings) -> _Choice:
+    def of(cls, candidate: Candidate, sightings: Sightings, merged: frozenset[str]) -> _Choice:
         """The widest form."""
         shapes = [sightings.shapes.get(name) for name in candidate.layers]
         known = all(shape is not None for shape in shapes)
         outputs = [math.prod(shape.output) for shape in shapes if shape is not None]
         widths = tuple(outputs) if known else candidate.widths
         among: tuple[Form, ...] = ((tuple(range(len(candidate.layers))),),)
-        if candidate.refusal is None:
+        if candidate.refusal is None and merged.isdisjoint(candidate.layers):
             among = tuple(forms(widths, candidate.layers))
         return cls(candidate, among, 0, widths, sightings)
 
