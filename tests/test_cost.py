@@ -16,8 +16,8 @@ from conjoin.cost import (
     choose,
     forms,
     likely,
+    pick,
     seconds,
-    widest,
 )
 
 FORWARD = Setting(training=False)
@@ -171,13 +171,22 @@ def test_what_only_costs_stays_apart():
     assert figures.chosen == figures.apart < figures.whole
 
 
-def test_near_the_edge_the_widest_is_taken():
-    taken = {whole(4): 1.0 + 0.9 * MARGIN, ((0, 1), (2, 3)): 1.01, apart(4): 1.0}
-    form, figures = widest(taken, measured=True, training=True)
+def test_near_the_edge_one_layer_is_taken():
+    pairs = ((0, 1), (2, 3))
+    taken = {whole(4): 1.0 + 0.9 * MARGIN, pairs: 1.01, apart(4): 1.0}
+    form, figures = pick(taken, measured=True, training=True)
     assert form == whole(4)
     assert figures.measured
     taken[whole(4)] = 1.0 + 1.1 * MARGIN
-    assert widest(taken, measured=True, training=True)[0] == ((0, 1), (2, 3))
+    assert pick(taken, measured=True, training=True)[0] == pairs
+    taken[pairs] = 1.0 + 1.1 * MARGIN
+    assert pick(taken, measured=True, training=True)[0] == apart(4)
+
+
+def test_of_several_divisions_near_the_edge_the_narrowest_is_taken():
+    found = list(forms([320] * 22, names(22)))
+    taken = dict.fromkeys(found, 1.0) | {found[0]: 2.0, found[-2]: 1.1, found[-3]: 1.01}
+    assert pick(taken, measured=False, training=True)[0] == found[-3]
 
 
 def test_forms_for_a_race():

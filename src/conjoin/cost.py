@@ -43,10 +43,10 @@ TEMPORARIES = 2
 moment, and that divided."""
 
 MARGIN = 0.02
-"""By how much slower than the quickest form a wider one may be and still be taken.
+"""By how much slower than the quickest form another may be and still be taken.
 
-It is what the project allows itself beside the plain model on any case, and more than the constants
-are exact to. Near the edge the widest form is taken: what is behind the layers may gain from it."""
+It is what the project allows itself beside the plain model on any case. Near the edge one wide
+layer is taken: what is behind the layers may gain from it."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -243,7 +243,7 @@ def _cut(widths: Sequence[int], order: Sequence[int], count: int) -> Form:
 def choose(
     machine: Machine, works: Sequence[Work], names: Sequence[str], setting: Setting
 ) -> tuple[Form, Figures]:
-    """How to run a group: the widest form that is estimated within `MARGIN` of the quickest.
+    """How to run a group, by an estimate.
 
     Args:
         machine: what is measured of the device.
@@ -257,7 +257,7 @@ def choose(
     widths = [work.output for work in works]
     among = forms(widths, names)
     taken = {form: _seconds_of(machine, form, works, setting) for form in among}
-    return widest(taken, measured=False, training=setting.training)
+    return pick(taken, measured=False, training=setting.training)
 
 
 def likely(
@@ -274,15 +274,26 @@ def likely(
     first, *between, last = forms([work.output for work in works], names)
     if machine is not None:
         taken = {form: _seconds_of(machine, form, works, setting) for form in between}
-        between = sorted(between, key=lambda form: (taken[form], len(form)))
+        chosen, _ = choose(machine, works, names, setting)
+        between = sorted(between, key=lambda form: (form != chosen, taken[form], len(form)))
     return first, *sorted(between[:MOST_BETWEEN], key=len), last
 
 
-def widest(taken: Mapping[Form, float], *, measured: bool, training: bool) -> tuple[Form, Figures]:
-    """Of forms in the order of `forms`, the first that is within `MARGIN` of the quickest."""
-    whole, *_, apart = taken
+def pick(taken: Mapping[Form, float], *, measured: bool, training: bool) -> tuple[Form, Figures]:
+    """One wide layer where that is within `MARGIN` of the quickest form, or else several.
+
+    Of those that are, the narrowest: where one layer is too large, what an estimate does not see is
+    on the side of small ones. (An allocator that is given much back at once gives it to the system,
+    and must ask for it again.) Apart, where no wide form is.
+
+    Args:
+        taken: what each form takes in seconds, in the order of `forms`.
+        measured: whether that was measured.
+        training: whether it is a step of training.
+    """
+    whole, *several, apart = taken
     most = min(taken.values()) * (1 + MARGIN)
-    chosen = next(form for form in taken if taken[form] <= most)
+    chosen = next(form for form in (whole, *reversed(several), apart) if taken[form] <= most)
     seconds = taken[apart], taken[whole], taken[chosen]
     return chosen, Figures(*seconds, len(chosen), measured, training)
 

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
 from conjoin import machine, race
-from conjoin.cost import Figures, Form, Machine, Policy, Setting, Work, choose, likely, widest
+from conjoin.cost import Figures, Form, Machine, Policy, Setting, Work, choose, likely, pick
 from conjoin.graph.siblings import Candidate, activations
 from conjoin.graph.site import Shapes, Sightings
 from conjoin.layers import Kind
@@ -176,7 +176,7 @@ def _raced(
             among,
             training=group.training,
         )
-    return widest(raced[key], measured=True, training=group.training)
+    return pick(raced[key], measured=True, training=group.training)
 
 
 def _estimated(
