@@ -197,6 +197,7 @@ def test_where_no_forward_is_rewritten_copies_count(training):
     (group,) = report.groups
     assert group.fused is bool(wides(optimized)) is training
     assert group.reason is (None if training else Reason.DOES_NOT_PAY)
+    assert (group.figures is None) is training
     assert_equivalent(optimized, model, (x,))
 
 

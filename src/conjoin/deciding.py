@@ -191,8 +191,7 @@ def _estimated(
     form, figures = choose(known, works, group.names, group.setting(cut=False))
     in_lockstep, cut = choose(known, works, group.names, group.setting())
     if len(in_lockstep) == len(group.names):
-        refusal = Refusal(candidate.layers, Reason.DOES_NOT_PAY, str(cut))
-        candidate = dataclasses.replace(candidate, lockstep=refusal)
+        candidate = dataclasses.replace(candidate, lockstep=cut)
     return _chosen(candidate, form, figures, sightings)
 
 
@@ -225,8 +224,7 @@ def _chosen(
 ) -> Iterator[Candidate]:
     """What becomes of a candidate that is to run in some form."""
     if len(form) == len(candidate.layers):
-        refusal = Refusal(candidate.layers, Reason.DOES_NOT_PAY, str(figures))
-        yield dataclasses.replace(candidate, refusal=refusal, figures=figures)
+        yield _left_alone(candidate, figures)
     elif len(form) > 1:
         note = f"one of {len(form)} for {len(candidate.layers)} layers; {figures}"
         noted = dataclasses.replace(candidate, figures=figures, note=note)
@@ -237,6 +235,11 @@ def _chosen(
         yield candidate
 
 
+def _left_alone(candidate: Candidate, figures: Figures) -> Candidate:
+    refusal = Refusal(candidate.layers, Reason.DOES_NOT_PAY, str(figures))
+    return dataclasses.replace(candidate, refusal=refusal, figures=figures, note="")
+
+
 def pieces(candidate: Candidate, form: Form, sightings: Sightings) -> Iterator[Candidate]:
     """The parts of a candidate that are merged by themselves."""
     if len(form) == 1 and len(form[0]) == len(candidate.layers):
@@ -244,7 +247,6 @@ def pieces(candidate: Candidate, form: Form, sightings: Sightings) -> Iterator[C
         return
     for members in form:
         names = tuple(candidate.layers[member] for member in members)
-        lockstep = candidate.lockstep and dataclasses.replace(candidate.lockstep, layers=names)
         yield dataclasses.replace(
             candidate,
             layers=names,
@@ -253,7 +255,6 @@ def pieces(candidate: Candidate, form: Form, sightings: Sightings) -> Iterator[C
                 at for at, member in enumerate(members) if member in candidate.contiguous
             ),
             activations=activations(names, sightings.sites),
-            lockstep=lockstep,
         )
 
 
@@ -269,12 +270,12 @@ def leave_apart(
     """
     left: list[Candidate] = []
     for candidate in found:
-        views = [model.get_submodule(n) for n in candidate.layers if candidate.lockstep]
+        views = (model.get_submodule(name) for name in candidate.layers if candidate.lockstep)
         held = [view for view in views if isinstance(view, View)]
-        if held and held[0].wide_layer not in running:
+        if candidate.lockstep and held and held[0].wide_layer not in running:
             for view in held:
                 release(view)
-            candidate = dataclasses.replace(candidate, refusal=candidate.lockstep, note="")
+            candidate = _left_alone(candidate, candidate.lockstep)
         left.append(candidate)
     return tuple(left)
 

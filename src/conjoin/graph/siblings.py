@@ -47,8 +47,8 @@ class Candidate:
             reads the output of its own, and they are equal.
         figures: what the layers take by themselves and merged, where that decided.
         note: what else there is to say of it.
-        lockstep: why they stay apart where no forward is rewritten to run them; None where they
-            may be merged there too.
+        lockstep: what they take where no forward is rewritten to run them, if they are to stay
+            apart there; None where they may be merged.
     """
 
     kind: Kind
@@ -59,7 +59,7 @@ class Candidate:
     activations: tuple[str, ...] = ()
     figures: Figures | None = None
     note: str = ""
-    lockstep: Refusal | None = None
+    lockstep: Figures | None = None
 
 
 def candidates(
