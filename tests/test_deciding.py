@@ -248,32 +248,6 @@ def test_measured(x, monkeypatch):
     )
 
 
-@pytest.mark.parametrize("training", [True, False])
-def test_a_race(training, x):
-    model = heads(4)
-    among = (((0, 1, 2, 3),), ((0, 1), (2, 3)), ((0,), (1,), (2,), (3,)))
-    kind = next(kind for kind in conjoin.KINDS if kind.layer is nn.Linear)
-    layers = list(model.children())
-    before = copy.deepcopy(model.state_dict())
-    taken = race.run(
-        kind, layers, frozenset({1}), x.requires_grad_(training), among, training=training
-    )
-    assert list(taken) == list(among)
-    assert all(0 < seconds < 1 for seconds in taken.values())
-    assert all(type(layer) is nn.Linear and layer.weight.grad is None for layer in layers)
-    assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
-
-
-def test_a_race_of_forms_that_are_what_they_say():
-    kind = next(kind for kind in conjoin.KINDS if kind.layer is nn.Linear)
-    plain = race.Siblings(list(heads(4).children()))
-    made = race._as(plain, kind, frozenset({3}), ((0, 3), (1, 2)))
-    (first, second) = wides(made)
-    assert {len(first.widths), len(second.widths)} == {2}
-    assert first.contiguous | second.contiguous == {1}
-    assert not wides(race._as(plain, kind, frozenset(), ((0,), (1,), (2,), (3,))))
-
-
 def test_an_embedding_is_looked_up():
     class Tables(nn.Module):
         def __init__(self, *widths):
