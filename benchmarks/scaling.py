@@ -68,7 +68,7 @@ def _measure_here(layers: int, way: str) -> dict[str, object]:
     before = None
     if STATUS.exists():
         FORGET_THE_MOST.write_text("5")
-        before = _memory("VmRSS")
+        before = memory_of_process("VmRSS")
     start = time.perf_counter()
     WAYS[way](model, x)
     seconds = time.perf_counter() - start
@@ -77,12 +77,12 @@ def _measure_here(layers: int, way: str) -> dict[str, object]:
         "layers": layers,
         "way": way,
         "seconds": seconds,
-        "extra_mib": None if before is None else _memory("VmHWM") - before,
+        "extra_mib": None if before is None else memory_of_process("VmHWM") - before,
         "model_mib": size / 2**20,
     }
 
 
-def _memory(name: str) -> float:
+def memory_of_process(name: str) -> float:
     """`VmRSS`, what this process has in memory, or `VmHWM`, the most that it had, in MiB."""
     fields = dict(line.split(":", 1) for line in STATUS.read_text().splitlines())
     return int(fields[name].split()[0]) / 1024

@@ -1,8 +1,15 @@
-"""Hypothesis profiles: `ci` unless HYPOTHESIS_PROFILE or --hypothesis-profile says otherwise."""
+"""Hypothesis profiles: `ci` unless HYPOTHESIS_PROFILE or --hypothesis-profile says otherwise.
+
+What pays is the same on all machines here: no test depends on how fast the one is that it runs on.
+"""
 
 import os
 
+import pytest
 from hypothesis import HealthCheck, settings
+from machines import STEADY
+
+from conjoin import machine
 
 settings.register_profile(
     "ci",
@@ -20,3 +27,10 @@ settings.register_profile(
     derandomize=False,
 )
 settings.load_profile(os.environ.get("HYPOTHESIS_PROFILE", "ci"))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def _steady_machine():
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(machine, "constants", lambda device, dtype: STEADY)
+        yield

@@ -252,7 +252,7 @@ def forgetful(*_: object, **__: object) -> NoReturn:
 
 def test_what_is_written_was_verified(capsys: Capture, whole: str) -> None:
     out = succeed(capsys, *OPTIMIZE, "--input", "4x8")
-    assert f"fewer\n\n{VERIFIED}" in out
+    assert f").\n\n{VERIFIED}" in out
     assert "2 outputs, 5 gradients" not in out  # The branches are united.
     assert "1 output, 5 gradients" in out
 
@@ -480,3 +480,46 @@ def test_streams_that_are_no_text_files(whole: str, monkeypatch: pytest.MonkeyPa
     monkeypatch.setattr(sys, "stdout", stream)
     assert cli.main(["report", whole, "--trust-pickle"]) == 0
     assert "0.{0,1}" in stream.getvalue()
+
+
+@pytest.mark.parametrize(
+    ("text", "size"),
+    [
+        ("1000", 1000),
+        ("2KiB", 2048),
+        ("1.5 kB", 1500),
+        ("8gib", 8 * 2**30),
+        ("0.5", 0.5),
+        ("1.0", 1.0),
+        ("7B", 7),
+    ],
+)
+def test_sizes(text: str, size: float) -> None:
+    assert cli._budget(text) == size
+    assert type(cli._budget(text)) is type(size)
+
+
+def test_policy_and_budget(nets: str, capsys: Capture) -> None:
+    command = ["report", f"{nets}:Heads", "--input", "4x8", "--format", "json"]
+    assert cli.main([*command, "--policy", "always", "--memory-budget", "1.0"]) == 0
+    (group,) = json.loads(capsys.readouterr().out)["groups"]
+    assert group["fused"]
+    assert cli.main([*command, "--memory-budget", "1kib"]) == 0
+    capsys.readouterr()
+
+
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (["--policy", "never"], "invalid choice: 'never'"),
+        (["--memory-budget", "much", "--input", "4x8"], "much is no size such as 8GiB"),
+        (["--memory-budget", "8iB", "--input", "4x8"], "8iB is no size"),
+        (["--memory-budget", "2.5", "--input", "4x8"], "not 2.5"),
+        (["--memory-budget", "8GiB"], "Pass example_inputs"),
+    ],
+)
+def test_policies_and_budgets_that_are_none(
+    options: list[str], words: str, nets: str, capsys: Capture
+) -> None:
+    assert cli.main(["report", f"{nets}:Heads", *options]) == 2
+    assert words in capsys.readouterr().err

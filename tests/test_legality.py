@@ -7,6 +7,7 @@ import re
 import pytest
 from awkward import EXACT, HAZARDS
 
+from conjoin.deciding import CHOICES
 from conjoin.legality import Reason, Refusal
 
 REFUSAL = Refusal(("a.q", "a.k"), Reason.DIFFERENT_SETTINGS, "stride=2 where a.q has 1")
@@ -20,8 +21,10 @@ def test_a_reason_says_what_is_in_the_way_and_what_to_do(reason):
     assert not reason.value.startswith(reason.name)
 
 
-def test_every_reason_is_the_outcome_of_a_hazard():
-    assert {hazard.outcome for hazard in HAZARDS} == {EXACT, *Reason}
+def test_every_reason_is_the_outcome_of_a_hazard_or_a_choice():
+    outcomes = {hazard.outcome for hazard in HAZARDS}
+    assert outcomes | CHOICES == {EXACT, *Reason}
+    assert not outcomes & CHOICES
 
 
 def test_no_reason_is_given_twice():

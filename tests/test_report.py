@@ -236,7 +236,7 @@ def test_totals_say_what_changed(before, after, words):
 def test_json_holds_the_whole_report():
     report = transformer()
     content = json.loads(report.to_json())
-    assert list(content) == ["groups", "launches", "untraced", "observed"]
+    assert list(content) == ["groups", "launches", "untraced", "observed", "memory"]
     assert [tuple(group["layers"]) for group in content["groups"]] == [
         group.layers for group in report.groups
     ]

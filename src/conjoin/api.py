@@ -12,6 +12,10 @@ from typing import Any, TypeVar
 
 from torch import Tensor, nn
 
+from conjoin import memory
+from conjoin.budget import fit
+from conjoin.cost import Policy
+from conjoin.deciding import DECIDED, check_policy, decide, leave_apart, note, noted
 from conjoin.graph.depth import Chain, Depths
 from conjoin.graph.siblings import Candidate, candidates, in_order
 from conjoin.graph.site import Sightings, Untraced
@@ -20,6 +24,7 @@ from conjoin.layers import KINDS, PRODUCTS, Kind, activation, checked
 from conjoin.layers.owner import raw_parameters, reclaim
 from conjoin.layers.product import SUFFIX
 from conjoin.layers.wide import ENCLOSES, Wide, release, views, wides
+from conjoin.memory import Memory
 from conjoin.merging import MERGER, Level, Merger
 from conjoin.reachable import remembering
 from conjoin.report import Group, Report
@@ -38,6 +43,8 @@ def optimize(
     example_kwargs: dict[str, Any] | None = None,
     inplace: bool = False,
     kinds: Sequence[Kind] = KINDS,
+    policy: Policy = "auto",
+    memory_budget: float | None = None,
 ) -> Model:
     """Merges sibling layers, those that read the same tensor, into wide layers.
 
@@ -54,15 +61,27 @@ def optimize(
             memory then, and what it takes to trace the model.
         kinds: the kinds of layer to merge, by default all that conjoin knows. `Kind` tells how to
             write one for layers of your own; that for the most specific class counts.
+        policy: which groups are merged, of those that can be. With `"auto"` all but those that an
+            estimate from the shapes of the example inputs is against; it may divide a group into
+            several wide layers. With `"measure"` each group is timed by itself, on its device, and
+            the quickest form is taken. With `"always"` all. What is quick is looked at in the mode
+            that the model is in: a step of training where it is in training mode and gradients
+            are on, otherwise forward. Without example inputs no shapes are known, and all merge.
+        memory_budget: bytes as an `int`, or a fraction of the memory of the model's device as a
+            `float`, that a call with the example inputs may need, forward and, where gradients are
+            on, backward. Groups for which the predicted peak would be above it, and above that of
+            the model as it is, become several wide layers, or stay apart. `conjoin.memory` tells
+            what is counted.
 
     Returns:
         The optimized model: `model` itself with `inplace`, otherwise a copy.
 
     Raises:
-        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, or `kinds`
-            is no tuple of kinds.
-        ValueError: the model cannot be copied, or does not run on the example inputs; or two of the
-            kinds are for one class.
+        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, `kinds` is
+            no tuple of kinds, or `memory_budget` is no number.
+        ValueError: the model cannot be copied, or does not run on the example inputs; two of the
+            kinds are for one class; there is no such policy; or `memory_budget` is not above 0, is
+            a fraction above 1, or is given without example inputs.
 
     Example:
         >>> import torch, conjoin
@@ -79,9 +98,14 @@ def optimize(
     with _no_collection(), remembering():
         kinds = checked(kinds)
         calls = example_calls(example_inputs, example_kwargs)
+        limit = _limits(model, calls, policy, memory_budget)
         found, sightings = _find(model, calls, kinds)
+        found = decide(model, noted(model, found, again=True), sightings, policy)
+        if limit is not None:
+            found = _fit(model, calls[0], found, sightings, kinds, limit)
         optimized = model if inplace else _copy(model)
-        _merge(optimized, found, sightings, kinds)
+        _, found = _merge(optimized, found, sightings, kinds)
+        note(optimized, found)
     return optimized
 
 
@@ -108,6 +132,7 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
         reclaim(module)
         activation.forget(module)
         vars(module).pop(ENCLOSES, None)
+        vars(module).pop(DECIDED, None)
     return plain
 
 
@@ -117,6 +142,8 @@ def report(
     *,
     example_kwargs: dict[str, Any] | None = None,
     kinds: Sequence[Kind] = KINDS,
+    policy: Policy = "auto",
+    memory_budget: float | None = None,
 ) -> Report:
     """Tells which siblings are, or would be, merged, which are not and why, and what that saves.
 
@@ -131,20 +158,28 @@ def report(
             once, is in the totals only.
         example_kwargs: the keyword arguments that go with them.
         kinds: as for `optimize`. Layers that were merged earlier count also without.
+        policy: as for `optimize`, where that has not decided earlier.
+        memory_budget: likewise.
 
     Returns:
         The report; `str()` of it is a table.
 
     Raises:
-        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, or `kinds`
-            is no tuple of kinds.
-        ValueError: the model cannot be copied, or does not run on the example inputs; or two of the
-            kinds are for one class.
+        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, `kinds` is
+            no tuple of kinds, or `memory_budget` is no number.
+        ValueError: the model cannot be copied, or does not run on the example inputs; two of the
+            kinds are for one class; there is no such policy; or `memory_budget` is not above 0, is
+            a fraction above 1, or is given without example inputs.
     """
     calls = example_calls(example_inputs, example_kwargs)
     kinds = checked(kinds)
-    with remembering():
+    limit = _limits(model, calls, policy, memory_budget)
+    # What the collector would find is counted as if it were alive until then.
+    with _no_collection(), remembering():
         found, sightings = _find(model, calls, kinds)
+        found = decide(model, noted(model, found, again=False), sightings, policy)
+        if limit is not None:
+            found = _fit(model, calls[0], found, sightings, kinds, limit)
         if calls:
             counts = _count(model, calls[0], found, sightings, kinds)
         else:
@@ -153,7 +188,8 @@ def report(
         _group(candidate, counts) for candidate in in_order(counts.groups(found), model, sightings)
     )
     launches = Launches(counts.plain.count, counts.optimized.count)
-    return Report(groups, launches, sightings.untraced, bool(calls))
+    peaks = Memory(counts.plain.peak, counts.optimized.peak)
+    return Report(groups, launches, sightings.untraced, bool(calls), peaks)
 
 
 @contextlib.contextmanager
@@ -194,6 +230,22 @@ def example_calls(inputs: object, kwargs: dict[str, Any] | None) -> list[Call]:
     return calls
 
 
+def _limits(
+    model: nn.Module, calls: list[Call], policy: object, budget: float | None
+) -> int | None:
+    """Checks the policy and the budget, and gives the budget in bytes."""
+    check_policy(policy)
+    if budget is None:
+        return None
+    check_model(model)
+    if not calls:
+        raise ValueError(
+            "memory_budget was given and example_inputs were not, which tell how large the model's "
+            "tensors are. Pass example_inputs, the model's arguments as a tuple."
+        )
+    return memory.limit(budget, model)
+
+
 def _copy(model: Model) -> Model:
     try:
         return copy.deepcopy(model)
@@ -224,16 +276,27 @@ def _merge(
     sightings: Sightings,
     kinds: tuple[Kind, ...],
     depths: Depths | None = None,
-) -> Merger:
-    """Merges what was found, and what the rewritten forwards can run at once beyond that."""
+) -> tuple[Merger, tuple[Candidate, ...]]:
+    """Merges what was found, and what the rewritten forwards can run at once beyond that.
+
+    Returns:
+        The merger, and what became of what was found.
+    """
     merger = Merger(model, kinds, sightings, found)
     if depths is not None:
         merger.rewritten = depths.watch
     if merger.merge_all(found):
         regions.uninstall(model)  # They may know wide layers that are no more.
-    regions.install(model, sightings.calls, {MERGER: merger})
-    merger.give_back(regions.covered(model))
-    return merger
+    while True:
+        regions.install(model, sightings.calls, {MERGER: merger})
+        running = regions.covered(model)
+        merger.give_back(running)
+        settled = leave_apart(model, found, running)
+        if settled == tuple(found):
+            return merger, settled
+        merger.leave(settled)
+        found = settled
+        regions.uninstall(model)  # They know views that are none any more.
 
 
 @dataclasses.dataclass(frozen=True)
@@ -261,6 +324,7 @@ class _Counts:
         apart: those of layers whose wide layer did not run, without rewritten forwards.
         levels: what was merged beyond what was found at first, or runs in a rewritten forward.
         refused: products that read one tensor and stay as they are.
+        found: what became of what was found; None where nothing was merged.
         depths: what is behind groups, by their layers.
     """
 
@@ -270,9 +334,11 @@ class _Counts:
     levels: tuple[Level, ...] = ()
     depths: Mapping[frozenset[str], _Depth] = dataclasses.field(default_factory=dict)
     refused: tuple[Candidate, ...] = ()
+    found: tuple[Candidate, ...] | None = None
 
     def groups(self, found: Sequence[Candidate]) -> Iterator[Candidate]:
         """What was found, and what was merged beyond, but for what is behind another group."""
+        found = found if self.found is None else self.found
         known = {frozenset(names) for depth in self.depths.values() for names in depth.levels}
         levels = [Candidate(level.kind, level.layers, level.widths) for level in self.levels]
         told: set[str] = set()
@@ -313,6 +379,50 @@ class _Counts:
         return before, after
 
 
+def _fit(
+    model: nn.Module,
+    call: Call,
+    found: tuple[Candidate, ...],
+    sightings: Sightings,
+    kinds: tuple[Kind, ...],
+    limit: int,
+) -> tuple[Candidate, ...]:
+    """The groups with which a call stays within a limit of memory, predicted on copies."""
+
+    def fitted(copied: Callable[[], Copy]) -> tuple[Candidate, ...]:
+        def peak(groups: Sequence[Candidate]) -> int:
+            merged = copied()
+            _merge(merged.model, groups, sightings, kinds)
+            return merged.count(call, {}).peak or 0
+
+        plain = copied()
+        unfuse(plain.model, inplace=True)
+        merged = frozenset(name for name, _ in views(model))
+        with undisturbed(plain.model):
+            return fit(found, sightings, peak, plain.count(call, {}).peak or 0, limit, merged)
+
+    settled = _on_copies(model, fitted)
+    if settled is None:
+        raise ValueError(
+            "memory_budget was given, and how much memory the model needs is predicted on copies "
+            "of it, which cannot be made. Leave memory_budget out."
+        )
+    return settled
+
+
+Result = TypeVar("Result")
+
+
+def _on_copies(model: nn.Module, work: Callable[[Callable[[], Copy]], Result]) -> Result | None:
+    """What comes of work on copies of a model, fake ones if they carry it; None without copies."""
+    with contextlib.suppress(UncopyableError):
+        try:
+            return work(functools.partial(Copy, model, fake=True))
+        except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
+            return work(functools.partial(Copy, model, fake=False))
+    return None
+
+
 def _count(
     model: nn.Module,
     call: Call,
@@ -321,14 +431,8 @@ def _count(
     kinds: tuple[Kind, ...],
 ) -> _Counts:
     """The launches of a call of the model, plain and optimized."""
-    with contextlib.suppress(UncopyableError):
-        try:
-            copied = functools.partial(Copy, model, fake=True)
-            return _count_on(copied, call, found, sightings, kinds)
-        except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
-            copied = functools.partial(Copy, model, fake=False)
-            return _count_on(copied, call, found, sightings, kinds)
-    return _Counts()
+    counted = _on_copies(model, lambda copied: _count_on(copied, call, found, sightings, kinds))
+    return counted or _Counts()
 
 
 def _uncounted(
@@ -337,7 +441,7 @@ def _uncounted(
     """What becomes of products with raw Parameters, which are found where a forward is traced."""
     if any(True for _ in raw_parameters(model)):
         with contextlib.suppress(UncopyableError), undisturbed(model):
-            merger = _merge(Copy(model, fake=False).model, found, sightings, kinds)
+            merger, _ = _merge(Copy(model, fake=False).model, found, sightings, kinds)
             levels = tuple(level for level in merger.levels if level.kind in PRODUCTS)
             return _Counts(levels=levels, refused=tuple(merger.refused.values()))
     return _Counts()
@@ -354,7 +458,7 @@ def _count_on(
     plain, optimized = copied(), copied()
     unfuse(plain.model, inplace=True)
     depths = Depths(optimized.model)
-    merger = _merge(optimized.model, found, sightings, kinds, depths)
+    merger, found = _merge(optimized.model, found, sightings, kinds, depths)
     levels = _levels(optimized.model)
     groups = [candidate.layers for candidate in (*found, *merger.refused.values())]
     groups += [level.layers for level in levels.values()]
@@ -373,6 +477,7 @@ def _count_on(
             (*merger.levels, *map(levels.__getitem__, depths.roots)),
             _depths(depths, optimized.model),
             tuple(merger.refused.values()),
+            tuple(found),
         )
 
 
@@ -429,8 +534,9 @@ def _group(candidate: Candidate, counts: _Counts) -> Group:
         layers=tuple(name.removesuffix(SUFFIX) for name in candidate.layers),
         fused=refusal is None,
         reason=None if refusal is None else refusal.reason,
-        detail="" if refusal is None else refusal.detail.replace(SUFFIX, ""),
+        detail=candidate.note if refusal is None else refusal.detail.replace(SUFFIX, ""),
         widths=candidate.widths,
         launches=counts.of(candidate.layers),
         depth=counts.chains(candidate.layers),
+        figures=candidate.figures,
     )

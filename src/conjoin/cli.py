@@ -18,13 +18,14 @@ import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
 from dataclasses import dataclass
-from typing import NoReturn
+from typing import NoReturn, get_args
 
 import torch
 from torch import nn
 
 import conjoin
 from conjoin import saved
+from conjoin.cost import Policy
 from conjoin.saved import Arguments, Saved, SavedError
 
 # A typing slip in --input must not fill the memory; real example inputs are far smaller.
@@ -48,6 +49,12 @@ _DTYPES = {
     )
 }
 _SHAPE = re.compile(r"scalar|[1-9]\d*(x[1-9]\d*)*")
+_SIZE = re.compile(r"(\d+(?:\.\d+)?) *(b|[kmgt]i?b)?", re.IGNORECASE)
+_UNITS = {
+    "b": 1,
+    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)},
+    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", start=1)},
+}
 _KEYWORD = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
 
 _SAVED_HELP = (
@@ -111,6 +118,7 @@ def _parser() -> argparse.ArgumentParser:
     report = commands.add_parser("report", help="say what can be fused, and what not and why")
     _add_saved(report)
     _add_inputs(report)
+    _add_choices(report)
     report.add_argument(
         "--format",
         choices=("table", "markdown", "json"),
@@ -122,6 +130,7 @@ def _parser() -> argparse.ArgumentParser:
     optimize = commands.add_parser("optimize", help="write the model with its siblings fused")
     _add_saved(optimize)
     _add_inputs(optimize)
+    _add_choices(optimize)
     _add_out(optimize)
     optimize.add_argument(
         "--no-verify",
@@ -165,6 +174,23 @@ def _add_inputs(parser: argparse.ArgumentParser) -> None:
     )
 
 
+def _add_choices(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument(
+        "--policy",
+        choices=get_args(Policy),
+        default="auto",
+        help="which groups to fuse: those that an estimate is not against, all, or those that are "
+        "quicker when timed (default: auto)",
+    )
+    parser.add_argument(
+        "--memory-budget",
+        type=_budget,
+        metavar="SIZE",
+        help="what a call may need: bytes, such as 8GiB or 500MB, or a fraction of the device's "
+        "memory, such as 0.5",
+    )
+
+
 def _add_out(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("-o", "--out", required=True, metavar="OUT", help="the file to write")
     parser.add_argument("--force", action="store_true", help="replace OUT if it exists")
@@ -176,7 +202,13 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 def _report(options: argparse.Namespace) -> str:
     model, inputs, kwargs = _model_and_inputs(options, whole=False)
     with _wrong_inputs():
-        report = conjoin.report(model, inputs, example_kwargs=kwargs)
+        report = conjoin.report(
+            model,
+            inputs,
+            example_kwargs=kwargs,
+            policy=options.policy,
+            memory_budget=options.memory_budget,
+        )
     if options.format == "json":
         return report.to_json()
     return report.to_markdown() if options.format == "markdown" else str(report)
@@ -189,7 +221,14 @@ def _optimize(options: argparse.Namespace) -> str:
     if inputs is not None and not options.no_verify:
         original = _duplicate(model)
     with _wrong_inputs():
-        fused = conjoin.optimize(model, inputs, example_kwargs=kwargs, inplace=True)
+        fused = conjoin.optimize(
+            model,
+            inputs,
+            example_kwargs=kwargs,
+            inplace=True,
+            policy=options.policy,
+            memory_budget=options.memory_budget,
+        )
         report = conjoin.report(fused, inputs, example_kwargs=kwargs)
         verdict = _UNVERIFIED[options.no_verify]
         if original is not None:
@@ -301,6 +340,19 @@ def _literal(text: str) -> object:
         if text.lstrip()[:1] in tuple("([{'\""):
             raise UsageError(f"--arg {text} is not a Python literal: is it closed?") from None
         return text
+
+
+def _budget(text: str) -> float:
+    """A fraction where there is a point and no unit, and otherwise bytes."""
+    match = _SIZE.fullmatch(text)
+    if match is None:
+        raise argparse.ArgumentTypeError(
+            f"{text} is no size such as 8GiB, 500MB, 1000000 or 0.5, a fraction of the device's"
+        )
+    number, unit = match.groups()
+    if unit is None and "." in number:
+        return float(number)
+    return int(float(number) * _UNITS[(unit or "b").lower()])
 
 
 @dataclass(frozen=True)

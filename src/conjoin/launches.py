@@ -26,6 +26,8 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
+from conjoin.memory import MemoryTracker
+
 aten = torch.ops.aten
 
 # Operations that hand out memory and write nothing to it.
@@ -225,10 +227,12 @@ class Counted:
         count: The launches of the step.
         by_layer: Launches of the forward pass within a layer, by the name given to it; None where
             nothing was counted.
+        peak: The most bytes that were alive during the step; None where nothing was counted.
     """
 
     count: Count
     by_layer: Mapping[str, int] | None
+    peak: int | None = None
 
 
 UNCOUNTED = Counted(Count(None, None), None)
@@ -251,14 +255,15 @@ def count_layers(
         weights: Tensors, by a name for each; a function that is given one counts as such a layer.
 
     Returns:
-        The launches of the step, and those of the forward pass by layer.
+        The launches of the step, and those of the forward pass by layer; and its peak of memory.
     """
     counter = LaunchCounter()
+    memory = MemoryTracker([*model.parameters(), *model.buffers(), *_tensors((args, kwargs))])
     for name, layer in layers.items():
         layer.__dict__["forward"] = functools.partial(_within, counter, name, layer.forward)
-    with _Given(counter, weights):
+    with memory, _Given(counter, weights):
         count = count_step(model, args, kwargs, forward=counter)
-    return Counted(count, counter.by_scope)
+    return Counted(count, counter.by_scope, memory.peak)
 
 
 class _Given(TorchFunctionMode):

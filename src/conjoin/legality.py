@@ -92,6 +92,16 @@ class Reason(enum.Enum):
         "The layer uses an option that conjoin cannot reproduce in a wide layer. "
         "Switch the option off if the model does not need it."
     )
+    DOES_NOT_PAY = (
+        "The layers take less time by themselves than as one wide layer, at the shapes of the "
+        "example inputs. "
+        "Leave them as they are, or pass policy='always' to merge them all the same."
+    )
+    EXCEEDS_MEMORY = (
+        "One wide layer's output and gradients live longer than the layers' own, and a call would "
+        "need more memory than memory_budget allows. "
+        "Raise memory_budget, make the batch smaller, or leave the layers as they are."
+    )
 
 
 @dataclass(frozen=True, slots=True)

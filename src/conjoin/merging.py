@@ -118,10 +118,10 @@ class Merger:
         self._look_up()
         self._shared = overlaps(dict(model.named_modules()))
         self._sightings = sightings
-        apart = {name for c in found if c.refusal is not None for name in c.layers}
+        self._apart: set[str] = set()
         if sightings is not None:
-            apart |= {*sightings.changed, *sightings.listed}
-        self._apart = apart
+            self._apart |= {*sightings.changed, *sightings.listed}
+        self.leave(found)
 
     @functools.cached_property
     def lends(self) -> bool:
@@ -221,6 +221,11 @@ class Merger:
                     release(view)
         for module in list(self._model.modules()):
             reclaim(module)
+
+    def leave(self, found: Iterable[Candidate]) -> None:
+        """Leaves alone what has been refused since."""
+        self._apart |= {name for c in found if c.refusal is not None for name in c.layers}
+        self._names = {module: name for name, module in self._model.named_modules()}
 
     def kind_of(self, layer: nn.Module) -> Kind | None:
         """The kind of a layer or a normalization; None where it is of none."""

@@ -12,10 +12,12 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
+from conjoin.cost import Figures
 from conjoin.graph.depth import Chain
 from conjoin.graph.site import Untraced
 from conjoin.launches import Launches
 from conjoin.legality import Reason
+from conjoin.memory import UNPREDICTED, Memory, told
 
 # What the table keeps within, in characters. The layers take what the other columns leave.
 _COLUMNS = 118
@@ -53,6 +55,7 @@ class Group:
             included; None where not counted.
         depth: What else runs at once, for each run of branches that go on alike; empty where none
             do, and where nothing was counted.
+        figures: What it takes by itself and merged, where that decided; estimates, or measured.
     """
 
     kind: str
@@ -63,6 +66,7 @@ class Group:
     widths: tuple[int, ...]
     launches: tuple[int, int] | None
     depth: tuple[Chain, ...] = ()
+    figures: Figures | None = None
 
 
 @dataclass(frozen=True)
@@ -76,12 +80,14 @@ class Report:
         launches: Kernel launches of one step, with None for what was not counted.
         untraced: The modules that could not be traced.
         observed: Whether example inputs were given, so that a run of the model was looked at too.
+        memory: The predicted peak of the memory of one step, with None where it was not predicted.
     """
 
     groups: tuple[Group, ...]
     launches: Launches
     untraced: tuple[Untraced, ...]
     observed: bool
+    memory: Memory = UNPREDICTED
 
     def __str__(self) -> str:
         """The report as a table of up to 118 columns, with its totals and advice."""
@@ -90,6 +96,7 @@ class Report:
             parts.append(_table([_row(line) for line in _lines(self.groups)]))
         if _counted(self.launches):
             parts.append(tabulate(_totals(self.launches), _TOTALS_HEADERS))
+        parts += [_fill(text) for text in _peaks(self.memory)]
         parts += [_listing(title, items) for title, items in _sections(self)]
         parts += [_fill(advice) for advice in _advice(self)]
         return "\n\n".join(parts)
@@ -101,7 +108,9 @@ class Report:
             An object with the report's fields in their order. Names are not folded. A ``reason``
             is null or an object with ``name`` and ``sentence``; a group's ``launches`` is null or
             an object with ``before`` and ``after``; its ``depth`` is a list of objects with the
-            number of ``branches``, the ``operations`` and the ``layers`` behind the siblings.
+            number of ``branches``, the ``operations`` and the ``layers`` behind the siblings; its
+            ``figures`` are null or an object with the seconds ``apart``, as a ``whole`` and as
+            ``chosen``, and whether they were ``measured``.
         """
         groups = [
             {
@@ -115,6 +124,7 @@ class Report:
                 "launches": group.launches
                 and {"before": group.launches[0], "after": group.launches[1]},
                 "depth": [dataclasses.asdict(chain) for chain in group.depth],
+                "figures": group.figures and dataclasses.asdict(group.figures),
             }
             for group in self.groups
         ]
@@ -123,6 +133,7 @@ class Report:
             "launches": dataclasses.asdict(self.launches),
             "untraced": [dataclasses.asdict(untraced) for untraced in self.untraced],
             "observed": self.observed,
+            "memory": dataclasses.asdict(self.memory),
         }
         return json.dumps(content, indent=2, ensure_ascii=False)
 
@@ -141,6 +152,7 @@ class Report:
             parts.append(_github_table(_HEADERS, rows))
         if _counted(self.launches):
             parts.append(_github_table(_TOTALS_HEADERS, _totals(self.launches)))
+        parts += _peaks(self.memory)
         for title, items in _sections(self):
             lines = [f"- {_code(name)}: {_escape(text)}" for name, text in items]
             parts.append("\n".join([title, "", *lines]))
@@ -315,6 +327,15 @@ def _totals(launches: Launches) -> list[tuple[str, str, str]]:
         ("forward", *_change(before.forward, after.forward)),
         ("backward", *_change(before.backward, after.backward)),
     ]
+
+
+def _peaks(memory: Memory) -> list[str]:
+    """The predicted peaks of memory, in a sentence, where there are any."""
+    if memory.before is None or memory.after is None:
+        return []
+    before, after = told(memory.before), told(memory.after)
+    change = _percentage(memory.before, memory.after).replace("fewer", "less")
+    return [f"Predicted peak of the memory of a step: {before} -> {after} ({change})."]
 
 
 def _change(before: int | None, after: int | None) -> tuple[str, str]:

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
+from conjoin.cost import Figures
 from conjoin.graph.site import Sightings, Site
 from conjoin.layers import Kind, kind_of
 from conjoin.layers.kind import Verdict, common, tensors
@@ -44,6 +45,10 @@ class Candidate:
         contiguous: the positions of the layers whose output must be contiguous.
         activations: the names of the activations behind which the layers are hidden: each layer
             reads the output of its own, and they are equal.
+        figures: what the layers take by themselves and merged, where that decided.
+        note: what else there is to say of it.
+        lockstep: what they take where no forward is rewritten to run them, if they are to stay
+            apart there; None where they may be merged.
     """
 
     kind: Kind
@@ -52,6 +57,9 @@ class Candidate:
     refusal: Refusal | None = None
     contiguous: frozenset[int] = frozenset()
     activations: tuple[str, ...] = ()
+    figures: Figures | None = None
+    note: str = ""
+    lockstep: Figures | None = None
 
 
 def candidates(
@@ -97,8 +105,8 @@ def among(
         for names, refusal in _resolve(kind, layers, calls, shared, sightings):
             widths = tuple(_width(kind, modules[name]) for name in names)
             strided = frozenset(i for i, name in enumerate(names) if name in sightings.strided)
-            activations = _activations([site for name in names for site in sites[name]])
-            yield Candidate(kind, names, widths, refusal, strided, activations)
+            behind = activations(site for name in names for site in sites[name])
+            yield Candidate(kind, names, widths, refusal, strided, behind)
 
 
 def in_order(
@@ -117,8 +125,12 @@ def in_order(
     return tuple(sorted(found, key=key))
 
 
-def _activations(sites: Iterable[Site]) -> tuple[str, ...]:
-    """The activations behind which siblings are hidden; none where they read the same object."""
+def activations(sites: Iterable[Site]) -> tuple[str, ...]:
+    """The activations behind which siblings are hidden; none where they read the same object.
+
+    Args:
+        sites: the calls of the siblings.
+    """
     read: dict[Hashable, list[Site]] = {}
     for site in sites:
         read.setdefault(site.input, []).append(site)

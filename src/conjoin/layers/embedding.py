@@ -57,6 +57,14 @@ class Embedding(Kind):
         tables = [wide.part("weight", wide.weight, i) for i in range(len(wide.widths))]
         return torch.cat([F.embedding(input, table, padding) for table in tables], dim=-1)
 
+    def joins(self, widths: Sequence[int]) -> bool:
+        """A stack of tables of one width is read as it is."""
+        return len(set(widths)) > 1
+
+    def reads_one_by_one(self, widths: Sequence[int], *, training: bool) -> bool:
+        """Tables of different widths are, where no gradient touches all their rows."""
+        return self.joins(widths) and not training
+
     def split(self, wide: Wide) -> tuple[Callable[..., Sequence[Tensor]], tuple[Any, ...]]:
         """Along the stack for a stack of tables, along the channels otherwise."""
         return (unstack, (len(wide.widths),)) if _stacked(wide) else super().split(wide)

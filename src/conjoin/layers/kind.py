@@ -239,6 +239,14 @@ class Kind(ABC):
             return wide.weight
         return torch.cat(self._blocks(wide, wide.weight), dim=self.weight_dim)
 
+    def joins(self, widths: Sequence[int]) -> bool:
+        """Whether a wide layer of siblings of these widths copies its weight at each call."""
+        return self.weight_dim != 0
+
+    def reads_one_by_one(self, widths: Sequence[int], *, training: bool) -> bool:
+        """Whether a wide layer of these runs one by one, and what comes out is joined."""
+        return False
+
     def biases(self, wide: Wide) -> Tensor | None:
         """The bias of all parts at once, or None.
 

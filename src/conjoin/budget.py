@@ -1,0 +1,128 @@
+"""Keeps a call of the optimized model within a budget of memory.
+
+A wide layer's output is alive until its last part is not needed any more, and so is the gradient of
+it; the layers' own outputs come and go one by one. So groups are narrowed, the one with the largest
+output first, until the predicted peak is within the budget; and then each is widened again as far
+as there is room, since it may not have been the one that mattered.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import math
+from collections.abc import Callable, Sequence
+
+from conjoin.cost import Form, forms
+from conjoin.deciding import pieces
+from conjoin.graph.siblings import Candidate
+from conjoin.graph.site import Sightings
+from conjoin.legality import Reason, Refusal
+from conjoin.memory import told
+
+Peak = Callable[[Sequence[Candidate]], int]
+"""The predicted peak of the memory of a model in which such groups are merged, in bytes."""
+
+
+def fit(
+    found: Sequence[Candidate],
+    sightings: Sightings,
+    peak: Peak,
+    plain: int,
+    limit: int,
+    merged: frozenset[str],
+) -> tuple[Candidate, ...]:
+    """The groups as they are to be merged, so that the predicted peak is within a limit.
+
+    Where the plain model's is above it already, the groups are to add nothing to that.
+
+    Args:
+        found: the groups and refusals.
+        sightings: what was seen of the model.
+        peak: predicts the peak.
+        plain: the predicted peak of the model as it was.
+        limit: the limit in bytes.
+        merged: the layers that were merged earlier, and stay so.
+    """
+    most = max(limit, plain)
+    if peak(found) <= most:
+        return tuple(found)
+    choices = [_Choice.of(candidate, sightings, merged) for candidate in found]
+    while choices and (widest := max(choices, key=_Choice.size)).size():
+        choices[choices.index(widest)] = widest.narrowed()
+        if peak(_candidates(choices)) <= most:
+            break
+    for position, choice in enumerate(choices):
+        for wider in range(choice.at):
+            tried = [*choices]
+            tried[position] = dataclasses.replace(choice, at=wider)
+            needed = peak(_candidates(tried))
+            if needed <= most:
+                choices = tried
+                break
+            if wider == 0:
+                detail = f"predicted: {told(needed)} with it, where {told(limit)} are allowed"
+                choice = choices[position] = dataclasses.replace(choice, detail=detail)
+    return _candidates(choices)
+
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class _Choice:
+    """A group, or a refusal, and in which form it is to run.
+
+    Attributes:
+        candidate: the group.
+        among: the forms that it may have, the widest first; one for what stays as it is.
+        at: the position of its form among them.
+        outputs: how many numbers each layer gives.
+        sightings: what was seen of the model.
+        detail: what it would need as one layer.
+    """
+
+    candidate: Candidate
+    among: tuple[Form, ...]
+    at: int
+    outputs: tuple[int, ...]
+    sightings: Sightings
+    detail: str = ""
+
+    @classmethod
+    def of(cls, candidate: Candidate, sightings: Sightings, merged: frozenset[str]) -> _Choice:
+        """The widest form."""
+        shapes = [sightings.shapes.get(name) for name in candidate.layers]
+        known = all(shape is not None for shape in shapes)
+        outputs = [math.prod(shape.output) for shape in shapes if shape is not None]
+        widths = tuple(outputs) if known else candidate.widths
+        among: tuple[Form, ...] = ((tuple(range(len(candidate.layers))),),)
+        if candidate.refusal is None and merged.isdisjoint(candidate.layers):
+            among = tuple(forms(widths, candidate.layers))
+        return cls(candidate, among, 0, widths, sightings)
+
+    @property
+    def form(self) -> Form:
+        """The form that it is to have."""
+        return self.among[self.at]
+
+    def size(self) -> int:
+        """How many numbers its widest layer gives; 0 where it cannot become narrower."""
+        if self.at == len(self.among) - 1:
+            return 0
+        return max(sum(self.outputs[i] for i in run) for run in self.form)
+
+    def narrowed(self) -> _Choice:
+        """The next form."""
+        return dataclasses.replace(self, at=self.at + 1)
+
+    def candidates(self) -> list[Candidate]:
+        """The groups that it becomes."""
+        if self.at == 0:
+            return [self.candidate]
+        if self.at == len(self.among) - 1:
+            refusal = Refusal(self.candidate.layers, Reason.EXCEEDS_MEMORY, self.detail)
+            return [dataclasses.replace(self.candidate, refusal=refusal, note="")]
+        count = f"one of {len(self.form)} for {len(self.candidate.layers)} layers"
+        noted = dataclasses.replace(self.candidate, note=f"{count}, {self.detail}")
+        return list(pieces(noted, self.form, self.sightings))
+
+
+def _candidates(choices: Sequence[_Choice]) -> tuple[Candidate, ...]:
+    return tuple(candidate for choice in choices for candidate in choice.candidates())

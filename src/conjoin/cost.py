@@ -1,0 +1,316 @@
+"""Does the wide form pay, and how wide should it be?
+
+k layers read x. They may run by themselves, as one wide layer, or in between as several, and what
+one of these layers takes is taken to be
+
+    launches * call  +  max(2 * multiply-adds / rate, bytes read / bandwidth)  +  new bytes
+
+summed over the forward pass and, in training, the backward pass and what a step of Adam takes for
+each parameter. All constants are measured on the machine (see `machine.py`). What differs:
+
+- launches: one forward and, in training, one for each gradient of a layer; one each to add the
+  layers' gradients of x; for a wide layer also one where the weights are joined at each call;
+- what it takes to cut a wide output where nothing carries the wide form on: the split itself, the
+  cat that is its backward pass, and a copy for each part that must be contiguous;
+- bytes: x is read once for each layer; sums, cats, copies and joined weights are new bytes, and so
+  are tensors of a weight's size that an optimizer makes and drops again;
+- what a new byte takes: not the same in a tensor that lies in a cache, in one that does not, and in
+  one that the allocator asks the system for at each call, whose pages are all faulted in anew.
+
+What is done to the parts, and how well a library does at one width or another, are not in it. So it
+is an estimate, and labelled so; `policy="measure"` measures.
+"""
+
+from __future__ import annotations
+
+import bisect
+import re
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Literal
+
+Policy = Literal["auto", "always", "measure"]
+"""Which groups are fused: those that an estimate is not against, all, or those that won a race."""
+
+Form = tuple[tuple[int, ...], ...]
+"""The positions of layers, those that run as one together."""
+
+MOST_BETWEEN = 3
+"""How many forms between one wide layer and none are raced: each holds the weights once more."""
+
+TEMPORARIES = 2
+"""How many tensors of a weight's size Adam's step makes for it, on a CPU: the root of the second
+moment, and that divided."""
+
+LEAST_GAIN = 0.2
+"""What share of the time it must save, by an estimate, to divide a group into several wide layers.
+
+A group is divided where tensors become large, and there an estimate misses most: an allocator that
+is given much back at once gives it to the system, and asks for it again in the next step. On one
+core, 22 layers of 1.6 MB took 24 ms of processor time in a step of training, and as 11, 8, 4 and 2
+layers 27, 38, 37 and 53 ms, where the estimate was a few percent less than for 22."""
+
+MARGIN = 0.02
+"""By how much slower than the quickest form another may be and still be taken.
+
+It is what the project allows itself beside the plain model on any case. Near the edge one wide
+layer is taken: what is behind the layers may gain from it."""
+
+
+@dataclass(frozen=True, slots=True)
+class Machine:
+    """What is measured of a device, in seconds and bytes.
+
+    Attributes:
+        call: what a layer takes that has next to nothing to do.
+        cut: what it takes to cut a tensor in two.
+        step: what one more small parameter adds to a step of Adam.
+        rate: floating-point operations in a second.
+        bandwidth: bytes read in a second, from memory.
+        written: what it takes to fill a tensor that is new, beyond `call`, by its number of bytes,
+            which ascend.
+    """
+
+    call: float
+    cut: float
+    step: float
+    rate: float
+    bandwidth: float
+    written: tuple[tuple[float, float], ...]
+
+    def new(self, size: float) -> float:
+        """Seconds to fill a new tensor of `size` bytes, between and beyond what was measured."""
+        sizes = [at for at, _ in self.written]
+        right = min(bisect.bisect_left(sizes, size), len(sizes) - 1)
+        (low, before), (high, after) = self.written[max(right, 1) - 1], self.written[max(right, 1)]
+        return max(0.0, before + (after - before) * (size - low) / (high - low))
+
+
+@dataclass(frozen=True, slots=True)
+class Work:
+    """One call of a layer.
+
+    Attributes:
+        input: the bytes that it reads beside the weight.
+        output: the bytes that it gives.
+        weight: the bytes of its weight.
+        read: the bytes that it reads of that.
+        operations: its multiplications and additions.
+        biased: whether it has a bias.
+        contiguous: whether its part of a wide output must be made contiguous.
+    """
+
+    input: int
+    output: int
+    weight: int
+    read: int
+    operations: int
+    biased: bool = False
+    contiguous: bool = False
+
+
+@dataclass(frozen=True, slots=True)
+class Setting:
+    """What the calls of a group have in common.
+
+    Attributes:
+        training: whether there is a backward pass.
+        passed_on: whether the input gets a gradient in it.
+        joined: whether a wide layer joins its weights at each call.
+        one_by_one: whether a wide layer runs its parts by themselves and joins what they give.
+        cut: whether its output is cut right behind it; otherwise more may run on it first, or it
+            may not be cut at all.
+    """
+
+    training: bool
+    passed_on: bool = True
+    joined: bool = False
+    one_by_one: bool = False
+    cut: bool = True
+
+
+@dataclass(frozen=True, slots=True)
+class Figures:
+    """What a group takes in seconds.
+
+    Attributes:
+        apart: the layers by themselves.
+        whole: one wide layer of all of them.
+        chosen: the form that was chosen, which may be one of these.
+        layers: how many layers run in that form.
+        measured: whether that was measured; otherwise it is an estimate.
+        training: whether it is a step of training, or forward only.
+    """
+
+    apart: float
+    whole: float
+    chosen: float
+    layers: int
+    measured: bool
+    training: bool
+
+    def __str__(self) -> str:
+        """In words: ``estimate: 41 us apart, 63 us as one layer, forward``."""
+        several = f", {_time(self.chosen)} as {self.layers}"
+        parts = [
+            f"{'measured' if self.measured else 'estimate'}: {_time(self.apart)} apart",
+            f", {_time(self.whole)} as one layer",
+            several if self.chosen not in (self.apart, self.whole) else "",
+            ", a training step" if self.training else ", forward",
+        ]
+        return "".join(parts)
+
+
+def seconds(machine: Machine, forms: Sequence[Sequence[Work]], setting: Setting) -> float:
+    """What it takes to run layers that read one tensor, each list of them as one layer."""
+    taken = sum(_layer(machine, layers, setting) for layers in forms)
+    if setting.training and setting.passed_on:
+        taken += (len(forms) - 1) * (machine.call + machine.new(forms[0][0].input))
+    return taken
+
+
+def _seconds_of(machine: Machine, form: Form, works: Sequence[Work], setting: Setting) -> float:
+    return seconds(machine, [[works[i] for i in run] for run in form], setting)
+
+
+def _layer(machine: Machine, layers: Sequence[Work], setting: Setting) -> float:
+    """What it takes to run one layer that is as wide as all of these."""
+    if len(layers) > 1 and setting.one_by_one:
+        joint = machine.call + machine.new(sum(each.output for each in layers))
+        return joint + sum(_layer(machine, [each], setting) for each in layers)
+    joined = len(layers) > 1 and setting.joined
+    cut = len(layers) > 1 and setting.cut
+    output, weight = sum(each.output for each in layers), sum(each.weight for each in layers)
+    new = [output, *(each.output for each in layers if cut and each.contiguous)]
+    new += [weight] if joined else []
+    biased = {each.biased for each in layers}
+    launches, products = len(new) + (len(biased) > 1), 1  # Zeros fill the gaps of a bias.
+    if setting.training:
+        back = [weight, *([layers[0].input] if setting.passed_on else [])]
+        products += len(back)
+        back += [output] if cut else []  # The cat of the parts' gradients.
+        back += [weight] if joined else []
+        launches += len(back) + any(biased)
+        new += [*back, *[weight] * TEMPORARIES]
+    operations = sum(each.operations for each in layers)
+    read = layers[0].input + sum(each.read for each in layers)
+    product = max(operations / machine.rate, read / machine.bandwidth)
+    fixed = launches * machine.call + cut * machine.cut
+    fixed += setting.training * (1 + any(biased)) * machine.step
+    return fixed + products * product + sum(map(machine.new, new))
+
+
+def forms(widths: Sequence[int], names: Sequence[str]) -> Iterator[Form]:
+    """Ways to run layers as one or several, from one wide layer to all by themselves.
+
+    Each is as even as can be, with neighbours by width and name together; the order in which the
+    layers are given decides nothing. None leaves a layer alone beside others that run as one: where
+    a wider one does not pay, the rest of a few seldom does.
+
+    Args:
+        widths: the numbers of the layers' channels.
+        names: their names.
+    """
+    order = sorted(range(len(widths)), key=lambda i: (widths[i], _natural(names[i])))
+    known: set[Form] = set()
+    for count in _counts(len(widths)):
+        form = _cut(widths, order, count)
+        alone = sum(len(run) == 1 for run in form)
+        if form not in known and alone in (0, len(order)):
+            known.add(form)
+            yield form
+
+
+def _natural(name: str) -> list[tuple[bool, int, str]]:
+    """A name as people sort it: with the numbers in it as numbers."""
+    return [
+        (part.isdigit(), int(part) if part.isdigit() else 0, part)
+        for part in re.split(r"([0-9]+)", name)
+    ]
+
+
+def _counts(most: int) -> list[int]:
+    """1, 2, 3, 4, 6, 8, 11, 16, 23, ..., `most`: few, for any number of layers, and close."""
+    counts = {round(2 ** (half / 2)) for half in range(2 * most.bit_length())}
+    return sorted(count for count in {*counts, most} if count <= most)
+
+
+def _cut(widths: Sequence[int], order: Sequence[int], count: int) -> Form:
+    """Neighbours together, in about `count` runs of about one width; all alone for as many."""
+    if count == len(order):
+        return tuple((position,) for position in sorted(order))
+    total, before = sum(widths), 0
+    runs: dict[int, list[int]] = {}
+    for position in order:
+        middle = before + widths[position] / 2
+        runs.setdefault(int(middle * count / total) if total else 0, []).append(position)
+        before += widths[position]
+    return tuple(sorted(tuple(sorted(run)) for run in runs.values()))
+
+
+def choose(
+    machine: Machine, works: Sequence[Work], names: Sequence[str], setting: Setting
+) -> tuple[Form, Figures]:
+    """How to run a group, by an estimate.
+
+    Args:
+        machine: what is measured of the device.
+        works: what each layer does.
+        names: the layers' names.
+        setting: what they have in common.
+
+    Returns:
+        The form, and what it, the layers by themselves and one wide layer take.
+    """
+    widths = [work.output for work in works]
+    among = forms(widths, names)
+    taken = {form: _seconds_of(machine, form, works, setting) for form in among}
+    return pick(taken, measured=False, training=setting.training)
+
+
+def likely(
+    machine: Machine | None, works: Sequence[Work], names: Sequence[str], setting: Setting
+) -> tuple[Form, ...]:
+    """The forms that are worth a race: one wide layer, all apart, and a few in between.
+
+    Args:
+        machine: what is measured of the device; None where that is nothing.
+        works: what each layer does.
+        names: the layers' names.
+        setting: what they have in common.
+    """
+    first, *between, last = forms([work.output for work in works], names)
+    if machine is not None:
+        taken = {form: _seconds_of(machine, form, works, setting) for form in between}
+        chosen, _ = choose(machine, works, names, setting)
+        between = sorted(between, key=lambda form: (form != chosen, taken[form], len(form)))
+    return first, *sorted(between[:MOST_BETWEEN], key=len), last
+
+
+def pick(taken: Mapping[Form, float], *, measured: bool, training: bool) -> tuple[Form, Figures]:
+    """One wide layer where that is within `MARGIN` of the quickest form, or else several.
+
+    Of those that are, the narrowest, since what an estimate misses grows with the size of tensors.
+    Apart, where no wide form is near, or where it is not measured and saves too little.
+
+    Args:
+        taken: what each form takes in seconds, in the order of `forms`.
+        measured: whether that was measured.
+        training: whether it is a step of training.
+    """
+    whole, *several, apart = taken
+    if not measured:
+        several = [f for f in several if taken[f] <= taken[apart] * (1 - LEAST_GAIN)]
+    among = (whole, *reversed(several), apart)
+    most = min(taken[form] for form in among) * (1 + MARGIN)
+    chosen = next(form for form in among if taken[form] <= most)
+    seconds = taken[apart], taken[whole], taken[chosen]
+    return chosen, Figures(*seconds, len(chosen), measured, training)
+
+
+def _time(taken: float) -> str:
+    """Seconds in a unit that leaves a number from 1 to 1,000, with three digits."""
+    for unit, size in (("us", 1e-6), ("ms", 1e-3)):
+        if taken < 1000 * size:
+            return f"{taken / size:.3g} {unit}"
+    return f"{taken:.3g} s"

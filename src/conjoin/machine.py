@@ -1,0 +1,213 @@
+"""What the cost model knows of a device: measured once, and kept in the user's cache folder.
+
+A file there is believed only where it names this device, number of threads, dtype and version of
+PyTorch, and holds numbers that can be; otherwise all is measured anew. Where the folder cannot be
+written to, each process measures for itself.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import dataclasses
+import functools
+import hashlib
+import json
+import math
+import os
+import platform
+import tempfile
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch.nn import functional as F
+from torch.optim.adam import adam
+
+from conjoin.cost import Machine
+
+FORMAT = 1
+"""The version of what is measured, and of the files that hold it."""
+
+DEVICES = ("cpu", "cuda")
+"""The types of devices that are measured; on others all is fused."""
+
+SIZES = (*(2**power for power in range(8, 25)), 31 * 2**20, 2**25, 2**26)
+"""Bytes of the new tensors that are filled: from next to none to beyond what caches hold.
+
+From 32 MiB on glibc's `malloc` asks the system for each (`DEFAULT_MMAP_THRESHOLD_MAX`), so there is
+one just below, too."""
+
+SIDE = 512
+"""Rows and columns of the matrices whose product tells the rate."""
+
+READ = 2**27
+"""Bytes that are read to tell the bandwidth of the memory: beyond what most caches hold."""
+
+MORE = 4
+"""By how many parameters the steps of Adam differ that tell what one of them adds."""
+
+ROUNDS = 7
+"""How often each thing is timed. The least counts: what disturbs it only adds."""
+
+BLOCK = 2e-4
+"""Seconds that one timing takes at least, long beside a look at the clock."""
+
+
+def constants(device: torch.device, dtype: torch.dtype) -> Machine | None:
+    """What was measured of a device, now or earlier; None where it cannot be measured.
+
+    Args:
+        device: the device.
+        dtype: the type of the numbers that it is to calculate with.
+    """
+    # Within a mode of somebody's, a tensor may be no tensor, and an operation more than one.
+    if device.type not in DEVICES or torch._C._len_torch_dispatch_stack():
+        return None
+    return _constants(device, dtype, _key(device, dtype))
+
+
+def _key(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
+    """What the constants depend on."""
+    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
+    return name, device.type, threads, str(dtype), torch.__version__
+
+
+def _processor() -> str:
+    """The model of the CPU; Python's own answer is the architecture, or nothing, on Linux."""
+    with contextlib.suppress(OSError, UnicodeDecodeError):
+        for line in Path("/proc/cpuinfo").read_text(encoding="utf-8").splitlines():
+            if line.startswith("model name"):
+                return line.partition(":")[2].strip()
+    return platform.processor() or platform.machine()
+
+
+@functools.cache
+def _constants(device: torch.device, dtype: torch.dtype, key: tuple[str, ...]) -> Machine | None:
+    path = _folder() / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
+    found = read(path, key)
+    if found is None:
+        try:
+            found = measure(device, dtype)
+        except RuntimeError:  # No memory, or no product of this dtype.
+            return None
+        write(path, key, found)
+    return found
+
+
+def _folder() -> Path:
+    base = os.environ.get("XDG_CACHE_HOME")
+    return (Path(base) if base else Path(os.path.expanduser("~"), ".cache")) / "conjoin"
+
+
+def read(path: Path, key: tuple[str, ...]) -> Machine | None:
+    """What a file holds; None where there is none, or not such a one, or of another machine."""
+    try:
+        held = json.loads(path.read_text(encoding="utf-8"))
+        if held["format"] != FORMAT or held["key"] != list(key):
+            return None
+        fields = held["constants"]
+        written = tuple((float(size), float(taken)) for size, taken in fields.pop("written"))
+        found = Machine(**{name: float(value) for name, value in fields.items()}, written=written)
+    except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
+        return None
+    return found if _is_possible(found) else None
+
+
+def _is_possible(found: Machine) -> bool:
+    """Whether the numbers can have been measured."""
+    positive = (found.call, found.cut, found.rate, found.bandwidth)
+    sizes = tuple(size for size, _ in found.written)
+    return (
+        all(math.isfinite(number) and number > 0 for number in positive)
+        and math.isfinite(found.step)
+        and found.step >= 0
+        and sizes == SIZES
+        and all(math.isfinite(taken) and taken >= 0 for _, taken in found.written)
+    )
+
+
+def write(path: Path, key: tuple[str, ...], found: Machine) -> None:
+    """Keeps what was measured, whole or not at all; without a word where that is not allowed."""
+    held = {"format": FORMAT, "key": key, "constants": dataclasses.asdict(found)}
+    with contextlib.suppress(OSError):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        file, name = tempfile.mkstemp(dir=path.parent)
+        try:
+            with os.fdopen(file, "w", encoding="utf-8") as opened:
+                json.dump(held, opened, indent=1)
+            os.replace(name, path)
+        except OSError:
+            os.unlink(name)
+
+
+def measure(device: torch.device, dtype: torch.dtype) -> Machine:
+    """Measures a device, which takes some tenths of a second.
+
+    No random numbers are drawn, and the memory is given back.
+
+    Raises:
+        RuntimeError: it has too little memory, or does not calculate with this type of numbers.
+    """
+    full: Any = functools.partial(torch.full, fill_value=0.5, device=device, dtype=dtype)
+    with torch.inference_mode():
+        row, few = full((1, 8)), full((8, 8))
+        call = least(lambda: F.linear(row, few), device)
+        cut = least(lambda: torch.unsafe_split_with_sizes(row, (4, 4), -1), device)
+        square = full((SIDE, SIDE))
+        product = least(lambda: F.linear(square, square), device)
+        long = full((READ // dtype.itemsize,))
+        reading = least(long.sum, device)
+        del long
+        filled = [least(functools.partial(full, (n // dtype.itemsize,)), device) for n in SIZES]
+    few_parameters, more = (_step_of_adam(device, dtype, count) for count in (1, 1 + MORE))
+    # What disturbs a timing only adds, so that more bytes take no less.
+    for larger in reversed(range(len(filled) - 1)):
+        filled[larger] = min(filled[larger : larger + 2])
+    return Machine(
+        call=call,
+        cut=cut,
+        step=max(0.0, more - few_parameters) / MORE,
+        rate=2 * SIDE**3 / product,
+        bandwidth=READ / reading,
+        written=tuple((n, taken - filled[0]) for n, taken in zip(SIZES, filled, strict=True)),
+    )
+
+
+def _step_of_adam(device: torch.device, dtype: torch.dtype, count: int) -> float:
+    """The seconds of a step of Adam with some small parameters."""
+    like = functools.partial(torch.zeros, 8, 8, device=device, dtype=dtype)
+    parameters, gradients, means, squares = ([like() for _ in range(count)] for _ in range(4))
+    steps = [torch.zeros(()) for _ in range(count)]
+    # The optimizer itself would import Dynamo, which takes seconds.
+    step = functools.partial(
+        adam, parameters, gradients, means, squares, [], steps, amsgrad=False, maximize=False
+    )
+    rates = {"beta1": 0.9, "beta2": 0.999, "lr": 0.0, "weight_decay": 0.0, "eps": 1e-8}
+    return least(functools.partial(step, **rates), device)
+
+
+def least(step: Callable[[], object], device: torch.device) -> float:
+    """The seconds that a step takes where nothing disturbs it."""
+    count, taken = 1, timed(step, 1, device)
+    while (taken := timed(step, count, device)) * count < BLOCK:
+        count *= 2
+    return min(taken, *(timed(step, count, device) for _ in range(ROUNDS - 1)))
+
+
+def timed(step: Callable[[], object], count: int, device: torch.device) -> float:
+    """The seconds that a step takes, of `count` one after another."""
+    synchronize(device)
+    start = time.perf_counter()
+    for _ in range(count):
+        step()
+    synchronize(device)
+    return (time.perf_counter() - start) / count
+
+
+def synchronize(device: torch.device) -> None:
+    """Waits until a device has done what it was given."""
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)

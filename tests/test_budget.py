@@ -1,0 +1,109 @@
+"""Groups that need more memory than there may be become narrower, or stay apart."""
+
+import pytest
+import torch
+from test_memory import ROW, Sum
+from torch import nn
+
+import conjoin
+from conjoin.legality import Reason
+from conjoin.memory import Memory
+
+
+def fused_to(budget, model, x):
+    optimized = conjoin.optimize(model, (x,), memory_budget=budget)
+    report = conjoin.report(optimized, (x,))
+    return optimized, report
+
+
+@pytest.fixture
+def model():
+    torch.manual_seed(0)
+    return Sum(8).double()
+
+
+@pytest.fixture
+def x():
+    return torch.randn(500, 64, dtype=torch.float64)
+
+
+def test_a_group_above_the_budget_becomes_several(model, x):
+    with torch.no_grad():
+        whole = conjoin.report(model, (x,)).memory
+        budget = (whole.before + whole.after) // 2
+        optimized, report = fused_to(budget, model, x)
+        assert whole.before < report.memory.after <= budget
+        assert torch.allclose(optimized(x), model(x), rtol=1e-12, atol=1e-12)
+    assert len(report.groups) == 2
+    assert all(group.fused and len(group.layers) == 4 for group in report.groups)
+    assert "one of 2 for 8 layers" in report.groups[0].detail
+
+
+def test_a_dry_run_tells_the_same(model, x):
+    with torch.no_grad():
+        whole = conjoin.report(model, (x,)).memory
+        for budget in (whole.before, (whole.before + whole.after) // 2, whole.after):
+            dry = conjoin.report(model, (x,), memory_budget=budget)
+            assert str(dry) == str(fused_to(budget, model, x)[1])
+
+
+def test_a_group_that_does_not_fit_is_refused(model, x):
+    with torch.no_grad():
+        plain = conjoin.report(model, (x,)).memory.before
+        for budget in (plain, 1):  # Below what the model needs as it is, nothing may be added.
+            _, report = fused_to(budget, model, x)
+            (group,) = report.groups
+            assert group.reason is Reason.EXCEEDS_MEMORY
+            assert "predicted" in group.detail
+            assert report.memory == Memory(plain, plain)
+
+
+def test_a_group_that_fits_stays_whole(model, x):
+    with torch.no_grad():
+        needed = conjoin.report(model, (x,)).memory.after
+        _, report = fused_to(needed, model, x)
+    (group,) = report.groups
+    assert group.fused
+    assert group.detail == ""
+
+
+def test_only_the_group_that_matters_is_narrowed(x):
+    class Two(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.large, self.small = Sum(4).double(), Sum(4).double()
+
+        def forward(self, x):
+            return self.large(x).sum() + self.small(x[:250]).sum()
+
+    model = Two()
+    with torch.no_grad():
+        plain = conjoin.report(model, (x,)).memory.before
+        _, report = fused_to(plain + 1100 * 2 * ROW, model, x)
+    fused = {group.layers[0].split(".")[0] for group in report.groups if group.fused}
+    assert fused == {"large", "small"}
+    assert [len(g.layers) for g in report.groups if g.layers[0].startswith("small")] == [4]
+    assert all(len(g.layers) < 4 for g in report.groups if g.layers[0].startswith("large"))
+
+
+def test_what_is_merged_stays_merged(model, x):
+    with torch.no_grad():
+        optimized = conjoin.optimize(model, (x,))
+        report = conjoin.report(optimized, (x,), memory_budget=1)
+        assert [group.fused for group in report.groups] == [True]
+        again = conjoin.optimize(optimized, (x,), memory_budget=1)
+        assert str(conjoin.report(again, (x,))) == str(report)
+
+
+def test_a_model_without_siblings_has_no_budget_to_keep(x):
+    model = nn.Sequential(nn.Linear(64, 64), nn.ReLU()).double()
+    conjoin.optimize(model, (x,), memory_budget=1)
+
+
+def test_a_model_that_cannot_be_copied(model, x):
+    class Uncopyable(Sum):
+        def __deepcopy__(self, memo):
+            raise TypeError("there is one of it only")
+
+    with pytest.raises(ValueError, match="which cannot be made"):
+        conjoin.optimize(Uncopyable(2).double(), (x,), memory_budget=10**9, inplace=True)

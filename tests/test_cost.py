@@ -1,0 +1,233 @@
+"""What forms take by the model, and which is chosen, on machines that are made up."""
+
+import dataclasses
+import itertools
+import random
+
+import pytest
+from machines import MEGABYTE, STEADY
+
+from conjoin.cost import (
+    MARGIN,
+    Figures,
+    Machine,
+    Setting,
+    Work,
+    choose,
+    forms,
+    likely,
+    pick,
+    seconds,
+)
+
+FORWARD = Setting(training=False)
+TRAINING = Setting(training=True)
+FLAT = Machine(
+    call=1.0, cut=0.5, step=0.0, rate=1.0, bandwidth=1e9, written=((0.0, 0.0), (1e9, 0.0))
+)
+"""A machine on which only calls and arithmetic take time."""
+
+
+def linear(width, rows=2, features=8, **changes):
+    size, weight = 4 * rows * width, 4 * features * width
+    return Work(4 * rows * features, size, weight, weight, 0, **changes)
+
+
+def names(count):
+    return [f"blocks.{i}.proj" for i in range(count)]
+
+
+def apart(count):
+    return tuple((i,) for i in range(count))
+
+
+def whole(count):
+    return (tuple(range(count)),)
+
+
+def test_new_bytes_are_interpolated_and_go_on_beyond():
+    machine = dataclasses.replace(STEADY, written=((100, 0.0), (200, 1.0), (400, 5.0)))
+    taken = [machine.new(size) for size in (0, 100, 150, 200, 300, 400, 600)]
+    assert taken == [0, 0, 0.5, 1, 3, 5, 9]
+
+
+def test_a_call_is_a_launch_and_its_arithmetic():
+    work = dataclasses.replace(linear(4), operations=7)
+    assert seconds(FLAT, [[work]], FORWARD) == pytest.approx(8)
+    assert seconds(FLAT, [[work], [work]], FORWARD) == pytest.approx(16)
+    # Forward, and a gradient each of the weight and of the input.
+    assert seconds(FLAT, [[work]], TRAINING) == pytest.approx(24)
+
+
+def test_what_a_wide_layer_spares_and_costs():
+    three = [linear(4, biased=True) for _ in range(3)]
+    by_themselves = [[work] for work in three]
+    assert seconds(FLAT, [three], FORWARD) == pytest.approx(1 + 0.5)
+    assert seconds(FLAT, [three], Setting(False, cut=False)) == pytest.approx(1)
+    assert seconds(FLAT, by_themselves, FORWARD) == pytest.approx(3)
+    # Each has three gradients, and those of the input are added up; wide, there is a cat.
+    assert seconds(FLAT, by_themselves, TRAINING) == pytest.approx(3 * 4 + 2)
+    assert seconds(FLAT, [three], TRAINING) == pytest.approx(1 + 0.5 + 3 + 1)
+    assert seconds(FLAT, by_themselves, Setting(True, passed_on=False)) == pytest.approx(3 * 3)
+
+
+@pytest.mark.parametrize(
+    ("changes", "setting", "extra"),
+    [
+        ({"contiguous": True}, FORWARD, 3),
+        ({"contiguous": True}, Setting(False, cut=False), 0),
+        ({}, Setting(False, joined=True), 1),
+        ({}, Setting(True, joined=True), 2),
+    ],
+)
+def test_copies(changes, setting, extra):
+    plain = seconds(FLAT, [[linear(4)] * 3], dataclasses.replace(setting, joined=False))
+    assert seconds(FLAT, [[linear(4, **changes)] * 3], setting) == pytest.approx(plain + extra)
+
+
+def test_each_parameter_is_a_step_of_the_optimizer():
+    stepping = dataclasses.replace(FLAT, step=100.0)
+    three = [linear(4, biased=True) for _ in range(3)]
+    for works, parameters in (([three], 2), ([[work] for work in three], 6)):
+        without = seconds(FLAT, works, TRAINING)
+        assert seconds(stepping, works, TRAINING) == pytest.approx(without + 100 * parameters)
+        assert seconds(stepping, works, FORWARD) == seconds(FLAT, works, FORWARD)
+
+
+def test_what_runs_one_by_one_saves_nothing():
+    setting = Setting(False, joined=True, one_by_one=True)
+    assert seconds(FLAT, [[linear(4)] * 3], setting) == pytest.approx(3 + 1)
+
+
+def test_a_bias_on_some_is_laid_out():
+    works = [linear(4, biased=True), linear(4), linear(4)]
+    same = [linear(4)] * 3
+    assert seconds(FLAT, [works], FORWARD) == pytest.approx(seconds(FLAT, [same], FORWARD) + 1)
+
+
+def test_forms_go_from_one_layer_to_all_apart():
+    found = list(forms([320] * 22, names(22)))
+    assert found[0] == whole(22)
+    assert found[-1] == apart(22)
+    assert [len(form) for form in found] == [1, 2, 3, 4, 6, 8, 11, 22]
+    for form in found:
+        assert sorted(itertools.chain(*form)) == list(range(22))
+
+
+def test_forms_of_few():
+    assert list(forms([3, 5], names(2))) == [whole(2), apart(2)]
+    assert list(forms([3, 5, 4], names(3))) == [whole(3), apart(3)]
+    assert list(forms([1], names(1))) == [whole(1)]
+    assert list(forms([0, 0], names(2))) == [whole(2), apart(2)]
+
+
+def test_no_form_leaves_a_layer_alone_beside_wide_ones():
+    draw = random.Random(0)
+    for _ in range(50):
+        count = draw.randint(2, 12)
+        for form in forms([draw.randint(1, 9) for _ in range(count)], names(count)):
+            alone = sum(len(run) == 1 for run in form)
+            assert alone in (0, count)
+
+
+def test_the_order_of_declarations_decides_nothing():
+    draw = random.Random(0)
+    layers = list(zip((32, 32, 64, 64, 8, 8, 16, 16), names(8), strict=True))
+    expected = None
+    for _ in range(20):
+        draw.shuffle(layers)
+        widths, called = zip(*layers, strict=True)
+        found = [
+            {frozenset(called[i] for i in run) for run in form} for form in forms(widths, called)
+        ]
+        expected = expected or found
+        assert found == expected
+
+
+def test_small_layers_become_one():
+    works = [linear(4, rows=64, biased=True) for _ in range(8)]
+    for setting in (FORWARD, TRAINING):
+        form, figures = choose(STEADY, works, names(8), setting)
+        assert form == whole(8)
+        assert figures.chosen == figures.whole < figures.apart
+        assert not figures.measured
+        assert figures.training is setting.training
+
+
+def test_a_gradient_that_the_system_is_asked_for_divides_a_group():
+    # 22 time projections, 1280 to 320: their weights have 36 MB together.
+    works = [linear(320, features=1280) for _ in range(22)]
+    assert sum(work.weight for work in works) > 32 * MEGABYTE
+    slow = dataclasses.replace(STEADY, step=1e-3)
+    form, figures = choose(slow, works, names(22), TRAINING)
+    assert 1 < len(form) < 22
+    assert figures.chosen < figures.apart < figures.whole
+    assert choose(slow, works, names(22), FORWARD)[0] == whole(22)
+
+
+def test_a_group_is_not_divided_for_a_small_gain():
+    works = [linear(320, features=1280) for _ in range(22)]
+    form, figures = choose(STEADY, works, names(22), TRAINING)
+    assert form == apart(22)
+    assert figures.apart < figures.whole
+    taken = {whole(4): 2.0, ((0, 1), (2, 3)): 0.9, apart(4): 1.0}
+    assert pick(taken, measured=False, training=True)[0] == apart(4)
+    assert pick(taken, measured=True, training=True)[0] == ((0, 1), (2, 3))
+
+
+def test_what_only_costs_stays_apart():
+    works = [linear(4, contiguous=True) for _ in range(3)]
+    form, figures = choose(STEADY, works, names(3), FORWARD)
+    assert form == apart(3)
+    assert figures.chosen == figures.apart < figures.whole
+
+
+def test_near_the_edge_one_layer_is_taken():
+    pairs = ((0, 1), (2, 3))
+    taken = {whole(4): 1.0 + 0.9 * MARGIN, pairs: 1.01, apart(4): 1.0}
+    form, figures = pick(taken, measured=True, training=True)
+    assert form == whole(4)
+    assert figures.measured
+    taken[whole(4)] = 1.0 + 1.1 * MARGIN
+    assert pick(taken, measured=True, training=True)[0] == pairs
+    taken[pairs] = 1.0 + 1.1 * MARGIN
+    assert pick(taken, measured=True, training=True)[0] == apart(4)
+
+
+def test_of_several_divisions_near_the_edge_the_narrowest_is_taken():
+    found = list(forms([320] * 22, names(22)))
+    taken = dict.fromkeys(found, 1.0) | {found[0]: 2.0, found[-2]: 1.1, found[-3]: 1.01}
+    assert pick(taken, measured=True, training=True)[0] == found[-3]
+
+
+def test_forms_for_a_race():
+    works = [linear(320, features=1280) for _ in range(22)]
+    unknown = likely(None, works, names(22), TRAINING)
+    assert [len(form) for form in unknown] == [1, 2, 3, 4, 22]
+    known = likely(STEADY, works, names(22), TRAINING)
+    assert known[0] == whole(22)
+    assert known[-1] == apart(22)
+    slow = dataclasses.replace(STEADY, step=1e-3)
+    assert choose(slow, works, names(22), TRAINING)[0] in likely(slow, works, names(22), TRAINING)
+    assert likely(None, works[:2], names(2), TRAINING) == (whole(2), apart(2))
+
+
+@pytest.mark.parametrize(
+    ("figures", "words"),
+    [
+        (
+            Figures(4.1e-5, 6.3e-5, 4.1e-5, 2, False, False),
+            "estimate: 41 us apart, 63 us as one layer, forward",
+        ),
+        (
+            Figures(0.0418, 0.063, 0.0333, 3, True, True),
+            "measured: 41.8 ms apart, 63 ms as one layer, 33.3 ms as 3, a training step",
+        ),
+        (
+            Figures(2.0, 1.5, 1.5, 1, True, False),
+            "measured: 2 s apart, 1.5 s as one layer, forward",
+        ),
+    ],
+)
+def test_figures_in_words(figures, words):
+    assert str(figures) == words

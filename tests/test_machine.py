@@ -1,0 +1,150 @@
+"""What is measured is kept, and what is kept is believed only where it can be true."""
+
+import dataclasses
+import importlib
+import json
+import math
+import os
+
+import pytest
+import torch
+from machines import STEADY
+from torch._subclasses.fake_tensor import FakeTensorMode
+
+from conjoin import machine
+from conjoin.cost import Machine
+
+CPU = torch.device("cpu")
+KEY = ("a device", "cpu", "torch.float32")
+FOUND = Machine(
+    1e-6, 1e-6, 2e-5, 1e11, 1e10, tuple((float(size), 1e-9 * size) for size in machine.SIZES)
+)
+
+
+@pytest.fixture
+def path(tmp_path):
+    return tmp_path / "conjoin" / "kept.json"
+
+
+@pytest.fixture
+def constants():
+    """The function itself, which the tests' machine stands for."""
+    spec = importlib.util.find_spec("conjoin.machine")
+    fresh = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(fresh)
+    return fresh
+
+
+def test_what_was_measured_is_possible():
+    found = machine.measure(CPU, torch.float32)
+    assert machine._is_possible(found)
+    taken = [seconds for _, seconds in found.written]
+    assert taken == sorted(taken)
+    assert found.new(2**26) > found.new(2**20) > 0
+
+
+def test_measuring_draws_no_random_numbers():
+    before = torch.get_rng_state()
+    machine.measure(CPU, torch.float32)
+    assert torch.equal(before, torch.get_rng_state())
+
+
+def test_it_is_kept(path):
+    machine.write(path, KEY, FOUND)
+    assert machine.read(path, KEY) == FOUND
+    assert os.listdir(path.parent) == [path.name]
+
+
+def changed(**fields):
+    return {**dataclasses.asdict(FOUND), **fields}
+
+
+@pytest.mark.parametrize(
+    "held",
+    [
+        "",
+        "{",
+        "[]",
+        "null",
+        json.dumps({"format": machine.FORMAT, "key": KEY}),
+        json.dumps({"format": 0, "key": KEY, "constants": changed()}),
+        json.dumps({"format": machine.FORMAT, "key": ["another"], "constants": changed()}),
+        *(
+            json.dumps({"format": machine.FORMAT, "key": KEY, "constants": changed(**fields)})
+            for fields in (
+                {"call": -1.0},
+                {"rate": 0},
+                {"bandwidth": math.inf},
+                {"cut": math.nan},
+                {"step": -1e-6},
+                {"call": None},
+                {"call": "quick"},
+                {"more": 1.0},
+                {"written": []},
+                {"written": [[1, 2, 3]]},
+                {"written": [[size, -1.0] for size in machine.SIZES]},
+            )
+        ),
+    ],
+)
+def test_a_broken_or_foreign_file_is_not_believed(path, held):
+    path.parent.mkdir()
+    path.write_text(held)
+    assert machine.read(path, KEY) is None
+    machine.write(path, KEY, FOUND)
+    assert machine.read(path, KEY) == FOUND
+
+
+def test_bytes_that_are_no_text_are_not_believed(path):
+    path.parent.mkdir()
+    path.write_bytes(b"\xff\xfe\x00")
+    assert machine.read(path, KEY) is None
+
+
+def test_a_folder_where_nothing_can_be_written_is_no_error(path):
+    path.parent.parent.joinpath("conjoin").write_text("a file where the folder would be")
+    machine.write(path, KEY, FOUND)
+    assert machine.read(path, KEY) is None
+
+
+def test_a_folder_in_place_of_the_file_is_no_error(path):
+    path.mkdir(parents=True)
+    machine.write(path, KEY, FOUND)
+    assert machine.read(path, KEY) is None
+    assert os.listdir(path.parent) == [path.name]
+
+
+def test_each_device_is_measured_once(constants, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    measured = []
+    monkeypatch.setattr(constants, "measure", lambda *of: measured.append(of) or FOUND)
+    for _ in range(2):
+        assert constants.constants(CPU, torch.float32) == FOUND
+    assert measured == [(CPU, torch.float32)]
+    constants._constants.cache_clear()  # As in another process.
+    assert constants.constants(CPU, torch.float32) == FOUND
+    assert len(measured) == 1
+    constants.constants(CPU, torch.float64)
+    assert len(measured) == 2
+    (tmp_path / "conjoin" / sorted(os.listdir(tmp_path / "conjoin"))[0]).write_text("{}")
+    constants._constants.cache_clear()
+    constants.constants(CPU, torch.float32)
+    constants.constants(CPU, torch.float64)
+    assert len(measured) == 3
+
+
+def test_what_cannot_be_measured(constants, monkeypatch):
+    monkeypatch.setattr(constants, "measure", lambda *of: pytest.fail("measured"))
+    assert constants.constants(torch.device("meta"), torch.float32) is None
+    with FakeTensorMode():
+        assert constants.constants(CPU, torch.float32) is None
+
+
+def test_a_dtype_without_products(constants, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert constants.constants(CPU, torch.float8_e4m3fn) is None
+    assert not list(tmp_path.iterdir())
+
+
+def test_all_tests_have_one_machine():
+    assert machine.constants(CPU, torch.float32) is STEADY
