@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import conjoin
-from conjoin import cli
+from conjoin import cli, options
 
 NETS = """
 import time
@@ -196,7 +196,7 @@ def test_version_and_help(capsys: Capture) -> None:
     ],
 )
 def test_example_inputs(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    made = [cli._example(cli._input_spec(text), torch.device("cpu")) for _ in range(2)]
+    made = [options.example(options.input_spec(text), torch.device("cpu")) for _ in range(2)]
     assert made[0].shape == shape
     assert made[0].dtype == dtype
     assert torch.equal(*made)
@@ -216,8 +216,8 @@ def test_example_inputs(text: str, shape: tuple[int, ...], dtype: torch.dtype) -
     ],
 )
 def test_factory_arguments(text: str, value: object) -> None:
-    assert cli._arguments([text]).positional == (value,)
-    assert cli._arguments([f"name={text}"]).keywords == {"name": value}
+    assert options.arguments([text]).positional == (value,)
+    assert options.arguments([f"name={text}"]).keywords == {"name": value}
 
 
 # What it writes

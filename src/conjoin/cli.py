@@ -1,4 +1,4 @@
-"""The command line: `conjoin report | optimize | unfuse`.
+"""The command line: `conjoin report | optimize | unfuse | export`.
 
 Exit status 0: done. 2: wrong input, with one sentence on stderr. 130: interrupted.
 """
@@ -6,52 +6,27 @@ Exit status 0: done. 2: wrong input, with one sentence on stderr. 130: interrupt
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
 import io
 import logging
-import math
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import NoReturn
 
 import torch
 from torch import nn
 
 import conjoin
-from conjoin import saved
-from conjoin.saved import Arguments, Saved, SavedError
-
-# A typing slip in --input must not fill the memory; real example inputs are far smaller.
-MAX_INPUT_BYTES = 4 * 2**30
-
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.complex64,
-        torch.complex128,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    )
-}
-_SHAPE = re.compile(r"scalar|[1-9]\d*(x[1-9]\d*)*")
-_KEYWORD = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+from conjoin import exporting, saved
+from conjoin.foreign import SavedError
+from conjoin.options import UsageError, arguments, example, input_spec
+from conjoin.saved import Saved
 
 _SAVED_HELP = (
-    "a .pt2 file of torch.export.save (report only), a model saved whole by torch.save "
+    "a .pt2 file of torch.export.save (report and export only), a model saved whole by torch.save "
     "(needs --trust-pickle), or package.module:factory"
 )
 _EPILOG = """\
@@ -62,11 +37,8 @@ examples:
   conjoin report mypackage.nets:build --arg 12 --arg width=64 --input tokens=1x128:int64
   conjoin optimize model.pt -o fused.pt --trust-pickle --input 64x1x28x28
   conjoin unfuse fused.pt -o plain.pt --trust-pickle
+  conjoin export fused.pt -o plain.onnx --trust-pickle --input 64x1x28x28 --dynamic-batch
 """
-
-
-class UsageError(ValueError):
-    """An option that does not parse; the message is one sentence."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -134,6 +106,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_saved(unfuse)
     _add_out(unfuse)
     unfuse.set_defaults(run=_unfuse)
+
+    export = commands.add_parser(
+        "export", help="write the model for inference, as a .pt2 or .onnx file, run and compared"
+    )
+    _add_saved(export)
+    _add_inputs(export)
+    _add_out(export)
+    export.add_argument(
+        "--fused",
+        action="store_true",
+        help="with the siblings fused (default: with the original layers)",
+    )
+    export.add_argument(
+        "--dynamic-batch",
+        action="store_true",
+        help="for any size of the first dimension that the inputs have in common",
+    )
+    export.set_defaults(run=_export)
     return parser
 
 
@@ -229,11 +219,29 @@ def _unfuse(options: argparse.Namespace) -> str:
     return f"wrote {options.out}"
 
 
+def _export(options: argparse.Namespace) -> str:
+    exporting.check_format(options.out)
+    saved.check_out(options.out, source=options.saved, force=options.force)
+    model, inputs, kwargs = _model_and_inputs(options, whole=False)
+    if inputs is None:
+        raise UsageError("there are no inputs to export the model with: give them with --input")
+    with _wrong_inputs():
+        verdict = exporting.export(
+            model,
+            options.out,
+            (inputs, kwargs or {}),
+            fused=options.fused,
+            dynamic_batch=options.dynamic_batch,
+            force=options.force,
+        )
+    return f"{verdict}\nwrote {options.out}"
+
+
 def _load(options: argparse.Namespace, *, whole: bool) -> Saved:
     return saved.load(
         options.saved,
         trust_pickle=options.trust_pickle,
-        arguments=_arguments(options.arg),
+        arguments=arguments(options.arg),
         whole=whole,
     )
 
@@ -242,15 +250,20 @@ _Inputs = tuple[nn.Module, "tuple[object, ...] | None", "dict[str, object] | Non
 
 
 def _model_and_inputs(options: argparse.Namespace, *, whole: bool) -> _Inputs:
-    specs = [_input_spec(text) for text in options.input]
+    specs = [input_spec(text) for text in options.input]
     loaded = _load(options, whole=whole)
     if not specs:
         kwargs = None if loaded.example_kwargs is None else dict(loaded.example_kwargs)
         return loaded.model, loaded.example_inputs, kwargs
     device = _device_of(loaded.model)
-    inputs: tuple[object, ...] = tuple(_example(s, device) for s in specs if s.name is None)
-    keywords: dict[str, object] = {s.name: _example(s, device) for s in specs if s.name}
+    inputs: tuple[object, ...] = tuple(example(s, device) for s in specs if s.name is None)
+    keywords: dict[str, object] = {s.name: example(s, device) for s in specs if s.name}
     return loaded.model, inputs, keywords or None
+
+
+def _device_of(model: nn.Module) -> torch.device:
+    tensors = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 @contextmanager
@@ -269,83 +282,6 @@ def _wrong_inputs() -> Iterator[None]:
         raise UsageError(str(error)) from error
     finally:
         log.setLevel(level)
-
-
-# Options
-
-
-def _named(text: str) -> tuple[str | None, str]:
-    match = _KEYWORD.fullmatch(text)
-    return (match[1], match[2]) if match else (None, text)
-
-
-def _arguments(texts: Sequence[str]) -> Arguments:
-    positional: list[object] = []
-    keywords: dict[str, object] = {}
-    for text in texts:
-        name, value = _named(text)
-        if name is None:
-            positional.append(_literal(value))
-        elif name in keywords:
-            raise UsageError(f"--arg {name}=... is given twice")
-        else:
-            keywords[name] = _literal(value)
-    return Arguments(tuple(positional), keywords)
-
-
-def _literal(text: str) -> object:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        # What opens like a literal was meant as one; anything else is a string without quotes.
-        if text.lstrip()[:1] in tuple("([{'\""):
-            raise UsageError(f"--arg {text} is not a Python literal: is it closed?") from None
-        return text
-
-
-@dataclass(frozen=True)
-class _InputSpec:
-    """`NAME=1x128:int64`, read."""
-
-    text: str
-    name: str | None
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def _input_spec(text: str) -> _InputSpec:
-    name, description = _named(text)
-    shape_text, _, dtype_text = description.partition(":")
-    if not _SHAPE.fullmatch(shape_text):
-        raise UsageError(
-            f"--input {text} has no shape such as 1x3x224x224, 8 or scalar: sizes from 1 up, "
-            "joined by x"
-        )
-    dtype = _DTYPES.get(dtype_text or "float32")
-    if dtype is None:
-        raise UsageError(f"--input {text} names no dtype out of {', '.join(_DTYPES)}")
-    shape = () if shape_text == "scalar" else tuple(map(int, shape_text.split("x")))
-    if math.prod(shape) * dtype.itemsize > MAX_INPUT_BYTES:
-        raise UsageError(f"--input {text} would take over {MAX_INPUT_BYTES // 2**30} GiB of memory")
-    return _InputSpec(text, name, shape, dtype)
-
-
-def _example(spec: _InputSpec, device: torch.device) -> torch.Tensor:
-    """A tensor that most models take: noise, or indices of 0, or a mask of true."""
-    try:
-        if not (spec.dtype.is_floating_point or spec.dtype.is_complex):
-            fill = spec.dtype is torch.bool
-            return torch.full(spec.shape, fill, dtype=spec.dtype, device=device)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return torch.randn(spec.shape, dtype=spec.dtype, device=device)
-    except RuntimeError as error:
-        raise UsageError(f"--input {spec.text} cannot be made on {device}: {error}") from error
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    tensors = [*model.parameters(), *model.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 # The process
