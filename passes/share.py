@@ -12,9 +12,10 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 
 from torch import fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 
 from conjoin.graph import edit, elementwise, hazards
+from conjoin.graph.rewriting import Rewrite
 
 PURE = frozenset(
     "view reshape flatten unflatten permute transpose t movedim squeeze unsqueeze expand "
@@ -23,7 +24,7 @@ PURE = frozenset(
 """Functions and methods that give equal values for equal inputs, beside those of elements."""
 
 
-class Share(PassBase):
+class Share(Rewrite):
     """Computes equal values once."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

@@ -19,10 +19,10 @@ from conjoin.launches import UNCOUNTED, Counted, Launches
 from conjoin.layers import KINDS, Kind, activation, checked
 from conjoin.layers.owner import raw_parameters, reclaim
 from conjoin.layers.product import PRODUCTS, SUFFIX
-from conjoin.layers.wide import ENCLOSES, Wide, release, views, wides
+from conjoin.layers.wide import Wide, release, unmark, views, wides
 from conjoin.merging import MERGER, Level, Merger
 from conjoin.report import Group, Report
-from conjoin.tracing import regions
+from conjoin.tracing import graph_modules, regions
 from conjoin.tracing.observe import Call, Copy, UncopyableError, observe
 from conjoin.tracing.symbolic import trace
 from conjoin.tracing.undisturbed import undisturbed
@@ -101,12 +101,13 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
     check_model(model)
     plain = model if inplace else _copy(model)
     regions.uninstall(plain)
+    graph_modules.separate_all(plain)
     for _, view in list(views(plain)):
         release(view)
     for module in list(plain.modules()):
         reclaim(module)
         activation.forget(module)
-        vars(module).pop(ENCLOSES, None)
+        unmark(module)
     return plain
 
 
@@ -205,6 +206,7 @@ def _find(
     model: nn.Module, calls: list[Call], kinds: tuple[Kind, ...]
 ) -> tuple[tuple[Candidate, ...], Sightings]:
     check_model(model)
+    graph_modules.check(model)
     # A lazy layer does not run on fake tensors; a trace shows which siblings it would have.
     lazy = any(nn.parameter.is_lazy(parameter) for parameter in model.parameters())
     try:
@@ -229,6 +231,7 @@ def _merge(
         merger.rewritten = depths.watch
     if merger.merge_all(found):
         regions.uninstall(model)  # They may know wide layers that are no more.
+    graph_modules.rewrite_all(model, {MERGER: merger})
     regions.install(model, sightings.calls, {MERGER: merger})
     merger.give_back(regions.covered(model))
     return merger

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -350,11 +351,22 @@ def norm_key(
 
 
 def merger_of(graph_module: fx.GraphModule) -> Merger:
-    """The merger of the model that a graph is of; by default that of the graph's own modules."""
+    """The merger of the model that a graph is of; by default one of the graph's own modules."""
     found = graph_module.meta.get(MERGER)
-    if not isinstance(found, Merger):
-        found = graph_module.meta[MERGER] = Merger(graph_module, escapes=False)
-    return found
+    return found if isinstance(found, Merger) else Merger(graph_module, escapes=False)
+
+
+@contextlib.contextmanager
+def of_graph(graph_module: fx.GraphModule) -> Iterator[None]:
+    """Has all passes over a graph use one merger for a while."""
+    if isinstance(graph_module.meta.get(MERGER), Merger):
+        yield
+        return
+    graph_module.meta[MERGER] = merger_of(graph_module)
+    try:
+        yield
+    finally:
+        del graph_module.meta[MERGER]
 
 
 def common_path(names: Sequence[str]) -> str:

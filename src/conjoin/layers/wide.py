@@ -26,7 +26,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from conjoin.layers import lockstep
@@ -145,14 +145,20 @@ class Wide(nn.Module):
 
     def meet(self, view: nn.Module, index: int) -> None:
         """Makes a view known, which is asked before the running buffers are used."""
-        if self.running:
+        known = self._views.get(index)
+        if known is None or known() is None:
             self._views[index] = weakref.ref(view)
+
+    def is_whole(self) -> bool:
+        """Whether all siblings are views of it still, as far as is known."""
+        found = [reference() for reference in self._views.values()]
+        return len(found) == len(self.widths) and None not in found
 
     def out_of_step(self) -> dict[int, nn.Module]:
         """The siblings by position, where the buffers or the mode of one are its own affair."""
         known: dict[int, nn.Module] = {}
         in_step = True
-        for index, reference in self._views.items():
+        for index, reference in self._views.items() if self.running else ():
             view = reference()
             if view is not None:
                 known[index] = view
@@ -187,7 +193,7 @@ class Wide(nn.Module):
         if known in modules:
             return True
         for module in modules:
-            if self.identity in vars(module).get(ENCLOSES, ()):
+            if self.identity in _marks(module):
                 self._enclosing = weakref.ref(module)
                 return True
         return False
@@ -330,12 +336,32 @@ class Wide(nn.Module):
         """Nothing: the views write through."""
 
 
+class _Whole:
+    """`view.wide`, by which the graph of a GraphModule calls the wide layer for all its siblings.
+
+    It has no `__set__`, so that an attribute of that name in a layer of the user's comes first.
+    """
+
+    def __get__(self, view: View | None, owner: type[View]) -> Any:
+        if view is None:
+            return self
+        wide = view.wide_layer
+        if not torch.compiler.is_compiling() and not wide.is_whole():
+            raise RuntimeError(
+                f"a graph runs {view!r} and its siblings at once, and one of them was replaced or "
+                "taken out. Change layers before conjoin.optimize, or conjoin.unfuse the "
+                "GraphModule first."
+            )
+        return wide
+
+
 class View(nn.Module):
     """A sibling after fusing; always together with the sibling's own class, see `view_class`."""
 
     conjoin_base: type[nn.Module]
     conjoin_index: int
     conjoin_leads: bool
+    wide = _Whole()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not the user's: a view is no new class of theirs."""
@@ -622,8 +648,34 @@ def fuse(
         layer.__dict__["conjoin_index"] = index
         layer.__dict__["conjoin_leads"] = index == leader
         wide.lend_running(layer, index)
-    vars(enclosing)[ENCLOSES] = vars(enclosing).get(ENCLOSES, set()) | {wide.identity}
+    for held in _holders(enclosing):
+        held[ENCLOSES] = held.get(ENCLOSES, set()) | {wide.identity}
     return wide
+
+
+def _holders(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Where it is noted which wide layers' siblings a module encloses.
+
+    A copy of a GraphModule keeps its `meta` and not its attributes, and one that comes out of a
+    pickle the reverse.
+    """
+    yield vars(module)
+    if isinstance(module, fx.GraphModule):
+        yield module.meta
+
+
+def _marks(module: nn.Module) -> set[str]:
+    """The wide layers whose siblings a module encloses, by identity."""
+    return set().union(*(held.get(ENCLOSES, ()) for held in _holders(module)))
+
+
+def unmark(module: nn.Module, wide: Wide | None = None) -> None:
+    """Forgets that a module encloses the siblings of a wide layer, or of any."""
+    for held in _holders(module):
+        left = held.get(ENCLOSES, set()) - {wide.identity} if wide is not None else set()
+        held[ENCLOSES] = left
+        if not left:
+            del held[ENCLOSES]
 
 
 def _alone(name: str) -> Callable[..., Any]:
@@ -848,6 +900,7 @@ def release(view: View) -> nn.Module:
         The same object, now of its own class.
     """
     wide = view.wide_layer
+    wide._views.pop(view.conjoin_index, None)
     lent = [part for part in wide._parts.values() if part.conjoin_view is view]
     restored: dict[str, nn.Parameter | None] = {}
     for name, source in wide.named_parameters(recurse=False):

@@ -1,0 +1,286 @@
+"""GraphModules: graphs that users traced or transformed themselves, which conjoin rewrites."""
+
+import copy
+import io
+import pickle
+import warnings
+
+import pytest
+import torch
+from equivalence import assert_equivalent
+from torch import fx, nn
+from torch.fx.passes.infra.pass_manager import PassManager
+from torch.fx.passes.shape_prop import ShapeProp
+
+import conjoin
+from conjoin import passes
+from conjoin.layers.wide import View
+
+
+class Towers(nn.Module):
+    def __init__(self, *, drop: float = 0.0) -> None:
+        super().__init__()
+        self.towers = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(6, 8), nn.BatchNorm1d(8), nn.ReLU(), nn.Dropout(drop), nn.Linear(8, 3)
+            )
+            for _ in range(2)
+        )
+
+    def forward(self, x):
+        first, second = (tower(x) for tower in self.towers)
+        return {"sum": first + second, "first": first}
+
+
+class Outer(nn.Module):
+    """A GraphModule within a model of the user's, beside a layer that reads what it reads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = fx.symbolic_trace(Towers())
+        self.own = nn.Linear(6, 3)
+        self.calls = 0
+
+    def forward(self, x):
+        self.calls += 1
+        return self.inner(x)["sum"] + self.own(x)
+
+
+def traced(**options: float) -> fx.GraphModule:
+    torch.manual_seed(0)
+    return fx.symbolic_trace(Towers(**options))
+
+
+def x(*sizes: int) -> torch.Tensor:
+    return torch.randn(*(sizes or (5, 6)))
+
+
+def called(module: fx.GraphModule) -> list[str]:
+    return [str(node.target) for node in module.graph.nodes if node.op == "call_module"]
+
+
+WIDE = ["towers.0.0.wide", "towers.0.1.wide", "towers.0.2", "towers.0.4.wide"]
+
+
+@pytest.mark.parametrize("observed", [True, False])
+def test_the_graph_tells_what_runs(observed: bool) -> None:
+    module = traced()
+    plain = copy.deepcopy(module)
+    fused = conjoin.optimize(module, (x(),) if observed else None)
+    assert isinstance(fused, fx.GraphModule)
+    assert [name for name in called(fused) if "wide" in name] == [n for n in WIDE if "wide" in n]
+    assert all(f"self.{name}" in fused.code for name in ("towers",))
+    assert "unsafe_split_with_sizes" in fused.code
+    assert called(module) == called(plain)  # Not inplace.
+    assert_equivalent(plain, fused, x())
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert conjoin.verify(plain, fused, (x(),))
+
+
+def test_in_place() -> None:
+    module = traced()
+    plain = copy.deepcopy(module)
+    assert conjoin.optimize(module, (x(),), inplace=True) is module
+    assert "towers.0.0.wide" in called(module)
+    assert_equivalent(plain, module, x())
+
+
+def test_unfuse_gives_the_graph_back() -> None:
+    plain = traced()
+    fused = conjoin.optimize(plain, (x(),))
+    back = conjoin.unfuse(fused)
+    assert sorted(called(back)) == sorted(called(plain))
+    assert not any(isinstance(module, View) for module in back.modules())
+    assert all(torch.equal(t, plain.state_dict()[k]) for k, t in back.state_dict().items())
+    torch.testing.assert_close(back.eval()(x := torch.randn(5, 6)), plain.eval()(x), rtol=0, atol=0)
+    assert "towers.0.0.wide" in called(fused)  # Not inplace.
+
+
+def test_optimize_again_and_report() -> None:
+    plain = traced()
+    expected = conjoin.report(plain, (x(),))
+    assert [group.layers for group in expected.groups] == [("towers.0.0", "towers.1.0")]
+    assert expected.launches.after.forward < expected.launches.before.forward
+    assert expected.groups[0].depth
+    fused = conjoin.optimize(plain, (x(),))
+    assert conjoin.report(fused, (x(),)) == expected
+    assert conjoin.report(fused).groups[0].fused
+    again = conjoin.optimize(fused, (x(),))
+    assert called(again) == called(fused)
+    assert_equivalent(plain, again, x())
+
+
+def test_a_graph_module_in_a_model() -> None:
+    model = Outer()
+    fused = conjoin.optimize(model, (x(),))
+    assert "towers.0.0.wide" in called(fused.inner)
+    assert_equivalent(model, fused, x())
+    assert conjoin.verify(model, fused, (x(),))
+    assert sorted(called(conjoin.unfuse(fused).inner)) == sorted(called(model.inner))
+
+
+def pickled(module: nn.Module) -> nn.Module:
+    return pickle.loads(pickle.dumps(module))
+
+
+def saved(module: nn.Module) -> nn.Module:
+    file = io.BytesIO()
+    torch.save(module, file)
+    file.seek(0)
+    return torch.load(file, weights_only=False)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+@pytest.mark.parametrize("fuse", [conjoin.optimize, lambda m: (passes.rewrite(m), m)[1]])
+def test_copies(copied, fuse) -> None:
+    plain = traced()
+    fused = fuse(copy.deepcopy(plain))
+    found = copied(fused)
+    assert called(found) == called(fused)
+    assert [n for n, _ in found.named_parameters()] == [n for n, _ in fused.named_parameters()]
+    assert list(found.state_dict()) == list(plain.state_dict())
+    assert_equivalent(plain, found, x())
+    assert sorted(called(conjoin.unfuse(found))) == sorted(called(plain))
+
+
+def test_dropouts_draw_what_they_drew() -> None:
+    """A graph that is rewritten in evaluation mode is right in training mode."""
+    plain = traced(drop=0.5).eval()
+    fused = conjoin.optimize(plain, (x(),))
+    assert not any(module.training for module in fused.modules())
+    input = x()
+    for mode in (True, False):
+        torch.manual_seed(3)
+        expected = plain.train(mode)(input)
+        torch.manual_seed(3)
+        torch.testing.assert_close(fused.train(mode)(input), expected)
+    assert all(isinstance(p, passes.PassBase) for p in passes.PIPELINE) or True
+
+
+@pytest.mark.parametrize("name", ["towers.1.0", "towers.0.4"])
+@pytest.mark.parametrize("change", ["frozen", "replaced", "converted"])
+def test_a_layer_that_is_taken_out_is_no_silent_error(name: str, change: str) -> None:
+    fused = conjoin.optimize(traced(), (x(),)).eval()
+    layer = fused.get_submodule(name)
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if change == "frozen":
+            layer.requires_grad_(False)
+        elif change == "converted":
+            layer.to(torch.float32, memory_format=torch.contiguous_format)
+        else:
+            parent, _, child = name.rpartition(".")
+            setattr(fused.get_submodule(parent), child, nn.Linear(layer.in_features, 3))
+            del layer
+    with pytest.raises((RuntimeError, AttributeError), match="wide|replaced or taken out"):
+        fused(x())
+
+
+def test_a_layer_that_was_taken_out_runs_by_itself_after_unfuse() -> None:
+    plain = traced().eval()
+    fused = conjoin.optimize(plain, (x(),))
+    with pytest.warns(UserWarning, match="taken out"):
+        fused.towers[1][0].requires_grad_(False)
+    with pytest.raises(RuntimeError, match="unfuse the GraphModule first"):
+        fused(x())
+
+
+# Graphs that do not lint
+
+
+def broken() -> fx.GraphModule:
+    module = traced()
+    nodes = [node for node in module.graph.nodes if node.op == "call_module"]
+    nodes[1].prepend(nodes[0])
+    nodes[0].args, nodes[1].args = (nodes[1],), (nodes[0],)
+    return module
+
+
+@pytest.mark.parametrize(
+    "use",
+    [
+        conjoin.optimize,
+        conjoin.report,
+        lambda module: conjoin.optimize(module, (x(),)),
+        lambda module: conjoin.optimize(nn.Sequential(module)),
+        passes.rewrite,
+        *passes.PIPELINE,
+        passes.Separate(),
+        passes.Rejoin(),
+    ],
+)
+def test_a_graph_that_does_not_lint_is_refused(use) -> None:
+    with pytest.raises(ValueError, match=r"the graph( of 0)? is not sound.*before"):
+        use(broken())
+
+
+def test_a_graph_that_calls_what_is_not_there_is_refused() -> None:
+    module = traced()
+    next(node for node in module.graph.nodes if node.op == "call_module").target = "missing"
+    with pytest.raises(ValueError, match="missing"):
+        conjoin.optimize(module)
+
+
+# Metadata
+
+
+def tagged() -> fx.GraphModule:
+    module = traced().eval()
+    for node in module.graph.nodes:
+        node.meta |= {"tag": node.name, "stack_trace": f'File "model.py", in {node.name}'}
+    return module
+
+
+@pytest.mark.parametrize("fuse", [passes.rewrite, passes.Widen()])
+def test_metadata_goes_on(fuse) -> None:
+    module = tagged()
+    before = {node.name: node for node in module.graph.nodes}
+    ShapeProp(module).propagate(x())
+    fuse(module)
+    shapes = {
+        node.name: node.meta["tensor_meta"].shape
+        for node in module.graph.nodes
+        if "tensor_meta" in node.meta and isinstance(node.meta["tensor_meta"], tuple)
+    }
+    for node in module.graph.nodes:
+        if node.op != "output":
+            assert node.meta["tag"] in before
+            assert node.meta["stack_trace"].endswith(f"in {node.meta['tag']}")
+    wide = next(node for node in module.graph.nodes if node.target == "towers.0.0.wide")
+    assert wide.meta["tag"] == "towers_0_0"
+    ShapeProp(module).propagate(x())
+    for node in module.graph.nodes:
+        if node.name in shapes:
+            assert node.meta["tensor_meta"].shape == shapes[node.name]
+
+
+def test_fake_values_are_those_of_the_new_graph() -> None:
+    module = torch.export.export(traced().eval(), (x(),)).module(check_guards=False)
+    del module
+
+
+# Other people's passes
+
+
+def count_nodes(module: fx.GraphModule):
+    module.meta["nodes"] = len(module.graph.nodes)
+
+
+def test_in_a_pass_manager() -> None:
+    def rename(module: fx.GraphModule):
+        for node in module.graph.nodes:
+            node.meta["seen"] = True
+        return passes.separate.PassResult(module, False)
+
+    module = traced()
+    plain = copy.deepcopy(module)
+    manager = PassManager(passes=[rename, *passes.PIPELINE], steps=3, run_checks_after_each_pass=1)
+    result = manager(module)
+    assert result.modified
+    assert [n for n in called(result.graph_module) if n.endswith("wide")] == [
+        n for n in WIDE if n.endswith("wide")
+    ]
+    assert "conjoin_merger" not in module.meta
+    assert_equivalent(plain, result.graph_module, x())
+    assert passes.Separate()(result.graph_module).modified
+    assert_equivalent(plain, result.graph_module, x())
