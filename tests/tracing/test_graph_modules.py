@@ -7,8 +7,10 @@ import warnings
 
 import pytest
 import torch
-from equivalence import assert_equivalent
+from equivalence import assert_equivalent, assert_same_state
 from torch import fx, nn
+from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.fx.passes.shape_prop import ShapeProp
 
@@ -33,26 +35,27 @@ class Towers(nn.Module):
 
 
 class Outer(nn.Module):
-    """A GraphModule within a model of the user's, beside a layer that reads what it reads."""
+    """A GraphModule within a model of the user's, beside a layer that may read what it reads."""
 
-    def __init__(self) -> None:
+    def __init__(self, offset: int) -> None:
         super().__init__()
-        self.inner = fx.symbolic_trace(Towers())
-        self.own = nn.Linear(6, 3)
+        self.offset = offset
+        self.inner = traced()
+        self.own = nn.Linear(6, 3).double()
         self.calls = 0
 
     def forward(self, x):
         self.calls += 1
-        return self.inner(x)["sum"] + self.own(x)
+        return self.inner(x)["sum"] + self.own(x + self.offset)
 
 
 def traced(**options: float) -> fx.GraphModule:
     torch.manual_seed(0)
-    return fx.symbolic_trace(Towers(**options))
+    return fx.symbolic_trace(Towers(**options).double())
 
 
-def x(*sizes: int) -> torch.Tensor:
-    return torch.randn(*(sizes or (5, 6)))
+def x() -> torch.Tensor:
+    return torch.randn(5, 6, dtype=torch.float64)
 
 
 def called(module: fx.GraphModule) -> list[str]:
@@ -69,10 +72,9 @@ def test_the_graph_tells_what_runs(observed: bool) -> None:
     fused = conjoin.optimize(module, (x(),) if observed else None)
     assert isinstance(fused, fx.GraphModule)
     assert [name for name in called(fused) if "wide" in name] == [n for n in WIDE if "wide" in n]
-    assert all(f"self.{name}" in fused.code for name in ("towers",))
-    assert "unsafe_split_with_sizes" in fused.code
+    assert fused.code.count(".wide(") == 3
     assert called(module) == called(plain)  # Not inplace.
-    assert_equivalent(plain, fused, x())
+    assert_equivalent(fused, plain, (x(),))
     assert list(fused.state_dict()) == list(plain.state_dict())
     assert conjoin.verify(plain, fused, (x(),))
 
@@ -82,7 +84,7 @@ def test_in_place() -> None:
     plain = copy.deepcopy(module)
     assert conjoin.optimize(module, (x(),), inplace=True) is module
     assert "towers.0.0.wide" in called(module)
-    assert_equivalent(plain, module, x())
+    assert_equivalent(module, plain, (x(),))
 
 
 def test_unfuse_gives_the_graph_back() -> None:
@@ -91,8 +93,9 @@ def test_unfuse_gives_the_graph_back() -> None:
     back = conjoin.unfuse(fused)
     assert sorted(called(back)) == sorted(called(plain))
     assert not any(isinstance(module, View) for module in back.modules())
-    assert all(torch.equal(t, plain.state_dict()[k]) for k, t in back.state_dict().items())
-    torch.testing.assert_close(back.eval()(x := torch.randn(5, 6)), plain.eval()(x), rtol=0, atol=0)
+    assert_same_state(back, plain)
+    input = x()
+    torch.testing.assert_close(back.eval()(input), plain.eval()(input), rtol=0, atol=0)
     assert "towers.0.0.wide" in called(fused)  # Not inplace.
 
 
@@ -107,16 +110,30 @@ def test_optimize_again_and_report() -> None:
     assert conjoin.report(fused).groups[0].fused
     again = conjoin.optimize(fused, (x(),))
     assert called(again) == called(fused)
-    assert_equivalent(plain, again, x())
+    assert_equivalent(again, plain, (x(),))
 
 
 def test_a_graph_module_in_a_model() -> None:
-    model = Outer()
+    model = Outer(1)
     fused = conjoin.optimize(model, (x(),))
     assert "towers.0.0.wide" in called(fused.inner)
-    assert_equivalent(model, fused, x())
+    assert_equivalent(fused, model, (x(),))
     assert conjoin.verify(model, fused, (x(),))
     assert sorted(called(conjoin.unfuse(fused).inner)) == sorted(called(model.inner))
+
+
+class Same(Outer):
+    def forward(self, x):
+        return self.inner(x)["sum"] + self.own(x)
+
+
+def test_siblings_within_a_graph_and_beside_it() -> None:
+    model = Same(0)
+    fused = conjoin.optimize(model, (x(),))
+    assert "towers.0.0" in called(fused.inner)  # One group of three: the views run in lockstep.
+    assert fused.own.wide_layer.widths == [8, 8, 3]
+    assert_equivalent(fused, model, (x(),))
+    assert_equivalent(conjoin.unfuse(fused), model, (x(),))
 
 
 def pickled(module: nn.Module) -> nn.Module:
@@ -139,7 +156,7 @@ def test_copies(copied, fuse) -> None:
     assert called(found) == called(fused)
     assert [n for n, _ in found.named_parameters()] == [n for n, _ in fused.named_parameters()]
     assert list(found.state_dict()) == list(plain.state_dict())
-    assert_equivalent(plain, found, x())
+    assert_equivalent(found, plain, (x(),))
     assert sorted(called(conjoin.unfuse(found))) == sorted(called(plain))
 
 
@@ -154,7 +171,6 @@ def test_dropouts_draw_what_they_drew() -> None:
         expected = plain.train(mode)(input)
         torch.manual_seed(3)
         torch.testing.assert_close(fused.train(mode)(input), expected)
-    assert all(isinstance(p, passes.PassBase) for p in passes.PIPELINE) or True
 
 
 @pytest.mark.parametrize("name", ["towers.1.0", "towers.0.4"])
@@ -167,22 +183,24 @@ def test_a_layer_that_is_taken_out_is_no_silent_error(name: str, change: str) ->
         if change == "frozen":
             layer.requires_grad_(False)
         elif change == "converted":
-            layer.to(torch.float32, memory_format=torch.contiguous_format)
+            layer.float()
         else:
             parent, _, child = name.rpartition(".")
-            setattr(fused.get_submodule(parent), child, nn.Linear(layer.in_features, 3))
+            setattr(fused.get_submodule(parent), child, nn.Linear(6, 3))
             del layer
     with pytest.raises((RuntimeError, AttributeError), match="wide|replaced or taken out"):
         fused(x())
 
 
-def test_a_layer_that_was_taken_out_runs_by_itself_after_unfuse() -> None:
+def test_after_unfuse_layers_may_be_changed() -> None:
     plain = traced().eval()
-    fused = conjoin.optimize(plain, (x(),))
-    with pytest.warns(UserWarning, match="taken out"):
-        fused.towers[1][0].requires_grad_(False)
-    with pytest.raises(RuntimeError, match="unfuse the GraphModule first"):
-        fused(x())
+    back = conjoin.unfuse(conjoin.optimize(plain, (x(),)))
+    layer = back.get_submodule("towers.1.0")
+    layer.requires_grad_(False)
+    layer.weight.zero_()
+    plain.get_submodule("towers.1.0").weight.data.zero_()
+    input = x()
+    torch.testing.assert_close(back(input), plain(input), rtol=0, atol=0)
 
 
 # Graphs that do not lint
@@ -255,15 +273,21 @@ def test_metadata_goes_on(fuse) -> None:
 
 
 def test_fake_values_are_those_of_the_new_graph() -> None:
-    module = torch.export.export(traced().eval(), (x(),)).module(check_guards=False)
-    del module
+    module = traced()
+    FakeTensorProp(module, FakeTensorMode(allow_non_fake_inputs=True)).propagate(x())
+    passes.rewrite(module)
+    real = ShapeProp(copy.deepcopy(module))
+    real.propagate(x())
+    expected = {node.name: node.meta.get("tensor_meta") for node in real.module.graph.nodes}
+    checked = 0
+    for node in module.graph.nodes:
+        if isinstance(value := node.meta.get("val"), torch.Tensor):
+            assert (value.shape, value.stride()) == (expected[node.name][0], expected[node.name][3])
+            checked += 1
+    assert checked > len(called(module))
 
 
 # Other people's passes
-
-
-def count_nodes(module: fx.GraphModule):
-    module.meta["nodes"] = len(module.graph.nodes)
 
 
 def test_in_a_pass_manager() -> None:
@@ -281,6 +305,6 @@ def test_in_a_pass_manager() -> None:
         n for n in WIDE if n.endswith("wide")
     ]
     assert "conjoin_merger" not in module.meta
-    assert_equivalent(plain, result.graph_module, x())
+    assert_equivalent(result.graph_module, plain, (x(),))
     assert passes.Separate()(result.graph_module).modified
-    assert_equivalent(plain, result.graph_module, x())
+    assert_equivalent(result.graph_module, plain, (x(),))
