@@ -24,9 +24,9 @@ VIEW_METHODS = frozenset(
     "positive cpu cuda contiguous to type float double half bfloat16 requires_grad_ "
     "type_as sum_to_size conj resolve_conj resolve_neg adjoint unsafe_split "
     "unsafe_split_with_sizes unsafe_chunk split_with_sizes unstack rejoined __getitem__ "
-    "unpack".split()
+    "unpack slice dropout feature_dropout alpha_dropout feature_alpha_dropout".split()
 )
-"""Methods, and functions of the same names, whose result may share memory with the input."""
+"""Methods, functions and ATen operations whose result may share memory with the input."""
 
 VIEW_FUNCTIONS: frozenset[Any] = frozenset({operator.getitem, getattr, F.dropout, F.unfold})
 """Functions, beyond those named as a method above, whose result may share memory."""

@@ -1,0 +1,1 @@
+"""Exported programs: raised to what the passes know, rewritten, and lowered again."""

@@ -1,0 +1,252 @@
+"""What an optimized program keeps of the one that it was made of, and that one made of it again.
+
+The record is a dictionary of plain values in the graph's own `meta["custom"]`, which
+`torch.export.save` writes too. It holds what is not in the optimized program: the nodes that were
+taken out, what those that stayed have read, and which part of a wide tensor each parameter is. So
+the way back is exact, as long as nobody has changed the optimized graph.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import operator
+import re
+from collections.abc import Mapping
+from typing import Any
+
+import torch
+from torch import Tensor, fx, nn
+from torch.export import ExportedProgram
+from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
+from torch.fx.node import map_arg
+
+from conjoin.programs import fakes
+from conjoin.programs.lowering import Slice
+from conjoin.programs.raised import held
+
+RECORD = "conjoin"
+"""The entry of the graph's custom metadata that holds the record."""
+
+KNOWN = ("stack_trace", "nn_module_stack", "torch_fn", "custom")
+"""What the record keeps of what is known of a node."""
+
+TYPES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
+"""Types of arguments beside numbers and texts."""
+
+
+class UnrecordableError(ValueError):
+    """Something that was taken out of a graph cannot be written down."""
+
+
+def written(
+    program: ExportedProgram, graph: fx.Graph, kept: Mapping[fx.Node, fx.Node], merged: Mapping[str, Slice]
+) -> dict[str, Any]:
+    """The record of a program, for the optimized one.
+
+    Args:
+        program: the program.
+        graph: the optimized graph.
+        kept: the nodes of the program that are in it too, and what they are there.
+        merged: what its parameters and buffers that are gone have become, by their names.
+
+    Raises:
+        UnrecordableError: something that was taken out cannot be written down.
+    """
+    specs = held(program)
+    nodes: list[Any] = []
+    inputs: dict[str, list[str]] = {}
+    for node in program.graph.nodes:
+        if node not in kept:
+            nodes.append(_node(node, specs.get(node.name)))
+            continue
+        nodes.append(node.name)
+        names = _inputs(node)
+        if names != _inputs(kept[node]):
+            inputs[node.name] = names
+    parts = {name: (slice.whole, _place(slice.part)) for name, slice in merged.items()}
+    record = {
+        "nodes": nodes,
+        "inputs": inputs,
+        "tensors": {name: [whole, *place] for name, (whole, place) in parts.items()},
+        "order": list(program.state_dict),
+        "graph": digest(graph),
+    }
+    return json.loads(json.dumps(record))  # type: ignore[no-any-return]
+
+
+def digest(graph: fx.Graph) -> str:
+    """A short text that differs between graphs that differ."""
+    lines = [(n.name, n.op, str(n.target), _inputs(n)) for n in graph.nodes]
+    return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
+
+
+def _inputs(node: fx.Node) -> list[str]:
+    names: list[str] = []
+    map_arg((node.args, node.kwargs), lambda each: names.append(each.name))
+    return names
+
+
+def _place(tensor: Tensor) -> tuple[list[int], list[int], int]:
+    return list(tensor.shape), list(tensor.stride()), int(tensor.storage_offset())
+
+
+def _node(node: fx.Node, spec: InputSpec | None) -> dict[str, Any]:
+    """A node that was taken out."""
+    if node.op == "placeholder":
+        assert spec is not None  # no other inputs are taken out
+        return {
+            "name": node.name,
+            "kind": spec.kind.name,
+            "target": spec.target,
+            "persistent": spec.persistent,
+        }
+    known = {key: node.meta[key] for key in KNOWN if key in node.meta}
+    return {
+        "name": node.name,
+        "target": _target(node),
+        "args": _encoded(node.args),
+        "kwargs": _encoded(node.kwargs),
+        "meta": json.loads(json.dumps(known, default=_class_name)),
+    }
+
+
+def _class_name(value: Any) -> str:
+    return f"{value.__module__}.{value.__qualname__}"
+
+
+def _target(node: fx.Node) -> str:
+    if node.target is operator.getitem:
+        return "getitem"
+    if node.op != "call_function" or not isinstance(node.target, torch._ops.OpOverload):
+        raise UnrecordableError(f"{node.format_node()} is not one of PyTorch's operations")
+    return str(node.target)
+
+
+def _encoded(value: Any) -> Any:
+    """An argument as plain values; what JSON does not know as a dictionary that says what it is."""
+    if isinstance(value, fx.Node):
+        return {"node": value.name}
+    if isinstance(value, dict):
+        return {"dict": {key: _encoded(item) for key, item in value.items()}}
+    if isinstance(value, tuple):
+        return {"tuple": [_encoded(item) for item in value]}
+    if isinstance(value, list):
+        return [_encoded(item) for item in value]
+    if isinstance(value, torch.device):
+        return {"device": str(value)}
+    if isinstance(value, TYPES):
+        return {"torch": str(value).removeprefix("torch.")}
+    if value is None or type(value) in (bool, int, float, str):
+        return value
+    raise UnrecordableError(f"the argument {value!r} is none that can be written down")
+
+
+def _decoded(value: Any, nodes: Mapping[str, fx.Node]) -> Any:
+    if isinstance(value, list):
+        return [_decoded(item, nodes) for item in value]
+    if not isinstance(value, dict):
+        return value
+    ((kind, held),) = value.items()
+    if kind == "node":
+        return nodes[held]
+    if kind == "dict":
+        return {key: _decoded(item, nodes) for key, item in held.items()}
+    if kind == "tuple":
+        return tuple(_decoded(item, nodes) for item in held)
+    if kind == "device":
+        return torch.device(held)
+    found = getattr(torch, held)
+    if kind != "torch" or not isinstance(found, TYPES):
+        raise TypeError(f"{held} is no type of PyTorch's")
+    return found
+
+
+def _operation(name: str) -> Any:
+    """The operation of a name such as `aten.linear.default`."""
+    if name == "getitem":
+        return operator.getitem
+    found: Any = torch.ops
+    for part in re.fullmatch(r"(\w+)\.(\w+)\.(\w+)", name).groups():  # type: ignore[union-attr]
+        found = getattr(found, part)
+    if not isinstance(found, torch._ops.OpOverload):
+        raise TypeError(f"{name} is no operation of PyTorch's")
+    return found
+
+
+class Restoration:
+    """The program that a record is of, made again.
+
+    Attributes:
+        graph: its graph.
+        specs: its inputs.
+        tensors: the parameters and buffers that were merged, with the values of now.
+    """
+
+    def __init__(self, program: ExportedProgram, record: Mapping[str, Any]) -> None:
+        """Reads a record.
+
+        Args:
+            program: the optimized program.
+            record: its record.
+        """
+        mode = fakes.mode_of(program.graph)
+        assert mode is not None  # a program that was optimized has tensors
+        self.graph = fx.Graph()
+        self.specs: list[InputSpec] = []
+        self.tensors: dict[str, Tensor] = {}
+        self._mode = mode
+        self._there = {node.name: node for node in program.graph.nodes}
+        names = [str(getattr(spec.arg, "name", "")) for spec in program.graph_signature.input_specs]
+        self._specs = dict(zip(names, program.graph_signature.input_specs, strict=True))
+        self._nodes: dict[str, fx.Node] = {}
+        wholes = program.state_dict
+        for name, (whole, size, stride, offset) in record["tensors"].items():
+            self.tensors[name] = _cut(wholes[whole], size, stride, offset)
+        for node in record["nodes"]:
+            if isinstance(node, str):
+                self._keep(node, record["inputs"].get(node))
+            elif "kind" in node:
+                self._input(node)
+            else:
+                self._restore(node)
+        self.graph.lint()
+
+    def _keep(self, name: str, inputs: list[str] | None) -> None:
+        node = self._there[name]
+        names = iter(_inputs(node) if inputs is None else inputs)
+        self._nodes[name] = self.graph.node_copy(node, lambda _: self._nodes[next(names)])
+        if node.op == "placeholder":
+            self.specs.append(self._specs[name])
+
+    def _input(self, node: Mapping[str, Any]) -> None:
+        name = node["name"]
+        made = self._nodes[name] = self.graph.placeholder(name)
+        made.meta[fakes.VALUE] = fakes.faked(self._mode, self.tensors[node["target"]])
+        kind = InputKind[node["kind"]]
+        spec = InputSpec(kind, TensorArgument(name), node["target"], node["persistent"])
+        self.specs.append(spec)
+
+    def _restore(self, node: Mapping[str, Any]) -> None:
+        args, kwargs = (_decoded(node[key], self._nodes) for key in ("args", "kwargs"))
+        target = _operation(node["target"])
+        made = self.graph.create_node("call_function", target, args, kwargs, name=node["name"])
+        made.meta = _known(node["meta"])
+        made.meta[fakes.VALUE] = fakes.computed(self._mode, made)
+        self._nodes[node["name"]] = made
+
+
+def _known(meta: Mapping[str, Any]) -> dict[str, Any]:
+    """What was known of a node: where JSON has made lists of tuples, tuples again."""
+    known = {key: meta[key] for key in KNOWN if key in meta}
+    if "torch_fn" in known:
+        known["torch_fn"] = tuple(known["torch_fn"])
+    if "nn_module_stack" in known:
+        known["nn_module_stack"] = {k: tuple(v) for k, v in known["nn_module_stack"].items()}
+    return known
+
+
+def _cut(whole: Tensor, size: list[int], stride: list[int], offset: int) -> Tensor:
+    """A part of a wide tensor as a tensor of its own, which trains if the wide one does."""
+    part = whole.detach().as_strided(size, stride, offset).clone()
+    return nn.Parameter(part, whole.requires_grad) if isinstance(whole, nn.Parameter) else part
