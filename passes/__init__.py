@@ -13,6 +13,7 @@ from conjoin import merging
 from conjoin.graph import rewriting
 from conjoin.passes.batch import Batch
 from conjoin.passes.cancel import Cancel
+from conjoin.passes.lift import Lift
 from conjoin.passes.rejoin import Rejoin
 from conjoin.passes.separate import Separate
 from conjoin.passes.share import Share
@@ -77,6 +78,7 @@ __all__ = [
     "PIPELINE",
     "Batch",
     "Cancel",
+    "Lift",
     "Rejoin",
     "Separate",
     "Share",

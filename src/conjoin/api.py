@@ -78,9 +78,13 @@ def optimize(
     with _no_collection():
         kinds = checked(kinds)
         calls = example_calls(example_inputs, example_kwargs)
-        found, sightings = _find(model, calls, kinds)
-        optimized = model if inplace else _copy(model)
-        _merge(optimized, found, sightings, kinds)
+        # A graph is lifted before it is looked at, so of a model with graphs the copy is.
+        optimized = model if inplace or not _has_graphs(model) else _copy(model)
+        with graph_modules.lifted(optimized):
+            found, sightings = _find(optimized, calls, kinds)
+            if optimized is model and not inplace:
+                optimized = _copy(model)
+            _merge(optimized, found, sightings, kinds)
     return optimized
 
 
@@ -143,14 +147,17 @@ def report(
     """
     calls = example_calls(example_inputs, example_kwargs)
     kinds = checked(kinds)
-    found, sightings = _find(model, calls, kinds)
-    if calls:
-        counts = _count(model, calls[0], found, sightings, kinds)
-    else:
-        counts = _uncounted(model, found, sightings, kinds)
-    groups = tuple(
-        _group(candidate, counts) for candidate in in_order(counts.groups(found), model, sightings)
-    )
+    model = _copy(model) if _has_graphs(model) else model
+    with graph_modules.lifted(model):
+        found, sightings = _find(model, calls, kinds)
+        if calls:
+            counts = _count(model, calls[0], found, sightings, kinds)
+        else:
+            counts = _uncounted(model, found, sightings, kinds)
+        groups = tuple(
+            _group(candidate, counts)
+            for candidate in in_order(counts.groups(found), model, sightings)
+        )
     launches = Launches(counts.plain.count, counts.optimized.count)
     return Report(groups, launches, sightings.untraced, bool(calls))
 
@@ -193,6 +200,18 @@ def example_calls(inputs: object, kwargs: dict[str, Any] | None) -> list[Call]:
     return calls
 
 
+def _has_graphs(model: nn.Module) -> bool:
+    """Whether there are GraphModules in a model.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: a graph does not lint.
+    """
+    check_model(model)
+    graph_modules.check(model)
+    return any(True for _ in graph_modules.graph_modules(model))
+
+
 def _copy(model: Model) -> Model:
     try:
         return copy.deepcopy(model)
@@ -205,8 +224,6 @@ def _copy(model: Model) -> Model:
 def _find(
     model: nn.Module, calls: list[Call], kinds: tuple[Kind, ...]
 ) -> tuple[tuple[Candidate, ...], Sightings]:
-    check_model(model)
-    graph_modules.check(model)
     # A lazy layer does not run on fake tensors; a trace shows which siblings it would have.
     lazy = any(nn.parameter.is_lazy(parameter) for parameter in model.parameters())
     try:
@@ -231,9 +248,9 @@ def _merge(
         merger.rewritten = depths.watch
     if merger.merge_all(found):
         regions.uninstall(model)  # They may know wide layers that are no more.
-    graph_modules.rewrite_all(model, {MERGER: merger})
+    called = graph_modules.rewrite_all(model, merger)
     regions.install(model, sightings.calls, {MERGER: merger})
-    merger.give_back(regions.covered(model))
+    merger.give_back(regions.covered(model) | called)
     return merger
 
 

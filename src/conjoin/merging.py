@@ -353,7 +353,9 @@ def norm_key(
 def merger_of(graph_module: fx.GraphModule) -> Merger:
     """The merger of the model that a graph is of; by default one of the graph's own modules."""
     found = graph_module.meta.get(MERGER)
-    return found if isinstance(found, Merger) else Merger(graph_module, escapes=False)
+    if isinstance(found, Merger):
+        return found
+    return Merger(graph_module, sightings=Sightings((), {}), escapes=False)
 
 
 @contextlib.contextmanager

@@ -188,7 +188,7 @@ def test_a_layer_that_is_taken_out_is_no_silent_error(name: str, change: str) ->
             parent, _, child = name.rpartition(".")
             setattr(fused.get_submodule(parent), child, nn.Linear(6, 3))
             del layer
-    with pytest.raises((RuntimeError, AttributeError), match="wide|replaced or taken out"):
+    with pytest.raises((RuntimeError, AttributeError), match=r"wide|replaced or taken out"):
         fused(x())
 
 

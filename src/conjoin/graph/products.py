@@ -89,6 +89,45 @@ def call(
     edit.erase_unread(graph, lent)
 
 
+def write_out(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], lent: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Writes calls of layers as the products with Parameters that they were.
+
+    Args:
+        graph: the graph, changed in place.
+        modules: the modules that it calls, by target.
+        lent: for each target of a layer the targets of its Parameters, by their names there.
+    """
+    for node in list(graph.nodes):
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(layer, Product):
+            continue
+        held = lent[str(node.target)]
+        with graph.inserting_before(node):
+            weight = graph.get_attr(held["weight"])
+            bias = graph.get_attr(held["bias"]) if "bias" in held else None
+            made = _product(graph, layer, node.all_input_nodes[0], weight, bias)
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+
+
+def _product(
+    graph: fx.Graph, layer: Product, input: fx.Node, weight: fx.Node, bias: fx.Node | None
+) -> fx.Node:
+    """A product as it is written, at the insert point."""
+    if layer.function == "linear":
+        return graph.call_function(F.linear, (input, weight, bias))
+    if layer.function == "einsum":
+        return graph.call_function(torch.einsum, (layer.equation, input, weight))
+    if layer.function == "tensordot":
+        dims = 1 if layer.equation else ([-1], [0])
+        return graph.call_function(torch.tensordot, (input, weight), {"dims": dims})
+    function = torch.mm if layer.function == "mm" else operator.matmul
+    return graph.call_function(function, (input, weight))
+
+
 def _is_of(call: Call, lent: Mapping[str, tuple[str, str]], target: str, layer: Product) -> bool:
     """Whether a call is the product that a layer stands for."""
     bias = None if call.bias is None else lent.get(str(call.bias.target))

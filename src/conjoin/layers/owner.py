@@ -151,6 +151,14 @@ def lent(owner: nn.Module, name: str, *, slices: bool = False) -> Any:
     return getattr(product, tensor)
 
 
+def lent_to(module: nn.Module) -> dict[str, dict[str, str]]:
+    """The names of the Parameters of a module by those in the product that has them, by product."""
+    found: dict[str, dict[str, str]] = {}
+    for name, (key, tensor) in _places(module) if isinstance(module, Owner) else ():
+        found.setdefault(key, {})[tensor] = name
+    return found
+
+
 def lender(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds the Parameter `name` of `module`, and its name there."""
     place = vars(module).get(LENT, {}).get(name)
@@ -187,7 +195,9 @@ def raw_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
 def _holds_raw(module: nn.Module) -> bool:
     """Whether a module is of a class of the user's, or a container of Parameters."""
     own = not type(module).__module__.startswith(("torch.", "conjoin."))
-    return own or isinstance(module, (nn.ParameterList, nn.ParameterDict))
+    # A GraphModule keeps Parameters in plain modules at the places of those that it was traced of.
+    plain = (nn.Module, nn.ParameterList, nn.ParameterDict)
+    return own or type(module) in plain or isinstance(module, plain[1:])
 
 
 def may_lend(owner: nn.Module, names: tuple[str, ...]) -> bool:

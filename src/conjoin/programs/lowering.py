@@ -187,13 +187,14 @@ class Lowering:
         try:
             with fakes.nothing_new(self._mode):
                 node.meta[fakes.VALUE] = fakes.computed(self._mode, node)
-        except Exception as error:  # noqa: BLE001 - Whatever the operation says of such strides.
+        except Exception as error:
             raise LoweringError(self._behind(node), f"{node} would fail: {error}") from error
 
     def _lower(self, node: fx.Node) -> Any:
         """A node that the passes have put in, as the nodes of its value."""
         if node.target is operator.getitem and not isinstance(
-            whole := self._values[node.args[0]], fx.Node  # type: ignore[index]
+            whole := self._values[node.args[0]],
+            fx.Node,  # type: ignore[index]
         ):
             return whole[node.args[1]]  # type: ignore[index]
         function, tensors = self._function(node)
@@ -202,7 +203,7 @@ class Lowering:
             return self._written(node, function, (*given, tensors))
         except LoweringError:
             raise
-        except Exception as error:  # noqa: BLE001 - Whatever an operation says of such values.
+        except Exception as error:
             raise LoweringError(self._above(node), f"{node.target}: {error}") from error
 
     def _function(self, node: fx.Node) -> tuple[Callable[..., Any], dict[str, fx.Node]]:

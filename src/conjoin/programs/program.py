@@ -28,7 +28,7 @@ from conjoin.graph.siblings import Candidate
 from conjoin.layers import KINDS, Kind
 from conjoin.legality import Reason, Refusal
 from conjoin.merging import MERGER, Merger
-from conjoin.passes import rewrite
+from conjoin.passes import rewrite_traced
 from conjoin.programs import fakes, record
 from conjoin.programs.fakes import VALUE
 from conjoin.programs.lowering import Lowering, LoweringError, Slice, called_apart, slices
@@ -58,7 +58,7 @@ def optimize(program: ExportedProgram, kinds: tuple[Kind, ...] = KINDS) -> Expor
         inputs = _inputs(found.module.graph) if batches else None
         found.module.meta[INPUTS] = inputs
         found.module.meta[MERGER] = Merger(found.module, kinds, found=[_refused(apart)])
-        if not rewrite(found.module):
+        if not rewrite_traced(found.module):
             return _copied(program)
         if left := {*called_apart(found)}:
             apart |= left

@@ -40,7 +40,10 @@ class UnrecordableError(ValueError):
 
 
 def written(
-    program: ExportedProgram, graph: fx.Graph, kept: Mapping[fx.Node, fx.Node], merged: Mapping[str, Slice]
+    program: ExportedProgram,
+    graph: fx.Graph,
+    kept: Mapping[fx.Node, fx.Node],
+    merged: Mapping[str, Slice],
 ) -> dict[str, Any]:
     """The record of a program, for the optimized one.
 

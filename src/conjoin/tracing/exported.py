@@ -38,6 +38,18 @@ LAYERS: Mapping[Any, type[nn.Module]] = {
 }
 """The layer behind each operation."""
 
+OF_TORCH: Mapping[Any, Any] = {
+    F.linear: aten.linear.default,
+    torch.conv1d: aten.conv1d.default,
+    torch.conv2d: aten.conv2d.default,
+    torch.conv3d: aten.conv3d.default,
+    torch.conv_transpose1d: aten.conv_transpose1d.default,
+    torch.conv_transpose2d: aten.conv_transpose2d.input,
+    torch.conv_transpose3d: aten.conv_transpose3d.input,
+    F.layer_norm: aten.layer_norm.default,
+}
+"""The operation behind a function that has the same arguments in the same order."""
+
 TRACKING: Mapping[Any, Mapping[int, type[nn.Module]]] = {
     aten.batch_norm: {
         2: nn.BatchNorm1d,
@@ -175,7 +187,7 @@ def _called_layer(
     Returns:
         Its name; empty where the operation is none, or has other settings than the first.
     """
-    operation = getattr(node.target, "overloadpacket", None)
+    operation = getattr(OF_TORCH.get(node.target, node.target), "overloadpacket", None)
     cls = LAYERS.get(operation) or TRACKING.get(operation, {}).get(_rank(node))
     if cls is None:
         return ""
@@ -230,7 +242,7 @@ def _counts_one(node: fx.Node, counter: fx.Node) -> bool:
 
 def _arguments(node: fx.Node) -> dict[str, Any]:
     """The arguments of an operation by name, with the defaults of its schema."""
-    schema = node.target._schema  # type: ignore[union-attr]
+    schema = OF_TORCH.get(node.target, node.target)._schema
     given = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)}
     defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
     return {**defaults, **given, **node.kwargs}
@@ -257,7 +269,9 @@ def _owner(module: fx.GraphModule, arguments: dict[str, Any]) -> str:
     held = {
         key for key, t in (*owner._parameters.items(), *owner._buffers.items()) if t is not None
     }
-    return name if held == expected and not owner._modules else ""
+    # A layer of the user's own class may do more.
+    plain = type(owner) is nn.Module and not owner._modules
+    return name if held == expected and plain else ""
 
 
 def _reads(node: object, name: str, *, whole: bool = False) -> bool:

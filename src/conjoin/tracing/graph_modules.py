@@ -10,15 +10,15 @@ from __future__ import annotations
 import contextlib
 import copy
 from collections.abc import Iterator
-from typing import Any
 
 from torch import fx, nn
 
-from conjoin.graph import parts, rewriting
+from conjoin.graph import parts, products, rewriting
 from conjoin.graph.parts import Separation
+from conjoin.layers.owner import lent_to
 from conjoin.layers.wide import Wide
 from conjoin.merging import MERGER, Merger
-from conjoin.passes import rewrite
+from conjoin.passes import Lift, rewrite
 
 
 def graph_modules(model: nn.Module) -> Iterator[tuple[str, fx.GraphModule]]:
@@ -36,30 +36,34 @@ def check(model: nn.Module) -> None:
         rewriting.check(module, name)
 
 
-def rewrite_all(model: nn.Module, meta: dict[str, Any]) -> None:
+def rewrite_all(model: nn.Module, merger: Merger) -> set[Wide]:
     """Rewrites the graph of every GraphModule of a model.
 
     Args:
         model: the model, whose siblings are views.
-        meta: what the passes find in the `meta` of the GraphModules meanwhile.
+        merger: its merger.
+
+    Returns:
+        The wide layers that the graphs call.
     """
-    merger: Merger = meta[MERGER]
+    called: set[Wide] = set()
+    rewritten, escapes = merger.rewritten, merger.escapes
+
+    def noted(module: fx.GraphModule) -> None:
+        called.update(_wides_called(module))
+        rewritten(module)
+
+    merger.rewritten = noted
     for _, module in list(graph_modules(model)):
         separate(module)
-        escapes, merger.escapes = merger.escapes, module is not model
-        with _holding(module, meta):
+        merger.escapes = module is not model
+        module.meta[MERGER] = merger
+        try:
             rewrite(module)
-        merger.escapes = escapes
-
-
-@contextlib.contextmanager
-def _holding(module: fx.GraphModule, meta: dict[str, Any]) -> Iterator[None]:
-    module.meta.update(meta)
-    try:
-        yield
-    finally:
-        for key in meta:
-            del module.meta[key]
+        finally:
+            del module.meta[MERGER]
+    merger.rewritten, merger.escapes = rewritten, escapes
+    return called
 
 
 def separate(module: fx.GraphModule) -> bool:
@@ -72,6 +76,12 @@ def separate(module: fx.GraphModule) -> bool:
     modules = parts.reachable(module)
     before = {*module.graph.nodes}
     Separation(module.graph, modules, parts.separable(module, modules)).run()
+    lent = {
+        f"{path}.{key}".lstrip("."): {t: f"{path}.{name}".lstrip(".") for t, name in names.items()}
+        for path, inner in module.named_modules()
+        for key, names in lent_to(inner).items()
+    }
+    products.write_out(module.graph, modules, lent)
     rewriting.finish(module, before)
     return not _calls_wide(module)
 
@@ -105,9 +115,31 @@ def separated(model: nn.Module) -> Iterator[None]:
             module.graph = graph
 
 
+@contextlib.contextmanager
+def lifted(model: nn.Module) -> Iterator[None]:
+    """Has the graphs of a model call layers in the place of operations on their parameters.
+
+    Those in which nothing is merged meanwhile are what they were in the end.
+    """
+    changed: list[tuple[fx.GraphModule, fx.Graph]] = []
+    for _, module in graph_modules(model):
+        graph = copy.deepcopy(module.graph)
+        result = Lift()(module)
+        if result is not None and result.modified:
+            changed.append((module, graph))
+    try:
+        yield
+    finally:
+        for module, graph in changed:
+            if not _calls_wide(module):
+                module.graph = graph
+
+
 def _calls_wide(module: fx.GraphModule) -> bool:
+    return bool(_wides_called(module))
+
+
+def _wides_called(module: fx.GraphModule) -> set[Wide]:
     modules = parts.reachable(module)
-    return any(
-        node.op == "call_module" and isinstance(modules[str(node.target)], Wide)
-        for node in module.graph.nodes
-    )
+    called = {modules[str(n.target)] for n in module.graph.nodes if n.op == "call_module"}
+    return {each for each in called if isinstance(each, Wide)}
