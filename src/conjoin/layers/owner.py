@@ -192,12 +192,16 @@ def raw_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                     yield f"{prefix}.{name}".lstrip("."), parameter
 
 
+class Held(nn.Module):
+    """A module of an exported program, of which no more is known than its tensors."""
+
+
 def _holds_raw(module: nn.Module) -> bool:
     """Whether a module is of a class of the user's, or a container of Parameters."""
     own = not type(module).__module__.startswith(("torch.", "conjoin."))
     # A GraphModule keeps Parameters in plain modules at the places of those that it was traced of.
-    plain = (nn.Module, nn.ParameterList, nn.ParameterDict)
-    return own or type(module) in plain or isinstance(module, plain[1:])
+    plain = type(module) is nn.Module
+    return own or plain or isinstance(module, (nn.ParameterList, nn.ParameterDict, Held))
 
 
 def may_lend(owner: nn.Module, names: tuple[str, ...]) -> bool:

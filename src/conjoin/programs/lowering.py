@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import copy
 import operator
+import re
 from collections import ChainMap
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -21,11 +22,14 @@ from torch.export import ExportedProgram
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
+from conjoin.graph import edit
 from conjoin.layers.kind import TENSORS
+from conjoin.layers.owner import Owner
+from conjoin.layers.product import SUFFIX
 from conjoin.layers.wide import WIDE, View, Wide, wides
 from conjoin.merging import common_path
 from conjoin.programs import fakes
-from conjoin.programs.raised import Raised, held
+from conjoin.programs.raised import Raised, held, within
 
 CARRIED = ("stack_trace", "nn_module_stack", "custom")
 """What is known of a node that goes for what takes its place too."""
@@ -87,9 +91,19 @@ def slices(module: nn.Module) -> dict[str, Slice]:
         for index, (member, _) in enumerate(members):
             for name in wide_tensors(wide):
                 if name not in TENSORS or wide.holds(name, index):
-                    whole = f"{leader}.{WIDE}.{name}"
-                    found[f"{member}.{name}"] = Slice(wide, name, whole, index)
+                    whole = within(f"{leader.removesuffix(SUFFIX)}.{WIDE}.{name}")
+                    found[within(_held_at(module, member, name))] = Slice(wide, name, whole, index)
     return found
+
+
+def _held_at(module: nn.Module, layer: str, name: str) -> str:
+    """The name of a layer's tensor; for a product that of its owner's Parameter."""
+    path, _, key = layer.rpartition(".")
+    owner = module.get_submodule(path)
+    if isinstance(owner, Owner) and key.endswith(SUFFIX):
+        places = owner.conjoin_lent.items()
+        return next(f"{path}.{own}" for own, place in places if place == (key, name))
+    return f"{layer}.{name}"
 
 
 class Lowering:
@@ -128,7 +142,7 @@ class Lowering:
         self._inputs()
         for node in self._raised.module.graph.nodes:
             origins = self._raised.origins.get(node, ())
-            if node.op == "get_attr" and node.target in self._slices:
+            if node.op == "get_attr" and within(str(node.target)) in self._slices:
                 continue  # Nothing reads it any more, see `called_apart`.
             if origins and origins[-1] in self.kept:
                 self._values[node] = self.kept[origins[-1]]
@@ -147,11 +161,10 @@ class Lowering:
             spec = specs.get(node.name)
             slice = None if spec is None else self._slices.get(str(spec.target))
             if slice is None:
-                self.kept[node] = self.graph.node_copy(node)
+                self.kept[node] = edit.copied(self.graph, node, self.kept.__getitem__)
             elif slice.whole not in self.wholes:
-                self.wholes[slice.whole] = made = self.graph.placeholder(
-                    self._fresh(f"{node.name[:2]}{slice.whole.replace('.', '_')}")
-                )
+                name = re.sub(r"\W", "_", f"{node.name[:2]}{slice.whole}").lower()
+                self.wholes[slice.whole] = made = self.graph.placeholder(self._fresh(name))
                 made.meta[fakes.VALUE] = fakes.faked(self._mode, slice.tensor)
 
     def _stays(self, node: fx.Node) -> bool:
@@ -173,7 +186,7 @@ class Lowering:
         }
         known = ChainMap(read, self.kept)
         for origin in origins:
-            self.kept[origin] = copied = self.graph.node_copy(origin, known.__getitem__)
+            self.kept[origin] = copied = edit.copied(self.graph, origin, known.__getitem__)
             self._look_at(copied, origin)
         return self.kept[origins[-1]]
 
@@ -216,12 +229,12 @@ class Lowering:
             return lambda args, kwargs, _: getattr(args[0], name)(*args[1:], **kwargs), {}
         module = self._raised.module.get_submodule(str(node.target))
         if isinstance(module, Wide):
-            leader = self._slices[f"{self._names[module][0]}.weight"].whole.removesuffix(".weight")
-            tensors = {name: self.wholes[f"{leader}.{name}"] for name in wide_tensors(module)}
+            named = {each.name: each.whole for each in self._slices.values() if each.wide is module}
+            tensors = {name: self.wholes[whole] for name, whole in named.items()}
             bare = copy.copy(module)
             return lambda args, kwargs, held: _with(bare, held)(*args, **kwargs), tensors
         names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
-        tensors = {name: self._tensor(f"{node.target}.{name}") for name in names}
+        tensors = {name: self._tensor(within(f"{node.target}.{name}")) for name in names}
         return lambda args, kwargs, held: torch.func.functional_call(
             module, held, args, kwargs
         ), tensors
@@ -280,7 +293,7 @@ class Lowering:
         module = self._raised.module.get_submodule(str(node.target)) if _is_call(node) else None
         stack: dict[str, Any] | None = known.get("nn_module_stack")
         if isinstance(module, Wide) and stack:
-            path = f"{common_path(self._names[module])}."
+            path = within(f"{common_path(self._names[module])}.")
             known["nn_module_stack"] = {
                 key: value
                 for key, value in stack.items()
@@ -292,7 +305,7 @@ class Lowering:
         """A value, under the name of the one that it takes the place of."""
         name = self._stand_ins.get(node)
         if name is not None and value in self._made:
-            value._rename(name)
+            value.name = name
             self._made.discard(value)
         return value
 
@@ -360,5 +373,5 @@ def called_apart(raised: Raised) -> Iterator[str]:
             view = raised.module.get_submodule(str(node.target))
             if isinstance(view, View):
                 yield str(node.target)
-        elif node.op == "get_attr" and str(node.target) in merged and node.users:
+        elif node.op == "get_attr" and within(str(node.target)) in merged and node.users:
             yield str(node.target).rpartition(".")[0]

@@ -23,8 +23,10 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
+from conjoin.graph import edit
 from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.siblings import Candidate
+from conjoin.graph.site import Sightings
 from conjoin.layers import KINDS, Kind
 from conjoin.legality import Reason, Refusal
 from conjoin.merging import MERGER, Merger
@@ -32,7 +34,7 @@ from conjoin.passes import rewrite_traced
 from conjoin.programs import fakes, record
 from conjoin.programs.fakes import VALUE
 from conjoin.programs.lowering import Lowering, LoweringError, Slice, called_apart, slices
-from conjoin.programs.raised import HELD, Raised, held, raised
+from conjoin.programs.raised import HELD, ROOT, Raised, held, raised
 from conjoin.programs.record import RECORD, Restoration, UnrecordableError
 
 CUSTOM = "custom"
@@ -51,29 +53,32 @@ def optimize(program: ExportedProgram, kinds: tuple[Kind, ...] = KINDS) -> Expor
     """
     if _is_current(program):
         program = unfuse(program)
-    apart = {name.rpartition(".")[0] for name in _changed(program)}
+    apart = {f"{ROOT}.{name}".rpartition(".")[0] for name in _changed(program)}
     batches = True
     while True:
         found = raised(program)
         inputs = _inputs(found.module.graph) if batches else None
         found.module.meta[INPUTS] = inputs
-        found.module.meta[MERGER] = Merger(found.module, kinds, found=[_refused(apart)])
+        found.module.meta[MERGER] = Merger(
+            found.module, kinds, Sightings((), {}), [_refused(apart)]
+        )
         if not rewrite_traced(found.module):
             return _copied(program)
-        if left := {*called_apart(found)}:
-            apart |= left
-        elif inputs is not None and (inputs.most or 0) and _elements(found) > (inputs.most or 0):
+        why = "layers that were merged are also called one by one"
+        left = {*called_apart(found)}
+        if inputs is not None and (inputs.most or 0) and _elements(found) > (inputs.most or 0):
             batches = False
-        else:
+            continue
+        if not left:
             try:
                 return _lowered(program, found)
             except (LoweringError, UnrecordableError) as error:
-                layers = getattr(error, "layers", frozenset()) - apart
-                if not layers and not batches:
-                    warnings.warn(f"the program stays as it is: {error}", stacklevel=3)
-                    return _copied(program)
-                apart |= layers
-                batches &= bool(layers)
+                left, why = {*getattr(error, "layers", ())}, str(error)
+        if left <= apart and not batches:
+            warnings.warn(f"the exported program stays as it is: {why}", stacklevel=3)
+            return _copied(program)
+        batches &= not left <= apart
+        apart |= left
 
 
 def unfuse(program: ExportedProgram) -> ExportedProgram:
@@ -147,7 +152,7 @@ def _copied(program: ExportedProgram) -> ExportedProgram:
     graph = fx.Graph()
     at: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
-        at[node] = graph.node_copy(node, at.__getitem__)
+        at[node] = edit.copied(graph, node, at.__getitem__)
     specs = program.graph_signature.input_specs
     custom = program.graph_module.meta.get(CUSTOM, {})
     return _built(program, graph, specs, program.state_dict, custom)

@@ -1,7 +1,7 @@
 """An exported program's graph as the passes want it: layers at their names.
 
-    placeholder p_a_weight, a parameter        becomes    get_attr a.weight
-    aten.linear(x, p_a_weight, p_a_bias)       becomes    call_module a(x)
+    placeholder p_a_weight, a parameter        becomes    get_attr program.a.weight
+    aten.linear(x, p_a_weight, p_a_bias)       becomes    call_module program.a(x)
 
 The program stays as it is. It is remembered which of its nodes each node of the raised graph stands
 for, and how that node was written, so that what no pass has touched can be lowered to the very
@@ -20,7 +20,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.fx.node import map_arg
 
+from conjoin.layers.owner import Held
 from conjoin.tracing.exported import raise_
+
+ROOT = "program"
+"""Where in the raised graph's module the program's modules are."""
 
 HELD = (InputKind.PARAMETER, InputKind.BUFFER)
 """The inputs of a program that are tensors of its modules."""
@@ -74,14 +78,15 @@ def form(node: fx.Node) -> Form:
 def raised(program: ExportedProgram) -> Raised:
     """Raises the graph of a program, which stays as it is."""
     module = fx.GraphModule(nn.Module(), fx.Graph())
+    module.add_module(ROOT, Held())
     for name, tensor in tensors(program).items():
-        _hold(module, name, tensor)
+        _hold(module, f"{ROOT}.{name}", tensor)
     specs = held(program)
     graph = fx.Graph()
     at: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in specs:
-            at[node] = graph.create_node("get_attr", str(specs[node.name].target))
+            at[node] = graph.create_node("get_attr", f"{ROOT}.{specs[node.name].target}")
             at[node].meta = dict(node.meta)
         else:
             at[node] = graph.node_copy(node, at.__getitem__)
@@ -92,6 +97,11 @@ def raised(program: ExportedProgram) -> Raised:
     for made, gone in raise_(module).items():
         origins[made] = tuple(each for copy in gone for each in origins.pop(copy))
     return Raised(module, origins, {node: form(node) for node in module.graph.nodes})
+
+
+def within(name: str) -> str:
+    """The name in the program of what has this one in the raised graph's module."""
+    return name.removeprefix(f"{ROOT}.")
 
 
 def held(program: ExportedProgram) -> dict[str, InputSpec]:
@@ -114,7 +124,7 @@ def _hold(module: nn.Module, name: str, tensor: Any) -> None:
     *path, last = name.split(".")
     for step in path:
         if step not in module._modules:
-            module.add_module(step, nn.Module())
+            module.add_module(step, Held())
         child = module._modules[step]
         assert child is not None  # it was put there
         module = child

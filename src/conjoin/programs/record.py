@@ -21,6 +21,7 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx.node import map_arg
 
+from conjoin.graph import edit
 from conjoin.programs import fakes
 from conjoin.programs.lowering import Slice
 from conjoin.programs.raised import held
@@ -80,7 +81,11 @@ def written(
 
 def digest(graph: fx.Graph) -> str:
     """A short text that differs between graphs that differ."""
-    lines = [(n.name, n.op, str(n.target), _inputs(n)) for n in graph.nodes]
+    # What a placeholder is called beside its name is lost in a file.
+    lines = [
+        (n.name, n.op, "" if n.op == "placeholder" else str(n.target), _inputs(n))
+        for n in graph.nodes
+    ]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
 
@@ -218,7 +223,7 @@ class Restoration:
     def _keep(self, name: str, inputs: list[str] | None) -> None:
         node = self._there[name]
         names = iter(_inputs(node) if inputs is None else inputs)
-        self._nodes[name] = self.graph.node_copy(node, lambda _: self._nodes[next(names)])
+        self._nodes[name] = edit.copied(self.graph, node, lambda _: self._nodes[next(names)])
         if node.op == "placeholder":
             self.specs.append(self._specs[name])
 
@@ -233,7 +238,8 @@ class Restoration:
     def _restore(self, node: Mapping[str, Any]) -> None:
         args, kwargs = (_decoded(node[key], self._nodes) for key in ("args", "kwargs"))
         target = _operation(node["target"])
-        made = self.graph.create_node("call_function", target, args, kwargs, name=node["name"])
+        made = self.graph.call_function(target, args, kwargs)
+        made.name = node["name"]
         made.meta = _known(node["meta"])
         made.meta[fakes.VALUE] = fakes.computed(self._mode, made)
         self._nodes[node["name"]] = made
