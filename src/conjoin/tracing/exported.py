@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from conjoin.layers.kind import TENSORS
+from conjoin.layers.owner import Held
 
 aten = torch.ops.aten
 
@@ -66,6 +67,9 @@ RUNNING = ("running_mean", "running_var")
 
 COUNTER = "num_batches_tracked"
 """The buffer in which it counts its calls in training."""
+
+HOLDERS = (nn.Module, Held)
+"""The classes of modules that only hold tensors; one of the user's own may do more."""
 
 INPUTS = ("input", "indices", "self")
 """The names that operations have for what a layer reads."""
@@ -196,6 +200,8 @@ def _called_layer(
     if not name or (_trains(node) and not counts.get(name)):
         return ""
     settings = _settings(arguments)
+    if name not in calls and type(module.get_submodule(name)) not in HOLDERS:
+        return ""
     if name not in calls:
         calls[name] = operation, settings
         module.set_submodule(name, _layer(cls, module.get_submodule(name), settings))
@@ -269,9 +275,7 @@ def _owner(module: fx.GraphModule, arguments: dict[str, Any]) -> str:
     held = {
         key for key, t in (*owner._parameters.items(), *owner._buffers.items()) if t is not None
     }
-    # A layer of the user's own class may do more.
-    plain = type(owner) is nn.Module and not owner._modules
-    return name if held == expected and plain else ""
+    return name if held == expected and not owner._modules else ""
 
 
 def _reads(node: object, name: str, *, whole: bool = False) -> bool:

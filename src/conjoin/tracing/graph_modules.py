@@ -16,7 +16,7 @@ from torch import fx, nn
 from conjoin.graph import parts, products, rewriting
 from conjoin.graph.parts import Separation
 from conjoin.layers.owner import lent_to
-from conjoin.layers.wide import Wide
+from conjoin.layers.wide import View, Wide
 from conjoin.merging import MERGER, Merger
 from conjoin.passes import Lift, rewrite
 
@@ -121,18 +121,22 @@ def lifted(model: nn.Module) -> Iterator[None]:
 
     Those in which nothing is merged meanwhile are what they were in the end.
     """
-    changed: list[tuple[fx.GraphModule, fx.Graph]] = []
-    for _, module in graph_modules(model):
-        graph = copy.deepcopy(module.graph)
+    changed: list[tuple[fx.GraphModule, fx.Graph, dict[str, nn.Module]]] = []
+    for _, module in list(graph_modules(model)):
+        graph, held = copy.deepcopy(module.graph), dict(module.named_modules())
         result = Lift()(module)
         if result is not None and result.modified:
-            changed.append((module, graph))
+            changed.append((module, graph, held))
     try:
         yield
     finally:
-        for module, graph in changed:
-            if not _calls_wide(module):
-                module.graph = graph
+        for module, graph, held in changed:
+            layers = {n: m for n, m in module.named_modules() if held.get(n, m) is not m}
+            if _calls_wide(module) or any(isinstance(layer, View) for layer in layers.values()):
+                continue
+            for name in layers:
+                module.set_submodule(name, held[name])
+            module.graph = graph
 
 
 def _calls_wide(module: fx.GraphModule) -> bool:
