@@ -1,6 +1,6 @@
 """A model as a file for inference elsewhere: exported, run from its file, and compared.
 
-    model -> unfuse, or optimize -> torch.export -> .pt2, or through torch.onnx -> .onnx
+    model -> unfuse -> torch.export -> optimize, if asked -> .pt2, or through torch.onnx -> .onnx
 
 What the file computes is compared with what the model computed before anything was done to it. The
 file takes its place only where they agree.
@@ -22,6 +22,7 @@ from torch.utils import _pytree as pytree
 import conjoin
 from conjoin import outcome
 from conjoin.foreign import SavedError, foreign, quiet
+from conjoin.programs import program as programs
 from conjoin.saved import placing
 from conjoin.tracing.observe import Call
 from conjoin.tracing.undisturbed import start_streams, undisturbed
@@ -74,7 +75,7 @@ def export(
         force: replace `out` where it exists.
 
     Returns:
-        What was compared, as one sentence.
+        What was compared and what was merged.
 
     Raises:
         SavedError: the model does not run, cannot be exported or written, or the file gives
@@ -88,13 +89,16 @@ def export(
         calls.append(_doubled(call, batched))
     with foreign("the model does not run on the inputs"), quiet():
         expected = [_run(model, each, model) for each in calls]
-    with quiet():
-        if fused:
-            model = conjoin.optimize(model, call[0], example_kwargs=call[1], inplace=True)
-        else:
-            model = conjoin.unfuse(model, inplace=True)
+    model = conjoin.unfuse(model, inplace=True)
     with foreign("torch.export cannot export the model"), quiet(), undisturbed(model):
         program = _program(model, call, batched)
+    merged = ""
+    if fused:
+        # Not the model: where Python decides, its layers would be exported one by one.
+        with quiet():
+            wide = programs.optimize(program)
+        merged = _merged(program, wide)
+        program = wide
     write, opened = _WRITERS[Path(out).suffix]
     with placing(out, force=force) as temporary:
         with foreign(f"the model cannot be written as {out}"), quiet():
@@ -107,8 +111,16 @@ def export(
     sizes = " and twice as large a batch" if dynamic_batch else ""
     return (
         f"equal: {count} output{'' if count == 1 else 's'} of {out} on the inputs{sizes}; "
-        f"largest difference {largest:.1e}"
+        f"largest difference {largest:.1e}{merged}"
     )
+
+
+def _merged(program: ExportedProgram, wide: ExportedProgram) -> str:
+    """What was merged, as a line."""
+    before, after = {*program.state_dict}, {*wide.state_dict}
+    if before == after:
+        return "\nfused: nothing could be merged"
+    return f"\nfused: {len(before - after)} tensors of layers became {len(after - before)}"
 
 
 Outputs = list[Tensor]
