@@ -203,6 +203,29 @@ def test_after_unfuse_layers_may_be_changed() -> None:
     torch.testing.assert_close(back(input), plain(input), rtol=0, atol=0)
 
 
+def test_a_graph_made_of_a_rewritten_one_keeps_its_weights() -> None:
+    """It has the wide layers and no siblings: they save and load what they hold."""
+    fused = conjoin.optimize(traced(), (x(),))
+    fused(x())
+    fused.eval()
+    other = fx.Transformer(fused).transform().eval()
+    input = x()
+    expected = fused(input)["sum"].detach()
+    torch.testing.assert_close(other(input)["sum"], expected, rtol=0, atol=0)
+    saved = {name: tensor.clone() for name, tensor in other.state_dict().items()}
+    assert {*saved} > {name for name, _ in other.named_parameters()}
+    with torch.no_grad():
+        for tensor in (
+            *other.parameters(),
+            *other.get_submodule("towers.0.1.wide").running.values(),
+        ):
+            tensor.zero_()
+    assert not torch.equal(other(input)["sum"], expected)
+    other.load_state_dict(saved)
+    torch.testing.assert_close(other(input)["sum"], expected, rtol=0, atol=0)
+    assert list(fused.state_dict()) == list(traced().state_dict())
+
+
 # Graphs that do not lint
 
 

@@ -13,6 +13,7 @@ holds only some of them, each one's own part, which acts as the Parameter that i
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -23,6 +24,7 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, cast
 
 import torch
@@ -330,10 +332,47 @@ class Wide(nn.Module):
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Nothing: the views emit the slices under the siblings' names."""
+        frame = inspect.currentframe()
+        if _is_orphan(frame and frame.f_back, nn.Module.state_dict.__code__.co_name, "self"):
+            with self._with_running():
+                return super().state_dict(*args, destination=destination, **kwargs)
         return {} if destination is None else destination
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the views write through."""
+        frame = inspect.currentframe()
+        loading = frame and frame.f_back
+        if _is_orphan(loading and loading.f_back, "load", "module"):
+            with self._with_running():
+                super()._load_from_state_dict(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _with_running(self) -> Iterator[None]:
+        """Has the running buffers among its buffers for a while."""
+        self._buffers.update(self.running)
+        try:
+            yield
+        finally:
+            for name in self.running:
+                del self._buffers[name]
+
+
+def _is_orphan(frame: FrameType | None, function: str, name: str) -> bool:
+    """Whether a module that is no view goes through a wide layer as its child.
+
+    The graph of a GraphModule that is made of a rewritten one, as `fx.Transformer` does, has the
+    wide layers without the views.
+
+    Args:
+        frame: where PyTorch goes through the children of a module.
+        function: the function that does so.
+        name: the variable that holds the module there.
+    """
+    if frame is None or frame.f_code.co_name != function:
+        return False
+    parent = frame.f_locals.get(name)
+    of_torch = frame.f_globals.get("__name__") == nn.Module.__module__
+    return of_torch and isinstance(parent, nn.Module) and not isinstance(parent, View)
 
 
 class _Whole:
