@@ -67,8 +67,7 @@ def operations(
     Raises:
         UnknownSizeError: it depends on sizes that are not known.
     """
-    # As `torch.export` does, so that the operations are written as the program's own.
-    with nothing_new(mode), torch.backends.cudnn.flags(enabled=False):
+    with nothing_new(mode), _as_exported():
         traced: fx.GraphModule = make_fx(function, tracing_mode="real", pre_dispatch=True)(*values)
     for node in reversed(traced.graph.nodes):
         if node.op == "call_function" and not node.users and not node.target._schema.is_mutable:
@@ -76,10 +75,22 @@ def operations(
     return traced
 
 
+@contextlib.contextmanager
+def _as_exported() -> Iterator[None]:
+    """Without the libraries that `torch.export` turns off, whose choice depends on sizes."""
+    backends = torch.backends
+    with (
+        backends.cudnn.flags(enabled=False),
+        backends.mkldnn.flags(enabled=False),
+        backends.nnpack.flags(enabled=False),
+    ):
+        yield
+
+
 def computed(mode: FakeTensorMode, node: fx.Node) -> Any:
     """What an operation gives for the values that its inputs have now."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda each: each.meta[VALUE])
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), _as_exported():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

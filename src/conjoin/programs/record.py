@@ -73,6 +73,7 @@ def written(
         "nodes": nodes,
         "inputs": inputs,
         "tensors": {name: [whole, *place] for name, (whole, place) in parts.items()},
+        "strides": {slice.whole: list(slice.tensor.stride()) for slice in merged.values()},
         "order": list(program.state_dict),
         "graph": digest(graph),
     }
@@ -208,9 +209,11 @@ class Restoration:
         names = [str(getattr(spec.arg, "name", "")) for spec in program.graph_signature.input_specs]
         self._specs = dict(zip(names, program.graph_signature.input_specs, strict=True))
         self._nodes: dict[str, fx.Node] = {}
-        wholes = program.state_dict
-        for name, (whole, size, stride, offset) in record["tensors"].items():
-            self.tensors[name] = _cut(wholes[whole], size, stride, offset)
+        for name, part in originals(record, program.state_dict).items():
+            whole = program.state_dict[record["tensors"][name][0]]
+            trains = isinstance(whole, nn.Parameter)
+            part = part.clone()
+            self.tensors[name] = nn.Parameter(part, whole.requires_grad) if trains else part
         for node in record["nodes"]:
             if isinstance(node, str):
                 self._keep(node, record["inputs"].get(node))
@@ -255,7 +258,26 @@ def _known(meta: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-def _cut(whole: Tensor, size: list[int], stride: list[int], offset: int) -> Tensor:
-    """A part of a wide tensor as a tensor of its own, which trains if the wide one does."""
-    part = whole.detach().as_strided(size, stride, offset).clone()
-    return nn.Parameter(part, whole.requires_grad) if isinstance(whole, nn.Parameter) else part
+def originals(record: Mapping[str, Any], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of wide tensors by the names that they had.
+
+    Args:
+        record: the record of a program.
+        held: tensors by their names; of wide ones that are not there, there are no parts.
+    """
+    strides = record["strides"]
+    wholes = {name: _laid_out(held[name], strides[name]) for name in strides if name in held}
+    return {
+        name: wholes[whole].as_strided(size, stride, offset)
+        for name, (whole, size, stride, offset) in record["tensors"].items()
+        if whole in wholes
+    }
+
+
+def _laid_out(tensor: Tensor, strides: list[int]) -> Tensor:
+    """A tensor with these strides, from the beginning of its memory."""
+    tensor = tensor.detach()
+    if list(tensor.stride()) == strides and tensor.storage_offset() == 0:
+        return tensor
+    made = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    return made.copy_(tensor)
