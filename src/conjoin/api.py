@@ -156,11 +156,10 @@ def report(
         ValueError: the model cannot be copied, or does not run on the example inputs; or two of the
             kinds are for one class.
     """
-    if isinstance(model, ExportedProgram):
-        _check_alone(example_inputs, example_kwargs, inplace=False)
-        return _report_program(model, checked(kinds))
     calls = example_calls(example_inputs, example_kwargs)
     kinds = checked(kinds)
+    if isinstance(model, ExportedProgram):
+        return _report_program(model, calls, kinds)
     found, sightings = _find(model, calls, kinds)
     if calls:
         counts = _count(model, calls[0], found, sightings, kinds)
@@ -173,25 +172,28 @@ def report(
     return Report(groups, launches, sightings.untraced, bool(calls))
 
 
-def _report_program(program: ExportedProgram, kinds: tuple[Kind, ...]) -> Report:
+def _report_program(program: ExportedProgram, calls: list[Call], kinds: tuple[Kind, ...]) -> Report:
     """What is, or would be, merged in a program, with the launches of the program itself."""
     plain = programs.unfuse(program) if programs.is_current(program) else program
     fused = programs.optimize(plain, kinds)
-    inputs, kwargs = plain.example_inputs or (None, None)
+    if not calls and plain.example_inputs:
+        calls = [plain.example_inputs]
+    inputs, kwargs = calls[0] if calls else (None, None)
     found = report(lift(plain.module(check_guards=False)), inputs, example_kwargs=kwargs)
     merged = programs.merged_layers(fused)
-    groups = tuple(
-        group
-        if not group.fused or merged.issuperset(group.layers)
-        else dataclasses.replace(
-            group, fused=False, reason=Reason.OPEN_SIZES, launches=None, depth=()
-        )
-        for group in found.groups
-    )
-    if inputs is None:
+    groups = tuple(_in_program(group, merged) for group in found.groups)
+    if not calls:
         return dataclasses.replace(found, groups=groups)
-    before, after = (_launches(each, (inputs, kwargs or {})) for each in (plain, fused))
+    before, after = (_launches(each, calls[0]) for each in (plain, fused))
     return dataclasses.replace(found, groups=groups, launches=Launches(before, after))
+
+
+def _in_program(group: Group, merged: set[str]) -> Group:
+    """A group of a model as it is in the program, where these layers are merged."""
+    if not group.fused or merged.issuperset(group.layers):
+        return group
+    reason = Reason.OPEN_SIZES
+    return dataclasses.replace(group, fused=False, reason=reason, launches=None, depth=())
 
 
 def _launches(program: ExportedProgram, call: Call) -> Count:

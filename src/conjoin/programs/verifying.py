@@ -73,11 +73,12 @@ def _tensors(
     gradients = {name: tensor.grad for name, tensor in held.items() if tensor.grad is not None}
     parts = originals(found, held) if found else {}
     part_gradients = originals(found, gradients) if found else {}
-    wholes = {whole for whole, *_ in found["tensors"].values()} if found else set()
-    for name, tensor in parts.items():
-        whole = held[found["tensors"][name][0]] if found else tensor
-        part = nn.Parameter(tensor) if isinstance(whole, nn.Parameter) else tensor
+    wholes = {name: whole for name, (whole, *_) in found["tensors"].items()} if found else {}
+    own = {name: tensor for name, tensor in held.items() if name not in {*wholes.values()}}
+    for name in sorted({*own, *parts}):
+        if name in own:
+            yield name, own[name], own[name].grad, False
+            continue
+        trains = isinstance(held[wholes[name]], nn.Parameter)
+        part = nn.Parameter(parts[name]) if trains else parts[name]
         yield name, part, part_gradients.get(name), True
-    for name, tensor in held.items():
-        if name not in wholes:
-            yield name, tensor, tensor.grad, False
