@@ -19,7 +19,7 @@ from conjoin.graph.rewriting import Rewrite
 
 PURE = frozenset(
     "view reshape flatten unflatten permute transpose t movedim squeeze unsqueeze expand "
-    "contiguous cat concat stack batched getitem long int float double half bfloat16".split()
+    "contiguous cat concat stack batched getitem pad long int float double half bfloat16".split()
 )
 """Functions and methods that give equal values for equal inputs, beside those of elements."""
 

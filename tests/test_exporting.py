@@ -155,6 +155,12 @@ def test_an_exported_program_is_exported_again(
     capsys: Capture, whole: str, model: nn.Module
 ) -> None:
     exported(capsys, whole, "plain.pt2")
+    succeed(capsys, "export", "plain.pt2", "-o", "fused.pt2", "--fused")
+    assert convolutions(torch.export.load("fused.pt2")) == 2
+    succeed(capsys, "export", "fused.pt2", "-o", "again.pt2")
+    assert convolutions(torch.export.load("again.pt2")) == 3
+    message = fail(capsys, "export", "plain.pt2", "-o", "any.onnx", "--dynamic-batch")
+    assert "has its sizes already" in message
     succeed(capsys, "export", "plain.pt2", "-o", "plain.onnx")
     x = torch.randn(4, 2, 6, 6)
     torch.testing.assert_close(onnx("plain.onnx", x), [model.eval()(x)], rtol=1e-4, atol=1e-5)
@@ -169,7 +175,7 @@ def test_another_function_is_not_written(
 
     if fused:
         other = torch.export.export(nn.Softplus(), (torch.randn(4, 2, 6, 6),))
-        monkeypatch.setattr(exporting.programs, "optimize", lambda program: other)
+        monkeypatch.setattr(conjoin, "optimize", lambda program: other)
     else:
         monkeypatch.setattr(conjoin, "unfuse", broken)
     Path("out.pt2").write_text("precious")

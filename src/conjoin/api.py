@@ -8,26 +8,31 @@ import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
+from conjoin import programs
 from conjoin.graph.depth import Chain, Depths
 from conjoin.graph.siblings import Candidate, candidates, in_order
 from conjoin.graph.site import Sightings, Untraced
-from conjoin.launches import UNCOUNTED, Counted, Launches
+from conjoin.launches import UNCOUNTED, Count, Counted, Launches
 from conjoin.layers import KINDS, Kind, activation, checked
 from conjoin.layers.owner import raw_parameters, reclaim
 from conjoin.layers.product import PRODUCTS, SUFFIX
 from conjoin.layers.wide import Wide, release, unmark, views, wides
+from conjoin.legality import Reason
 from conjoin.merging import MERGER, Level, Merger
 from conjoin.report import Group, Report
 from conjoin.tracing import graph_modules, regions
+from conjoin.tracing.exported import lift
 from conjoin.tracing.observe import Call, Copy, UncopyableError, observe
 from conjoin.tracing.symbolic import trace
 from conjoin.tracing.undisturbed import undisturbed
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound="nn.Module | ExportedProgram")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def optimize(
@@ -44,7 +49,11 @@ def optimize(
     model keeps its class, methods, attributes, module names and `state_dict` keys.
 
     Args:
-        model: the model; with its weights already loaded, or to be loaded later.
+        model: the model; with its weights already loaded, or to be loaded later. Or an
+            `ExportedProgram` of `torch.export`, which is never changed itself, and has example
+            inputs of its own: its siblings are found in its graph, and hold for all the sizes that
+            it was exported for. Its wide parameters are in its `state_dict` in the place of the
+            siblings'.
         example_inputs: the positional arguments of a call, as in `torch.export.export`, or a list
             of such tuples. With them, siblings are found by observing the model run on fake
             tensors; without, by symbolic tracing, which cannot look into all Python code.
@@ -60,8 +69,8 @@ def optimize(
     Raises:
         TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, or `kinds`
             is no tuple of kinds.
-        ValueError: the model cannot be copied, or does not run on the example inputs; or two of the
-            kinds are for one class.
+        ValueError: the model cannot be copied, or does not run on the example inputs; two of the
+            kinds are for one class; or anything but `kinds` is given for an exported program.
 
     Example:
         >>> import torch, conjoin
@@ -77,6 +86,9 @@ def optimize(
     """
     with _no_collection():
         kinds = checked(kinds)
+        if isinstance(model, ExportedProgram):
+            _check_alone(example_inputs, example_kwargs, inplace)
+            return cast(Model, programs.optimize(model, kinds))
         calls = example_calls(example_inputs, example_kwargs)
         # A graph is lifted before it is looked at, so of a model with graphs the copy is.
         optimized = model if inplace or not _has_graphs(model) else _copy(model)
@@ -92,16 +104,20 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
     """Gives the original layers back, with the values that the wide layers have now.
 
     Args:
-        model: an optimized model, or any other, which stays as it is.
+        model: an optimized model or exported program, or any other, which stays as it is.
         inplace: change `model` itself.
 
     Returns:
-        The model with layers, classes and names as they were before `optimize`.
+        The model with layers, classes and names as they were before `optimize`; of an exported
+        program the graph as it was.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: the model cannot be copied.
+        ValueError: the model cannot be copied; or a program's graph was changed after `optimize`.
     """
+    if isinstance(model, ExportedProgram):
+        _check_alone(None, None, inplace)
+        return cast(Model, programs.unfuse(model))
     check_model(model)
     plain = model if inplace else _copy(model)
     regions.uninstall(plain)
@@ -116,7 +132,7 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
 
 
 def report(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: tuple[Any, ...] | list[tuple[Any, ...]] | None = None,
     *,
     example_kwargs: dict[str, Any] | None = None,
@@ -127,7 +143,7 @@ def report(
     It changes nothing: on a model that was not optimized it is a dry run.
 
     Args:
-        model: the model, optimized or not.
+        model: the model, optimized or not; or an exported program, with inputs of its own.
         example_inputs: as for `optimize`. With them, launches are counted, on fake tensors and in
             the mode (training or evaluation) that the model is in; of several calls, the first is.
             A group's row counts what its branches run behind the siblings too, as far as that runs
@@ -147,6 +163,8 @@ def report(
     """
     calls = example_calls(example_inputs, example_kwargs)
     kinds = checked(kinds)
+    if isinstance(model, ExportedProgram):
+        return _report_program(model, calls, kinds)
     model = _copy(model) if _has_graphs(model) else model
     with graph_modules.lifted(model):
         found, sightings = _find(model, calls, kinds)
@@ -160,6 +178,52 @@ def report(
         )
     launches = Launches(counts.plain.count, counts.optimized.count)
     return Report(groups, launches, sightings.untraced, bool(calls))
+
+
+def _report_program(program: ExportedProgram, calls: list[Call], kinds: tuple[Kind, ...]) -> Report:
+    """What is, or would be, merged in a program, with the launches of the program itself."""
+    plain = programs.unfuse(program) if programs.is_current(program) else program
+    fused = programs.optimize(plain, kinds)
+    if not calls and plain.example_inputs:
+        calls = [plain.example_inputs]
+    inputs, kwargs = calls[0] if calls else (None, None)
+    found = report(lift(plain.module(check_guards=False)), inputs, example_kwargs=kwargs)
+    merged = programs.merged_layers(fused)
+    groups = tuple(_in_program(group, merged) for group in found.groups)
+    if not calls:
+        return dataclasses.replace(found, groups=groups)
+    before, after = (_launches(each, calls[0]) for each in (plain, fused))
+    return dataclasses.replace(found, groups=groups, launches=Launches(before, after))
+
+
+def _in_program(group: Group, merged: set[str]) -> Group:
+    """A group of a model as it is in the program, where these layers are merged."""
+    if not group.fused or merged.issuperset(group.layers):
+        return group
+    reason = Reason.OPEN_SIZES
+    return dataclasses.replace(group, fused=False, reason=reason, launches=None, depth=())
+
+
+def _launches(program: ExportedProgram, call: Call) -> Count:
+    """The launches of a call of a program."""
+    module = program.module(check_guards=False)
+    with contextlib.suppress(UncopyableError):
+        try:
+            return Copy(module, fake=True).count(call, {}).count
+        except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
+            return Copy(module, fake=False).count(call, {}).count
+    return UNCOUNTED.count
+
+
+def _check_alone(inputs: object, kwargs: object, inplace: bool) -> None:
+    """Raises ValueError where something is given that an exported program does not need."""
+    if inputs is not None or kwargs is not None:
+        raise ValueError(
+            "an ExportedProgram has example inputs of its own: leave out example_inputs and "
+            "example_kwargs."
+        )
+    if inplace:
+        raise ValueError("an ExportedProgram is not changed in place: leave out inplace.")
 
 
 @contextlib.contextmanager
@@ -212,7 +276,7 @@ def _has_graphs(model: nn.Module) -> bool:
     return any(True for _ in graph_modules.graph_modules(model))
 
 
-def _copy(model: Model) -> Model:
+def _copy(model: Module) -> Module:
     try:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError, NotImplementedError) as error:

@@ -18,15 +18,15 @@ from typing import NoReturn
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 import conjoin
 from conjoin import exporting, saved
 from conjoin.foreign import SavedError
 from conjoin.options import UsageError, arguments, example, input_spec
-from conjoin.saved import Saved
 
 _SAVED_HELP = (
-    "a .pt2 file of torch.export.save (report and export only), a model saved whole by torch.save "
+    "a .pt2 file of torch.export.save, a model saved whole by torch.save "
     "(needs --trust-pickle), or package.module:factory"
 )
 _EPILOG = """\
@@ -37,6 +37,7 @@ examples:
   conjoin report mypackage.nets:build --arg 12 --arg width=64 --input tokens=1x128:int64
   conjoin optimize model.pt -o fused.pt --trust-pickle --input 64x1x28x28
   conjoin unfuse fused.pt -o plain.pt --trust-pickle
+  conjoin optimize model.pt2 -o fused.pt2
   conjoin export fused.pt -o plain.onnx --trust-pickle --input 64x1x28x28 --dynamic-batch
 """
 
@@ -164,7 +165,7 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> str:
-    model, inputs, kwargs = _model_and_inputs(options, whole=False)
+    model, inputs, kwargs = _model_and_inputs(options)
     with _wrong_inputs():
         report = conjoin.report(model, inputs, example_kwargs=kwargs)
     if options.format == "json":
@@ -174,12 +175,19 @@ def _report(options: argparse.Namespace) -> str:
 
 def _optimize(options: argparse.Namespace) -> str:
     saved.check_out(options.out, source=options.saved, force=options.force)
-    model, inputs, kwargs = _model_and_inputs(options, whole=True)
-    original = None
-    if inputs is not None and not options.no_verify:
-        original = _duplicate(model)
+    model, inputs, kwargs = _model_and_inputs(options)
+    saved.check_suffix(model, options.out)
+    fused: nn.Module | ExportedProgram
+    original: nn.Module | ExportedProgram | None = None
     with _wrong_inputs():
-        fused = conjoin.optimize(model, inputs, example_kwargs=kwargs, inplace=True)
+        if isinstance(model, ExportedProgram):
+            runs = inputs is not None or bool(model.example_inputs)
+            original = model if runs and not options.no_verify else None
+            fused = conjoin.optimize(model)
+        else:
+            if inputs is not None and not options.no_verify:
+                original = _duplicate(model)
+            fused = conjoin.optimize(model, inputs, example_kwargs=kwargs, inplace=True)
         report = conjoin.report(fused, inputs, example_kwargs=kwargs)
         verdict = _UNVERIFIED[options.no_verify]
         if original is not None:
@@ -188,6 +196,7 @@ def _optimize(options: argparse.Namespace) -> str:
     return f"{report}\n\n{verdict}\nwrote {options.out}"
 
 
+_NOT_RUN = "not verified: the program has no inputs to run it on"
 _UNVERIFIED = {
     False: "not verified: there are no inputs to run the model on (give them with --input)",
     True: "not verified, as --no-verify says",
@@ -203,10 +212,10 @@ def _duplicate(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _verified(verification: conjoin.Verification) -> str:
+def _verified(verification: conjoin.Verification, hint: str = " (--no-verify would)") -> str:
     if not verification:
         raise UsageError(
-            "the fused model is another function, so nothing is written (--no-verify would): "
+            f"the fused model is another function, so nothing is written{hint}: "
             f"{verification.difference}"
         )
     return str(verification)
@@ -214,15 +223,26 @@ def _verified(verification: conjoin.Verification) -> str:
 
 def _unfuse(options: argparse.Namespace) -> str:
     saved.check_out(options.out, source=options.saved, force=options.force)
-    plain = conjoin.unfuse(_load(options, whole=True).model, inplace=True)
+    model = _load(options)
+    saved.check_suffix(model, options.out)
+    if not isinstance(model, ExportedProgram):
+        saved.write(conjoin.unfuse(model, inplace=True), options.out, force=options.force)
+        return f"wrote {options.out}"
+    with _wrong_inputs():
+        plain = conjoin.unfuse(model)
+        verdict = _NOT_RUN
+        if model.example_inputs:
+            verdict = _verified(conjoin.verify(plain, model), hint="")
     saved.write(plain, options.out, force=options.force)
-    return f"wrote {options.out}"
+    return f"{verdict}\nwrote {options.out}"
 
 
 def _export(options: argparse.Namespace) -> str:
     exporting.check_format(options.out)
     saved.check_out(options.out, source=options.saved, force=options.force)
-    model, inputs, kwargs = _model_and_inputs(options, whole=False)
+    model, inputs, kwargs = _model_and_inputs(options)
+    if isinstance(model, ExportedProgram) and inputs is None and model.example_inputs:
+        inputs, kwargs = model.example_inputs
     if inputs is None:
         raise UsageError("there are no inputs to export the model with: give them with --input")
     with _wrong_inputs():
@@ -237,32 +257,36 @@ def _export(options: argparse.Namespace) -> str:
     return f"{verdict}\nwrote {options.out}"
 
 
-def _load(options: argparse.Namespace, *, whole: bool) -> Saved:
-    return saved.load(
+def _load(options: argparse.Namespace) -> nn.Module | ExportedProgram:
+    loaded = saved.load(
         options.saved,
         trust_pickle=options.trust_pickle,
         arguments=arguments(options.arg),
-        whole=whole,
     )
+    return loaded.model
 
 
-_Inputs = tuple[nn.Module, "tuple[object, ...] | None", "dict[str, object] | None"]
+_Inputs = tuple[
+    "nn.Module | ExportedProgram", "tuple[object, ...] | None", "dict[str, object] | None"
+]
 
 
-def _model_and_inputs(options: argparse.Namespace, *, whole: bool) -> _Inputs:
+def _model_and_inputs(options: argparse.Namespace) -> _Inputs:
     specs = [input_spec(text) for text in options.input]
-    loaded = _load(options, whole=whole)
+    model = _load(options)
     if not specs:
-        kwargs = None if loaded.example_kwargs is None else dict(loaded.example_kwargs)
-        return loaded.model, loaded.example_inputs, kwargs
-    device = _device_of(loaded.model)
+        return model, None, None
+    device = _device_of(model)
     inputs: tuple[object, ...] = tuple(example(s, device) for s in specs if s.name is None)
     keywords: dict[str, object] = {s.name: example(s, device) for s in specs if s.name}
-    return loaded.model, inputs, keywords or None
+    return model, inputs, keywords or None
 
 
-def _device_of(model: nn.Module) -> torch.device:
-    tensors = [*model.parameters(), *model.buffers()]
+def _device_of(model: nn.Module | ExportedProgram) -> torch.device:
+    if isinstance(model, ExportedProgram):
+        tensors = [*model.state_dict.values()]
+    else:
+        tensors = [*model.parameters(), *model.buffers()]
     return tensors[0].device if tensors else torch.device("cpu")
 
 

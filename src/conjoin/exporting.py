@@ -15,14 +15,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import Tensor, nn
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 import conjoin
 from conjoin import outcome
 from conjoin.foreign import SavedError, foreign, quiet
-from conjoin.programs import program as programs
 from conjoin.saved import placing
 from conjoin.tracing.observe import Call
 from conjoin.tracing.undisturbed import start_streams, undisturbed
@@ -55,7 +54,7 @@ def check_format(out: str) -> None:
 
 
 def export(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     out: str,
     call: Call,
     *,
@@ -66,7 +65,7 @@ def export(
     """Exports a model in evaluation mode, runs the file, compares it, and puts it at its place.
 
     Args:
-        model: the model, optimized or not, or the graph of an exported program; it is changed.
+        model: the model, optimized or not, which is changed; or an exported program.
         out: the file, whose name ends in `.pt2` or `.onnx`.
         call: the positional and keyword arguments to export it with and to run it on.
         fused: with the siblings merged; otherwise with the original layers.
@@ -81,32 +80,33 @@ def export(
         SavedError: the model does not run, cannot be exported or written, or the file gives
             something else.
     """
-    if not isinstance(model, fx.GraphModule):  # That of an exported program has no modes.
-        model.eval()
+    if isinstance(model, ExportedProgram) and dynamic_batch:
+        raise SavedError(
+            "an exported program has its sizes already: export the model that it came from with "
+            "--dynamic-batch"
+        )
     calls = [call]
     batched = _batched(call) if dynamic_batch else []
     if dynamic_batch:
         calls.append(_doubled(call, batched))
-    with foreign("the model does not run on the inputs"), quiet():
-        expected = [_run(model, each, model) for each in calls]
-    model = conjoin.unfuse(model, inplace=True)
-    with foreign("torch.export cannot export the model"), quiet(), undisturbed(model):
-        program = _program(model, call, batched)
-    merged = ""
+    with foreign("the model does not run on the inputs"), quiet(prints=True):
+        runs = model.module() if isinstance(model, ExportedProgram) else model.eval()
+        expected = [_run(runs, each, runs) for each in calls]
+    plain = _plain(model, call, batched)
+    program, merged = plain, ""
     if fused:
         # Not the model: where Python decides, its layers would be exported one by one.
-        with quiet():
-            wide = programs.optimize(program)
-        merged = _merged(program, wide)
-        program = wide
+        with quiet(prints=True):
+            program = conjoin.optimize(plain)
+        merged = _merged(plain, program)
     write, opened = _WRITERS[Path(out).suffix]
     with placing(out, force=force) as temporary:
-        with foreign(f"the model cannot be written as {out}"), quiet():
+        with foreign(f"the model cannot be written as {out}"), quiet(prints=True):
             write(program, temporary)
-        with foreign("what was exported does not run"), quiet():
+        with foreign("what was exported does not run"), quiet(prints=True):
             run = opened(temporary)
             actual = [_run(run, each) for each in calls]
-        largest = _compared(actual, expected, _tolerance(model, expected))
+        largest = _compared(actual, expected, _tolerance(runs, expected))
     count = len(expected[0])
     sizes = " and twice as large a batch" if dynamic_batch else ""
     return (
@@ -157,6 +157,17 @@ def _doubled(call: Call, batched: Sequence[Tensor]) -> Call:
         Tensor, lambda tensor: torch.cat([tensor] * 2) if id(tensor) in known else tensor, call
     )
     return doubled
+
+
+def _plain(
+    model: nn.Module | ExportedProgram, call: Call, batched: Sequence[Tensor]
+) -> ExportedProgram:
+    """The program with the original layers."""
+    if isinstance(model, ExportedProgram):
+        return conjoin.unfuse(model)
+    model = conjoin.unfuse(model, inplace=True)
+    with foreign("torch.export cannot export the model"), quiet(prints=True), undisturbed(model):
+        return _program(model, call, batched)
 
 
 def _program(model: nn.Module, call: Call, batched: Sequence[Tensor]) -> ExportedProgram:

@@ -5,7 +5,7 @@ from __future__ import annotations
 import logging
 import warnings
 from collections.abc import Iterator
-from contextlib import contextmanager, redirect_stderr, redirect_stdout
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 
 # A foreign exception's text is quoted up to here: enough to recognise it, one line to read.
@@ -38,13 +38,20 @@ def quote(error: BaseException) -> str:
 
 
 @contextmanager
-def quiet() -> Iterator[None]:
-    """Hold back warnings, log records and prints: PyTorch tells at length what we report."""
+def quiet(*, prints: bool = False) -> Iterator[None]:
+    """Hold back warnings and log records: PyTorch logs tracebacks of what we report.
+
+    Args:
+        prints: hold back what is printed, too.
+    """
     before = logging.root.manager.disable
     logging.disable(logging.CRITICAL)
     try:
-        with warnings.catch_warnings(), redirect_stdout(StringIO()), redirect_stderr(StringIO()):
+        with warnings.catch_warnings(), ExitStack() as stack:
             warnings.simplefilter("ignore")
+            if prints:
+                stack.enter_context(redirect_stdout(StringIO()))
+                stack.enter_context(redirect_stderr(StringIO()))
             yield
     finally:
         logging.disable(before)

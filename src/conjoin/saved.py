@@ -34,9 +34,9 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 from conjoin.foreign import SavedError, foreign, quiet, quote
-from conjoin.tracing.exported import lift
 
 # torch.save stores members uncompressed, so an honest archive unpacks to its own size.
 MAX_EXPANSION = 20
@@ -71,11 +71,9 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Saved:
-    """A model and, where its file holds them, the inputs that it was exported with."""
+    """A model, or an exported program, which has inputs of its own."""
 
-    model: nn.Module
-    example_inputs: tuple[object, ...] | None = None
-    example_kwargs: Mapping[str, object] | None = None
+    model: nn.Module | ExportedProgram
 
 
 def kind_of(source: str) -> Kind:
@@ -109,7 +107,6 @@ def load(
     *,
     trust_pickle: bool = False,
     arguments: Arguments | None = None,
-    whole: bool = False,
 ) -> Saved:
     """Give the model that `source` names.
 
@@ -117,7 +114,6 @@ def load(
         source: a file of `torch.save` or `torch.export.save`, or `package.module:factory`.
         trust_pickle: unpickle what needs it. A pickle runs code that the file names.
         arguments: what a factory is called with.
-        whole: take only models that are made of modules, no exported programs.
 
     Raises:
         SavedError: no model comes of it; the message says why and what to do.
@@ -135,11 +131,6 @@ def load(
         )
     if kind is Kind.PICKLE:
         return Saved(_from_pickle(source, trust_pickle))
-    if whole:
-        raise SavedError(
-            f"{source} is an exported program, and rewriting those is not available yet: "
-            "optimize or unfuse the model that it came from, then export it again"
-        )
     return _from_exported(source, kind, trust_pickle)
 
 
@@ -164,7 +155,26 @@ def check_out(out: str, *, source: str, force: bool) -> None:
         raise SavedError(f"the folder {folder} cannot be written to")
 
 
-def write(model: nn.Module, out: str, *, force: bool = False) -> None:
+def check_suffix(model: nn.Module | ExportedProgram, out: str) -> None:
+    """Refuse a name that tells of another kind of file than what is written.
+
+    Raises:
+        SavedError: an exported program would not be written to a `.pt2` file, or a module would.
+    """
+    program, named = isinstance(model, ExportedProgram), Path(out).suffix == ".pt2"
+    if program and not named:
+        raise SavedError(
+            f"{out} would hold an exported program: give it a name that ends in .pt2, by which it "
+            "is known"
+        )
+    if named and not program:
+        raise SavedError(
+            f"{out} would hold a module, and .pt2 is for exported programs: give it a name that "
+            "ends in .pt"
+        )
+
+
+def write(model: nn.Module | ExportedProgram, out: str, *, force: bool = False) -> None:
     """Save `model` whole at `out`: all of it, or nothing.
 
     Raises:
@@ -173,10 +183,14 @@ def write(model: nn.Module, out: str, *, force: bool = False) -> None:
     with (
         placing(out, force=force) as temporary,
         foreign(f"the model cannot be saved as {out}"),
+        quiet(),
         temporary.open("wb") as file,
     ):
         try:
-            torch.save(model, file)
+            if isinstance(model, ExportedProgram):
+                torch.export.save(model, file)
+            else:
+                torch.save(model, file)
         except RuntimeError as error:
             # The archive writer covers a failed write (a full disk) with another complaint.
             cause = error.__context__
@@ -412,10 +426,7 @@ def _from_exported(source: str, kind: Kind, trust_pickle: bool) -> Saved:
         if not trust_pickle:
             _check_exported(source, torch._C.PyTorchFileReader(source))
         program = torch.export.load(source)
-        # Without guards: their source is text in the file, and would be executed.
-        model = lift(program.module(check_guards=trust_pickle))
-    inputs = program.example_inputs
-    return Saved(model, *inputs) if inputs else Saved(model)
+    return Saved(program)
 
 
 def _check_exported(source: str, reader: Any) -> None:

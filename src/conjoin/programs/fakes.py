@@ -8,6 +8,7 @@ hold for all the sizes that the program is for.
 from __future__ import annotations
 
 import contextlib
+import logging
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
@@ -53,8 +54,14 @@ def nothing_new(mode: FakeTensorMode) -> Iterator[None]:
         return
     known = len(env.guards), env.num_deferred_runtime_asserts
     strict = getattr(env, "error_on_new_guards", contextlib.nullcontext)  # Of PyTorch 2.13.
-    with strict():
-        yield
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)  # It warns of what is told by the error.
+    try:
+        with strict():
+            yield
+    finally:
+        log.setLevel(level)
     if known != (len(env.guards), env.num_deferred_runtime_asserts):
         raise UnknownSizeError("it depends on a size that the program leaves open")
 
@@ -67,8 +74,7 @@ def operations(
     Raises:
         UnknownSizeError: it depends on sizes that are not known.
     """
-    # As `torch.export` does, so that the operations are written as the program's own.
-    with nothing_new(mode), torch.backends.cudnn.flags(enabled=False):
+    with nothing_new(mode), _as_exported():
         traced: fx.GraphModule = make_fx(function, tracing_mode="real", pre_dispatch=True)(*values)
     for node in reversed(traced.graph.nodes):
         if node.op == "call_function" and not node.users and not node.target._schema.is_mutable:
@@ -76,10 +82,26 @@ def operations(
     return traced
 
 
+@contextlib.contextmanager
+def _as_exported() -> Iterator[None]:
+    """Without the libraries that `torch.export` turns off, whose choice depends on sizes."""
+    # Not their `flags`, which set, and warn of, more than this.
+    mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    (nnpack,) = torch.backends.nnpack.set_flags(False)
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.nnpack.set_flags(nnpack)
+        torch._C._set_mkldnn_enabled(mkldnn)
+        torch._C._set_cudnn_enabled(cudnn)
+
+
 def computed(mode: FakeTensorMode, node: fx.Node) -> Any:
     """What an operation gives for the values that its inputs have now."""
     args, kwargs = map_arg((node.args, node.kwargs), lambda each: each.meta[VALUE])
-    with mode, torch.no_grad():
+    with mode, torch.no_grad(), _as_exported():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

@@ -205,11 +205,11 @@ class Lowering:
 
     def _lower(self, node: fx.Node) -> Any:
         """A node that the passes have put in, as the nodes of its value."""
-        if node.target is operator.getitem and not isinstance(
-            whole := self._values[node.args[0]],
-            fx.Node,  # type: ignore[index]
-        ):
-            return whole[node.args[1]]  # type: ignore[index]
+        if node.target is operator.getitem:
+            source: Any = node.args[0]
+            whole = self._values[source]
+            if not isinstance(whole, fx.Node):
+                return whole[node.args[1]]
         function, tensors = self._function(node)
         given = map_arg((node.args, node.kwargs), self._values.__getitem__)
         try:

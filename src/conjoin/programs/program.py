@@ -51,7 +51,7 @@ def optimize(program: ExportedProgram, kinds: tuple[Kind, ...] = KINDS) -> Expor
     Returns:
         The program with wide parameters, which has tensors of its own.
     """
-    if _is_current(program):
+    if is_current(program):
         program = unfuse(program)
     apart = {f"{ROOT}.{name}".rpartition(".")[0] for name in _changed(program)}
     batches = True
@@ -93,10 +93,10 @@ def unfuse(program: ExportedProgram) -> ExportedProgram:
     Raises:
         ValueError: the graph has been changed since it was optimized.
     """
-    held_back = _record_of(program)
+    held_back = record_of(program)
     if held_back is None:
         return _copied(program)
-    if not _is_current(program):
+    if not is_current(program):
         raise ValueError(
             "the exported program was optimized and its graph has been changed since, so that what "
             "it was made of does not fit it any more: unfuse it before other passes, such as "
@@ -197,15 +197,22 @@ def _output(spec: OutputSpec, value: object) -> OutputSpec:
     return dataclasses.replace(spec, arg=dataclasses.replace(spec.arg, name=value.name))
 
 
-def _record_of(program: ExportedProgram) -> dict[str, Any] | None:
+def record_of(program: ExportedProgram) -> dict[str, Any] | None:
+    """The record of an optimized program; None of any other."""
     found = program.graph_module.meta.get(CUSTOM, {}).get(RECORD)
     return found if isinstance(found, dict) else None
 
 
-def _is_current(program: ExportedProgram) -> bool:
+def is_current(program: ExportedProgram) -> bool:
     """Whether a program was optimized, and has not been changed since."""
-    found = _record_of(program)
+    found = record_of(program)
     return found is not None and found.get("graph") == record.digest(program.graph)
+
+
+def merged_layers(program: ExportedProgram) -> set[str]:
+    """The names of the layers, or of the weights of products, that are merged in a program."""
+    found = record_of(program) or {"tensors": {}}
+    return {name.removesuffix(".weight") for name in found["tensors"]}
 
 
 def _changed(program: ExportedProgram) -> Iterator[str]:

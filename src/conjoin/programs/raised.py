@@ -93,7 +93,7 @@ def raised(program: ExportedProgram) -> Raised:
         if node.op == "get_attr":
             setattr(module, str(node.target), getattr(program.graph_module, str(node.target)))
     module.graph = graph
-    origins = {copy: (node,) for node, copy in at.items()}
+    origins: dict[fx.Node, tuple[fx.Node, ...]] = {copy: (node,) for node, copy in at.items()}
     for made, gone in raise_(module).items():
         origins[made] = tuple(each for copy in gone for each in origins.pop(copy))
     return Raised(module, origins, {node: form(node) for node in module.graph.nodes})

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import keyword
 import operator
 import re
 from collections.abc import Mapping
@@ -34,6 +35,9 @@ KNOWN = ("stack_trace", "nn_module_stack", "torch_fn", "custom")
 
 TYPES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
 """Types of arguments beside numbers and texts."""
+
+
+_PATH = re.compile(r"[\w.:#+/ -]+")
 
 
 class UnrecordableError(ValueError):
@@ -64,15 +68,16 @@ def written(
         if node not in kept:
             nodes.append(_node(node, specs.get(node.name)))
             continue
-        nodes.append(node.name)
+        nodes.append(name_of(node))
         names = _inputs(node)
         if names != _inputs(kept[node]):
-            inputs[node.name] = names
+            inputs[name_of(node)] = names
     parts = {name: (slice.whole, _place(slice.part)) for name, slice in merged.items()}
     record = {
         "nodes": nodes,
         "inputs": inputs,
         "tensors": {name: [whole, *place] for name, (whole, place) in parts.items()},
+        "strides": {slice.whole: list(slice.tensor.stride()) for slice in merged.values()},
         "order": list(program.state_dict),
         "graph": digest(graph),
     }
@@ -83,7 +88,7 @@ def digest(graph: fx.Graph) -> str:
     """A short text that differs between graphs that differ."""
     # What a placeholder is called beside its name is lost in a file.
     lines = [
-        (n.name, n.op, "" if n.op == "placeholder" else str(n.target), _inputs(n))
+        (name_of(n), n.op, "" if n.op == "placeholder" else str(n.target), _inputs(n))
         for n in graph.nodes
     ]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
@@ -91,8 +96,13 @@ def digest(graph: fx.Graph) -> str:
 
 def _inputs(node: fx.Node) -> list[str]:
     names: list[str] = []
-    map_arg((node.args, node.kwargs), lambda each: names.append(each.name))
+    map_arg((node.args, node.kwargs), lambda each: names.append(name_of(each)))
     return names
+
+
+def name_of(node: fx.Node) -> str:
+    """The name of a node that it has in a file, too; of a part of the graph where it is kept."""
+    return str(node.target) if node.op == "get_attr" else node.name
 
 
 def _place(tensor: Tensor) -> tuple[list[int], list[int], int]:
@@ -134,7 +144,7 @@ def _target(node: fx.Node) -> str:
 def _encoded(value: Any) -> Any:
     """An argument as plain values; what JSON does not know as a dictionary that says what it is."""
     if isinstance(value, fx.Node):
-        return {"node": value.name}
+        return {"node": name_of(value)}
     if isinstance(value, dict):
         return {"dict": {key: _encoded(item) for key, item in value.items()}}
     if isinstance(value, tuple):
@@ -182,6 +192,23 @@ def _operation(name: str) -> Any:
     return found
 
 
+def _check(record: Mapping[str, Any]) -> None:
+    """Looks at what becomes part of generated source: a record may come from anybody's file.
+
+    Raises:
+        ValueError: it is no name.
+    """
+    nodes = [node for node in record["nodes"] if not isinstance(node, str)]
+    names = [node["name"] for node in nodes]
+    names += [name for node in nodes for name in node.get("kwargs", {}).get("dict", {})]
+    for name in names:
+        if not name.isidentifier() or keyword.iskeyword(name):
+            raise ValueError(f"{name!r} is no name")
+    for name in (*record["tensors"], *record["order"]):
+        if _PATH.fullmatch(name) is None:
+            raise ValueError(f"{name!r} is no name of a tensor")
+
+
 class Restoration:
     """The program that a record is of, made again.
 
@@ -198,19 +225,22 @@ class Restoration:
             program: the optimized program.
             record: its record.
         """
+        _check(record)
         mode = fakes.mode_of(program.graph)
         assert mode is not None  # a program that was optimized has tensors
         self.graph = fx.Graph()
         self.specs: list[InputSpec] = []
         self.tensors: dict[str, Tensor] = {}
         self._mode = mode
-        self._there = {node.name: node for node in program.graph.nodes}
+        self._there = {name_of(node): node for node in program.graph.nodes}
         names = [str(getattr(spec.arg, "name", "")) for spec in program.graph_signature.input_specs]
         self._specs = dict(zip(names, program.graph_signature.input_specs, strict=True))
         self._nodes: dict[str, fx.Node] = {}
-        wholes = program.state_dict
-        for name, (whole, size, stride, offset) in record["tensors"].items():
-            self.tensors[name] = _cut(wholes[whole], size, stride, offset)
+        for name, part in originals(record, program.state_dict).items():
+            whole = program.state_dict[record["tensors"][name][0]]
+            trains = isinstance(whole, nn.Parameter)
+            part = part.clone()
+            self.tensors[name] = nn.Parameter(part, whole.requires_grad) if trains else part
         for node in record["nodes"]:
             if isinstance(node, str):
                 self._keep(node, record["inputs"].get(node))
@@ -222,6 +252,8 @@ class Restoration:
 
     def _keep(self, name: str, inputs: list[str] | None) -> None:
         node = self._there[name]
+        if node.op == "get_attr" and name in self._nodes:
+            return
         names = iter(_inputs(node) if inputs is None else inputs)
         self._nodes[name] = edit.copied(self.graph, node, lambda _: self._nodes[next(names)])
         if node.op == "placeholder":
@@ -255,7 +287,26 @@ def _known(meta: Mapping[str, Any]) -> dict[str, Any]:
     return known
 
 
-def _cut(whole: Tensor, size: list[int], stride: list[int], offset: int) -> Tensor:
-    """A part of a wide tensor as a tensor of its own, which trains if the wide one does."""
-    part = whole.detach().as_strided(size, stride, offset).clone()
-    return nn.Parameter(part, whole.requires_grad) if isinstance(whole, nn.Parameter) else part
+def originals(record: Mapping[str, Any], held: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The parts of wide tensors by the names that they had.
+
+    Args:
+        record: the record of a program.
+        held: tensors by their names; of wide ones that are not there, there are no parts.
+    """
+    strides = record["strides"]
+    wholes = {name: _laid_out(held[name], strides[name]) for name in strides if name in held}
+    return {
+        name: wholes[whole].as_strided(size, stride, offset)
+        for name, (whole, size, stride, offset) in record["tensors"].items()
+        if whole in wholes
+    }
+
+
+def _laid_out(tensor: Tensor, strides: list[int]) -> Tensor:
+    """A tensor with these strides, from the beginning of its memory."""
+    tensor = tensor.detach()
+    if list(tensor.stride()) == strides and tensor.storage_offset() == 0:
+        return tensor
+    made = torch.empty_strided(tensor.shape, strides, dtype=tensor.dtype, device=tensor.device)
+    return made.copy_(tensor)
