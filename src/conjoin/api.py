@@ -121,7 +121,7 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
     check_model(model)
     plain = model if inplace else _copy(model)
     regions.uninstall(plain)
-    graph_modules.separate_all(plain)
+    graph_modules.give_back(plain)
     for _, view in list(views(plain)):
         release(view)
     for module in list(plain.modules()):

@@ -321,12 +321,14 @@ def _compare(
 ) -> _Comparison:
     """Runs both models up to the first difference."""
     found = _Comparison(convert, _settings(original))
+    lifted = _liftable(original)
     for setting in found.settings:
         watch = _Watch()
         theirs = _run(original, calls, setting, convert, watch)
         ours = _run(optimized, calls, setting, convert, contextlib.nullcontext())
         found.dtype = max(found.dtype, watch.dtype, key=tolerance_of)
         for number, ((expected, failure), (actual, _)) in enumerate(zip(theirs, ours, strict=True)):
+            expected, actual = (_without(lifted, each) for each in (expected, actual))
             found.add(setting, number, expected, failure)
             unlike, largest = outcome.first_unlike(actual, expected, found.tolerance())
             found.largest = max(found.largest, largest)
@@ -334,6 +336,29 @@ def _compare(
                 found.difference = Difference(setting.where, number + 1, *unlike)
                 return found
     return found
+
+
+def _liftable(original: nn.Module) -> tuple[str, ...]:
+    """What the attributes begin with of modules in graphs that only hold tensors.
+
+    In the optimized model a layer may stand there, which has settings.
+    """
+    return tuple(
+        f"attribute {path}."
+        for path, module in original.named_modules()
+        if type(module) is nn.Module and not module._modules
+    )
+
+
+def _without(names: tuple[str, ...], pieces: Pieces) -> Pieces:
+    """The pieces but for attributes that begin with one of these names."""
+    if not names:
+        return pieces
+    return {
+        (kind, name): piece
+        for (kind, name), piece in pieces.items()
+        if kind != "attribute" or not name.startswith(names)
+    }
 
 
 _Left = tuple[Pieces, "Exception | None"]

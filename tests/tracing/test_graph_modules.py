@@ -13,6 +13,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.fx.passes.shape_prop import ShapeProp
+from torch.nn import functional as F
 
 import conjoin
 from conjoin import passes
@@ -224,6 +225,113 @@ def test_a_graph_made_of_a_rewritten_one_keeps_its_weights() -> None:
     other.load_state_dict(saved)
     torch.testing.assert_close(other(input)["sum"], expected, rtol=0, atol=0)
     assert list(fused.state_dict()) == list(traced().state_dict())
+
+
+# Other dialects
+
+
+class Functions(nn.Module):
+    """Layers through functions of their parameters."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm = nn.LayerNorm(6)
+        self.convs = nn.ModuleList(nn.Conv2d(1, n, 3, bias=n == 2) for n in (2, 3, 2))
+        self.ups = nn.ModuleList(nn.ConvTranspose2d(3, n, 2) for n in (2, 2))
+        self.heads = nn.ModuleList(nn.Linear(6, n) for n in (2, 4))
+
+    def forward(self, x):
+        x = F.layer_norm(x, (6,), self.norm.weight, self.norm.bias)
+        first, second, third = self.convs
+        image = x.reshape(-1, 1, 5, 6)
+        y = F.conv2d(image, second.weight, None, 1, padding="same")
+        pair = (
+            F.conv2d(image, first.weight, first.bias, 2),
+            F.conv2d(image, third.weight, bias=third.bias, stride=(2, 2)),
+        )
+        ups = [F.conv_transpose2d(y, up.weight, up.bias, 2).sin() for up in self.ups]
+        return pair, ups, [F.linear(x, head.weight, head.bias) for head in self.heads]
+
+
+class Products(nn.Module):
+    """Raw Parameters, in a module and in a list."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.inner = nn.ParameterDict({n: nn.Parameter(torch.randn(6, 6)) for n in "qkv"})
+        self.rows = nn.ParameterList(nn.Parameter(torch.randn(n, 6)) for n in (2, 3))
+
+    def forward(self, x):
+        q, k, v = x @ self.inner["q"], torch.matmul(x, self.inner["k"]), x @ self.inner["v"]
+        return (q * k).sin() + v, [F.linear(x, row) * 2 for row in self.rows]
+
+
+class Root(nn.Module):
+    """Raw Parameters of the GraphModule itself, which stay as they are."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = (nn.Parameter(torch.randn(6, 6)) for _ in range(2))
+
+    def forward(self, x):
+        return x @ self.q + x @ self.k
+
+
+def wides(module: fx.GraphModule) -> int:
+    return sum(name.endswith(".wide") for name in called(module))
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"), [(Functions, 3), (Products, 2), (Root, 0)], ids=lambda each: str(each)
+)
+@pytest.mark.parametrize("observed", [True, False])
+def test_functions_of_parameters(cls, expected: int, observed: bool) -> None:
+    torch.manual_seed(0)
+    plain = fx.symbolic_trace(cls().double())
+    code = plain.code
+    fused = conjoin.optimize(plain, (x(),) if observed else None)
+    assert wides(fused) == expected
+    assert plain.code == code
+    assert (fused.code == code) == (not expected)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert conjoin.verify(plain, fused, (x(),))
+    report = conjoin.report(plain, (x(),))
+    assert sum(group.fused for group in report.groups) == expected
+    assert conjoin.report(fused, (x(),)) == report
+    assert plain.code == code
+    back = conjoin.unfuse(fused)
+    assert_same_state(back, plain)
+    assert not wides(back)
+    assert conjoin.verify(plain, back, (x(),))
+    for copied in (copy.deepcopy(fused), pickled(fused)):
+        assert [n for n, _ in copied.named_parameters()] == [n for n, _ in fused.named_parameters()]
+        assert conjoin.verify(plain, copied, (x(),))
+    again = conjoin.optimize(fused, (x(),))
+    assert wides(again) == expected
+
+
+@pytest.mark.parametrize("training", [True, False])
+@pytest.mark.parametrize("guards", [True, False])
+def test_exported_graphs(training: bool, guards: bool) -> None:
+    model = Towers().double().train(training)
+    plain = torch.export.export(model, (x(),)).module(check_guards=guards)
+    fused = conjoin.optimize(plain)
+    assert wides(fused) == 3
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    input = x()
+    expected, found = (m(input.requires_grad_()) for m in (copy.deepcopy(plain), fused))
+    for name, value in expected.items():
+        torch.testing.assert_close(found[name], value)
+        wanted, given = (
+            torch.autograd.grad(v.sum(), input, retain_graph=True) for v in (value, found[name])
+        )
+        torch.testing.assert_close(given, wanted)
+    back = conjoin.unfuse(fused)
+    assert not wides(back)
+    if not training:
+        assert_same_state(back, plain)
+        for name, value in back(input).items():
+            torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
 
 
 # Graphs that do not lint

@@ -76,18 +76,18 @@ def separate(module: fx.GraphModule) -> bool:
     modules = parts.reachable(module)
     before = {*module.graph.nodes}
     Separation(module.graph, modules, parts.separable(module, modules)).run()
-    lent = {
-        f"{path}.{key}".lstrip("."): {t: f"{path}.{name}".lstrip(".") for t, name in names.items()}
-        for path, inner in module.named_modules()
-        for key, names in lent_to(inner).items()
-    }
-    products.write_out(module.graph, modules, lent)
     rewriting.finish(module, before)
     return not _calls_wide(module)
 
 
 def separate_all(model: nn.Module) -> None:
-    """Makes all graphs of a model call the views in the place of their wide layers.
+    """Makes all graphs of a model call the views in the place of their wide layers."""
+    for _, module in graph_modules(model):
+        separate(module)
+
+
+def give_back(model: nn.Module) -> None:
+    """Makes all graphs of a model what they are without wide layers, also in raw products.
 
     Raises:
         ValueError: a graph was changed since, so that this cannot be done.
@@ -99,6 +99,15 @@ def separate_all(model: nn.Module) -> None:
                 "does not know, so its layers cannot be given back. Call conjoin.unfuse before "
                 "changing a graph that conjoin has rewritten."
             )
+        lent = {
+            f"{path}.{key}".lstrip("."): {t: f"{path}.{n}".lstrip(".") for t, n in names.items()}
+            for path, inner in module.named_modules()
+            for key, names in lent_to(inner).items()
+        }
+        if lent:
+            before = {*module.graph.nodes}
+            products.write_out(module.graph, parts.reachable(module), lent)
+            rewriting.finish(module, before)
 
 
 @contextlib.contextmanager
