@@ -227,6 +227,27 @@ def test_a_graph_made_of_a_rewritten_one_keeps_its_weights() -> None:
     assert list(fused.state_dict()) == list(traced().state_dict())
 
 
+def test_a_graph_that_was_changed_since() -> None:
+    fused = conjoin.optimize(traced(), (x(),))
+    next(node for node in fused.graph.nodes if node.op == "call_module").kwargs = {"dim": -2}
+    with pytest.raises(ValueError, match=r"Call conjoin\.unfuse before changing a graph"):
+        conjoin.unfuse(fused)
+
+
+@pytest.mark.parametrize("backend", ["aot_eager", "conjoin"])
+def test_compiled_and_exported(backend: str) -> None:
+    fused = conjoin.optimize(traced().eval(), (x(),))
+    input = x()
+    expected = fused(input)["sum"]
+    options = {"options": {"backend": "eager"}} if backend == "conjoin" else {}
+    torch._dynamo.reset()
+    torch.testing.assert_close(
+        torch.compile(fused, backend=backend, **options)(input)["sum"], expected
+    )
+    program = torch.export.export(fused, (input,))
+    torch.testing.assert_close(program.module()(input)["sum"], expected)
+
+
 # Other dialects
 
 
