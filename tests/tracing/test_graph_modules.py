@@ -148,7 +148,13 @@ def saved(module: nn.Module) -> nn.Module:
     return torch.load(file, weights_only=False)
 
 
-@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved])
+def copied_twice(module: nn.Module) -> nn.Module:
+    found = pickled(module)
+    assert len([*found.parameters()]) == len([*module.parameters()])
+    return copy.deepcopy(found)
+
+
+@pytest.mark.parametrize("copied", [copy.deepcopy, pickled, saved, copied_twice])
 @pytest.mark.parametrize("fuse", [conjoin.optimize, lambda m: (passes.rewrite(m), m)[1]])
 def test_copies(copied, fuse) -> None:
     plain = traced()
@@ -288,7 +294,7 @@ class Products(nn.Module):
 
 
 class Root(nn.Module):
-    """Raw Parameters of the GraphModule itself, which stay as they are."""
+    """Raw Parameters of the GraphModule itself."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -298,12 +304,21 @@ class Root(nn.Module):
         return x @ self.q + x @ self.k
 
 
+class Alone(Root):
+    """Products that read different tensors."""
+
+    def forward(self, x):
+        return (x @ self.q) @ self.k
+
+
 def wides(module: fx.GraphModule) -> int:
     return sum(name.endswith(".wide") for name in called(module))
 
 
 @pytest.mark.parametrize(
-    ("cls", "expected"), [(Functions, 3), (Products, 2), (Root, 0)], ids=lambda each: str(each)
+    ("cls", "expected"),
+    [(Functions, 3), (Products, 2), (Root, 1), (Alone, 0)],
+    ids=lambda each: str(each),
 )
 @pytest.mark.parametrize("observed", [True, False])
 def test_functions_of_parameters(cls, expected: int, observed: bool) -> None:

@@ -705,7 +705,11 @@ def _holders(module: nn.Module) -> Iterator[dict[str, Any]]:
 
 def _marks(module: nn.Module) -> set[str]:
     """The wide layers whose siblings a module encloses, by identity."""
-    return set().union(*(held.get(ENCLOSES, ()) for held in _holders(module)))
+    holders = list(_holders(module))
+    found = set().union(*(held.get(ENCLOSES, ()) for held in holders))
+    for held in holders if found else ():
+        held[ENCLOSES] = found
+    return found
 
 
 def unmark(module: nn.Module, wide: Wide | None = None) -> None:
