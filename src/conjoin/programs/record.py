@@ -102,7 +102,7 @@ def _inputs(node: fx.Node) -> list[str]:
 
 def name_of(node: fx.Node) -> str:
     """The name of a node that it has in a file, too; of a part of the graph where it is kept."""
-    return str(node.target) if node.op == "get_attr" else node.name
+    return f".{node.target}" if node.op == "get_attr" else node.name
 
 
 def _place(tensor: Tensor) -> tuple[list[int], list[int], int]:
