@@ -38,7 +38,8 @@ def mode_of(graph: fx.Graph) -> FakeTensorMode | None:
 
 def faked(mode: FakeTensorMode, tensor: Tensor) -> Any:
     """A fake tensor for a parameter or buffer."""
-    return mode.from_tensor(tensor, static_shapes=True)
+    fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+    return fake.requires_grad_(tensor.requires_grad)
 
 
 @contextlib.contextmanager
@@ -87,13 +88,13 @@ def _as_exported() -> Iterator[None]:
     """Without the libraries that `torch.export` turns off, whose choice depends on sizes."""
     # Not their `flags`, which set, and warn of, more than this.
     mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
-    (nnpack,) = torch.backends.nnpack.set_flags(False)
+    (nnpack,) = torch.backends.nnpack.set_flags(False)  # type: ignore[no-untyped-call]
     torch._C._set_mkldnn_enabled(False)
     torch._C._set_cudnn_enabled(False)
     try:
         yield
     finally:
-        torch.backends.nnpack.set_flags(nnpack)
+        torch.backends.nnpack.set_flags(nnpack)  # type: ignore[no-untyped-call]
         torch._C._set_mkldnn_enabled(mkldnn)
         torch._C._set_cudnn_enabled(cudnn)
 

@@ -29,7 +29,7 @@ from conjoin.layers.product import SUFFIX
 from conjoin.layers.wide import WIDE, View, Wide, wides
 from conjoin.merging import common_path
 from conjoin.programs import fakes
-from conjoin.programs.raised import Raised, held, within
+from conjoin.programs.raised import Raised, aliases, held, within
 
 CARRIED = ("stack_trace", "nn_module_stack", "custom")
 """What is known of a node that goes for what takes its place too."""
@@ -154,12 +154,13 @@ class Lowering:
 
     def _inputs(self) -> None:
         """The placeholders: the program's, with wide tensors where the first of their parts was."""
-        specs = held(self._program)
+        specs, also = held(self._program), aliases(self._program)
         for node in self._program.graph.nodes:
             if node.op != "placeholder":
                 continue
             spec = specs.get(node.name)
-            slice = None if spec is None else self._slices.get(str(spec.target))
+            name = "" if spec is None else str(spec.target)
+            slice = self._slices.get(also.get(name, name))
             if slice is None:
                 self.kept[node] = edit.copied(self.graph, node, self.kept.__getitem__)
             elif slice.whole not in self.wholes:
@@ -290,6 +291,10 @@ class Lowering:
     def _known_of(self, node: fx.Node) -> dict[str, Any]:
         """What is known of a node: for a wide layer, in the module that holds its siblings."""
         known = dict(node.meta)
+        above = [node]
+        while "stack_trace" not in known and above[-1].all_input_nodes:
+            above.append(above[-1].all_input_nodes[0])
+            known = {**above[-1].meta, **known}
         module = self._raised.module.get_submodule(str(node.target)) if _is_call(node) else None
         stack: dict[str, Any] | None = known.get("nn_module_stack")
         if isinstance(module, Wide) and stack:

@@ -34,7 +34,7 @@ from conjoin.passes import rewrite_traced
 from conjoin.programs import fakes, record
 from conjoin.programs.fakes import VALUE
 from conjoin.programs.lowering import Lowering, LoweringError, Slice, called_apart, slices
-from conjoin.programs.raised import HELD, ROOT, Raised, held, raised
+from conjoin.programs.raised import HELD, ROOT, Raised, aliases, held, raised
 from conjoin.programs.record import RECORD, Restoration, UnrecordableError
 
 CUSTOM = "custom"
@@ -104,10 +104,8 @@ def unfuse(program: ExportedProgram) -> ExportedProgram:
         )
     try:
         restored = Restoration(program, held_back)
-        state = {
-            name: restored.tensors[name] if name in restored.tensors else program.state_dict[name]
-            for name in held_back["order"]
-        }
+        held_now = {**program.state_dict, **restored.tensors}
+        state = {name: held_now[held_back["also"].get(name, name)] for name in held_back["order"]}
     except (KeyError, TypeError, ValueError, AttributeError, RuntimeError) as error:
         raise ValueError(
             f"what the exported program was made of is not noted in it as it should be ({error}): "
@@ -121,10 +119,10 @@ def _lowered(program: ExportedProgram, found: Raised) -> ExportedProgram:
     """The program of a rewritten graph."""
     lowering = Lowering(program, found)
     lowering.run()
-    merged = slices(found.module)
+    merged, also = slices(found.module), aliases(program)
     state: dict[str, Any] = {}
     for name, tensor in program.state_dict.items():
-        slice = merged.get(name)
+        slice = merged.get(also.get(name, name))
         state[name if slice is None else slice.whole] = tensor if slice is None else slice.tensor
     made = record.written(program, lowering.graph, lowering.kept, merged)
     custom = {**program.graph_module.meta.get(CUSTOM, {}), RECORD: made}
@@ -137,14 +135,16 @@ def _specs(
 ) -> Iterator[InputSpec]:
     """The inputs, with wide tensors where the first of their parts was."""
     seen: set[str] = set()
+    also = aliases(program)
     for spec in program.graph_signature.input_specs:
-        slice = merged.get(str(spec.target)) if spec.kind in HELD else None
+        name = str(spec.target)
+        slice = merged.get(also.get(name, name)) if spec.kind in HELD else None
         if slice is None:
             yield spec
         elif slice.whole not in seen:
             seen.add(slice.whole)
-            name = wholes[slice.whole].name
-            yield dataclasses.replace(spec, arg=TensorArgument(name), target=slice.whole)
+            argument = TensorArgument(wholes[slice.whole].name)
+            yield dataclasses.replace(spec, arg=argument, target=slice.whole)
 
 
 def _copied(program: ExportedProgram) -> ExportedProgram:

@@ -10,7 +10,7 @@ nodes that it was.
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -81,11 +81,13 @@ def raised(program: ExportedProgram) -> Raised:
     module.add_module(ROOT, Held())
     for name, tensor in tensors(program).items():
         _hold(module, f"{ROOT}.{name}", tensor)
-    specs = held(program)
+    specs, also = held(program), aliases(program)
     graph = fx.Graph()
     at: dict[fx.Node, fx.Node] = {}
     for node in program.graph.nodes:
         if node.op == "placeholder" and node.name in specs:
+            if specs[node.name].target in also:
+                continue
             at[node] = graph.create_node("get_attr", f"{ROOT}.{specs[node.name].target}")
             at[node].meta = dict(node.meta)
         else:
@@ -111,13 +113,39 @@ def held(program: ExportedProgram) -> dict[str, InputSpec]:
 
 
 def tensors(program: ExportedProgram) -> dict[str, Tensor]:
-    """The parameters and buffers of a program by their names."""
-    found: dict[str, Tensor] = dict(program.state_dict)
-    for spec in held(program).values():
-        name = str(spec.target)
-        if name not in found:  # A buffer that is not saved with the others.
-            found[name] = program.constants[name]
+    """The parameters and buffers of a program by their names, without the `aliases` of others."""
+    every, specs = _every(program), held(program)
+    placeholders = [node for node in program.graph.nodes if node.name in specs and node.users]
+    read = {str(specs[node.name].target) for node in placeholders}
+    found = {name: tensor for name, tensor in every.items() if name in read}
+    known = {*map(_place, found.values())}
+    for name, tensor in every.items():
+        if name not in found and _place(tensor) not in known:
+            found[name] = tensor
+            known.add(_place(tensor))
     return found
+
+
+def aliases(program: ExportedProgram) -> dict[str, str]:
+    """Names that are not read of tensors that have another one, and that one."""
+    known = tensors(program)
+    names = {_place(tensor): name for name, tensor in known.items()}
+    every = _every(program).items()
+    return {name: names[_place(tensor)] for name, tensor in every if name not in known}
+
+
+def _every(program: ExportedProgram) -> dict[str, Tensor]:
+    """All parameters and buffers by their names; those saved with the constants too."""
+    buffers = [str(spec.target) for spec in held(program).values()]
+    constants = {name: program.constants[name] for name in buffers if name in program.constants}
+    return {**program.state_dict, **constants}
+
+
+def _place(tensor: Tensor) -> Hashable:
+    """What is equal for tensors that are the very same memory, seen in the same way."""
+    if not isinstance(tensor, Tensor) or tensor.numel() == 0 or tensor.layout is not torch.strided:
+        return id(tensor)
+    return tensor.data_ptr(), tuple(tensor.shape), tensor.stride(), tensor.dtype
 
 
 def _hold(module: nn.Module, name: str, tensor: Any) -> None:

@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from conjoin.graph import edit
 from conjoin.programs import fakes
 from conjoin.programs.lowering import Slice
-from conjoin.programs.raised import held
+from conjoin.programs.raised import aliases, held
 
 RECORD = "conjoin"
 """The entry of the graph's custom metadata that holds the record."""
@@ -79,6 +79,7 @@ def written(
         "tensors": {name: [whole, *place] for name, (whole, place) in parts.items()},
         "strides": {slice.whole: list(slice.tensor.stride()) for slice in merged.values()},
         "order": list(program.state_dict),
+        "also": {alias: name for alias, name in aliases(program).items() if name in merged},
         "graph": digest(graph),
     }
     return json.loads(json.dumps(record))  # type: ignore[no-any-return]
@@ -86,10 +87,11 @@ def written(
 
 def digest(graph: fx.Graph) -> str:
     """A short text that differs between graphs that differ."""
-    # What a placeholder is called beside its name is lost in a file.
+    # A file does not hold what a placeholder is called beside its name, nor where parts are read.
     lines = [
         (name_of(n), n.op, "" if n.op == "placeholder" else str(n.target), _inputs(n))
         for n in graph.nodes
+        if n.op != "get_attr"
     ]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 
@@ -102,7 +104,7 @@ def _inputs(node: fx.Node) -> list[str]:
 
 def name_of(node: fx.Node) -> str:
     """The name of a node that it has in a file, too; of a part of the graph where it is kept."""
-    return str(node.target) if node.op == "get_attr" else node.name
+    return f".{node.target}" if node.op == "get_attr" else node.name
 
 
 def _place(tensor: Tensor) -> tuple[list[int], list[int], int]:
@@ -111,6 +113,8 @@ def _place(tensor: Tensor) -> tuple[list[int], list[int], int]:
 
 def _node(node: fx.Node, spec: InputSpec | None) -> dict[str, Any]:
     """A node that was taken out."""
+    known = {key: node.meta[key] for key in KNOWN if key in node.meta}
+    meta = json.loads(json.dumps(known, default=_class_name))
     if node.op == "placeholder":
         assert spec is not None  # no other inputs are taken out
         return {
@@ -118,14 +122,14 @@ def _node(node: fx.Node, spec: InputSpec | None) -> dict[str, Any]:
             "kind": spec.kind.name,
             "target": spec.target,
             "persistent": spec.persistent,
+            "meta": meta,
         }
-    known = {key: node.meta[key] for key in KNOWN if key in node.meta}
     return {
         "name": node.name,
         "target": _target(node),
         "args": _encoded(node.args),
         "kwargs": _encoded(node.kwargs),
-        "meta": json.loads(json.dumps(known, default=_class_name)),
+        "meta": meta,
     }
 
 
@@ -232,6 +236,7 @@ class Restoration:
         self.specs: list[InputSpec] = []
         self.tensors: dict[str, Tensor] = {}
         self._mode = mode
+        self._also = record["also"]
         self._there = {name_of(node): node for node in program.graph.nodes}
         names = [str(getattr(spec.arg, "name", "")) for spec in program.graph_signature.input_specs]
         self._specs = dict(zip(names, program.graph_signature.input_specs, strict=True))
@@ -260,11 +265,14 @@ class Restoration:
             self.specs.append(self._specs[name])
 
     def _input(self, node: Mapping[str, Any]) -> None:
-        name = node["name"]
+        name, target = node["name"], node["target"]
         made = self._nodes[name] = self.graph.placeholder(name)
-        made.meta[fakes.VALUE] = fakes.faked(self._mode, self.tensors[node["target"]])
+        made.meta = _known(node["meta"])
+        made.meta[fakes.VALUE] = fakes.faked(
+            self._mode, self.tensors[self._also.get(target, target)]
+        )
         kind = InputKind[node["kind"]]
-        spec = InputSpec(kind, TensorArgument(name), node["target"], node["persistent"])
+        spec = InputSpec(kind, TensorArgument(name), target, node["persistent"])
         self.specs.append(spec)
 
     def _restore(self, node: Mapping[str, Any]) -> None:
