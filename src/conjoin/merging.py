@@ -359,12 +359,12 @@ def merger_of(graph_module: fx.GraphModule) -> Merger:
 
 
 @contextlib.contextmanager
-def of_graph(graph_module: fx.GraphModule) -> Iterator[None]:
-    """Has all passes over a graph use one merger for a while."""
+def of_graph(graph_module: fx.GraphModule, merger: Merger | None = None) -> Iterator[None]:
+    """Has all passes over a graph use one merger for a while: that one, or one of its own."""
     if isinstance(graph_module.meta.get(MERGER), Merger):
         yield
         return
-    graph_module.meta[MERGER] = merger_of(graph_module)
+    graph_module.meta[MERGER] = merger or merger_of(graph_module)
     try:
         yield
     finally:

@@ -195,7 +195,7 @@ class Wide(nn.Module):
         if known in modules:
             return True
         for module in modules:
-            if self.identity in _marks(module):
+            if _encloses(module, self):
                 self._enclosing = weakref.ref(module)
                 return True
         return False
@@ -703,13 +703,15 @@ def _holders(module: nn.Module) -> Iterator[dict[str, Any]]:
         yield module.meta
 
 
-def _marks(module: nn.Module) -> set[str]:
-    """The wide layers whose siblings a module encloses, by identity."""
+def _encloses(module: nn.Module, wide: Wide) -> bool:
+    """Whether it is noted that a module encloses the siblings of a wide layer."""
+    if not isinstance(module, fx.GraphModule):
+        return wide.identity in vars(module).get(ENCLOSES, ())
     holders = list(_holders(module))
     found = set().union(*(held.get(ENCLOSES, ()) for held in holders))
     for held in holders if found else ():
         held[ENCLOSES] = found
-    return found
+    return wide.identity in found
 
 
 def unmark(module: nn.Module, wide: Wide | None = None) -> None:

@@ -13,11 +13,12 @@ from collections.abc import Iterator
 
 from torch import fx, nn
 
+from conjoin import merging
 from conjoin.graph import parts, products, rewriting
 from conjoin.graph.parts import Separation
 from conjoin.layers.owner import lent_to
 from conjoin.layers.wide import View, Wide
-from conjoin.merging import MERGER, Merger
+from conjoin.merging import Merger
 from conjoin.passes import Lift, rewrite
 
 
@@ -54,15 +55,14 @@ def rewrite_all(model: nn.Module, merger: Merger) -> set[Wide]:
         rewritten(module)
 
     merger.rewritten = noted
-    for _, module in list(graph_modules(model)):
-        separate(module)
-        merger.escapes = module is not model
-        module.meta[MERGER] = merger
-        try:
-            rewrite(module)
-        finally:
-            del module.meta[MERGER]
-    merger.rewritten, merger.escapes = rewritten, escapes
+    try:
+        for _, module in list(graph_modules(model)):
+            separate(module)
+            merger.escapes = module is not model
+            with merging.of_graph(module, merger):
+                rewrite(module)
+    finally:
+        merger.rewritten, merger.escapes = rewritten, escapes
     return called
 
 
