@@ -30,13 +30,14 @@ def file_of(program: ExportedProgram) -> ExportedProgram:
 
 
 def exported(model: nn.Module, *args: torch.Tensor, dynamic: bool = True, **options: object):
-    shapes = tuple({0: Dim.DYNAMIC} if arg.dim() and dynamic else None for arg in args)
+    shapes = pytree.tree_map(lambda arg: {0: Dim.DYNAMIC} if arg.dim() and dynamic else None, args)
     return export(model, args, dynamic_shapes=shapes, **options)
 
 
 def run(program: ExportedProgram, *args: torch.Tensor) -> tuple[list[torch.Tensor], dict]:
     """What a program gives and what its buffers are then, by their original names."""
     module = copy.deepcopy(program).module()
+    torch.manual_seed(0)  # For Dropout.
     outputs = pytree.tree_leaves(module(*copy.deepcopy(args)))
     return outputs, dict(module.named_buffers())
 
