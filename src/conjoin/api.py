@@ -189,19 +189,32 @@ def _report_program(program: ExportedProgram, calls: list[Call], kinds: tuple[Ki
     inputs, kwargs = calls[0] if calls else (None, None)
     found = report(lift(plain.module(check_guards=False)), inputs, example_kwargs=kwargs)
     merged = programs.merged_layers(fused)
-    groups = tuple(_in_program(group, merged) for group in found.groups)
+    groups = tuple(each for group in found.groups for each in _in_program(group, merged))
     if not calls:
         return dataclasses.replace(found, groups=groups)
     before, after = (_launches(each, calls[0]) for each in (plain, fused))
     return dataclasses.replace(found, groups=groups, launches=Launches(before, after))
 
 
-def _in_program(group: Group, merged: set[str]) -> Group:
-    """A group of a model as it is in the program, where these layers are merged."""
-    if not group.fused or merged.issuperset(group.layers):
-        return group
-    reason = Reason.OPEN_SIZES
-    return dataclasses.replace(group, fused=False, reason=reason, launches=None, depth=())
+def _in_program(group: Group, merged: list[set[str]]) -> Iterator[Group]:
+    """What has become of a group of a model in a program with these layers merged."""
+    if not group.fused or any(wide.issuperset(group.layers) for wide in merged):
+        yield group
+        return
+    left = {*group.layers}
+    for wide in merged:
+        if len(wide & left) > 1:
+            yield _some_of(group, wide & left)
+            left -= wide
+    if left:
+        yield dataclasses.replace(_some_of(group, left), fused=False, reason=Reason.IN_PROGRAM)
+
+
+def _some_of(group: Group, layers: Collection[str]) -> Group:
+    """Some of the layers of a group, of which nothing is counted."""
+    pairs = zip(group.layers, group.widths, strict=True)
+    names, widths = zip(*((name, width) for name, width in pairs if name in layers), strict=True)
+    return dataclasses.replace(group, layers=names, widths=widths, launches=None, depth=())
 
 
 def _launches(program: ExportedProgram, call: Call) -> Count:

@@ -87,10 +87,11 @@ class Reason(enum.Enum):
         "interleaves, and copying them apart costs more launches than merging saves. "
         "Leave them as they are; the layers around them are not affected."
     )
-    OPEN_SIZES = (
-        "In this exported program the wide layer would hold for some of the sizes only that it was "
-        "exported for, or its layers are called in another way as well. "
-        "Optimize the model before exporting it, or export it with fewer dynamic sizes."
+    IN_PROGRAM = (
+        "In this exported program the layers cannot run as one: something that may change what "
+        "they read stands between them, or a wide layer would be right for some of the sizes only "
+        "that the program is for. "
+        "Optimize the model before exporting it."
     )
     UNSUPPORTED_OPTION = (
         "The layer uses an option that conjoin cannot reproduce in a wide layer. "

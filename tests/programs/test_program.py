@@ -30,13 +30,14 @@ def file_of(program: ExportedProgram) -> ExportedProgram:
 
 
 def exported(model: nn.Module, *args: torch.Tensor, dynamic: bool = True, **options: object):
-    shapes = tuple({0: Dim.DYNAMIC} if arg.dim() and dynamic else None for arg in args)
+    shapes = pytree.tree_map(lambda arg: {0: Dim.DYNAMIC} if arg.dim() and dynamic else None, args)
     return export(model, args, dynamic_shapes=shapes, **options)
 
 
 def run(program: ExportedProgram, *args: torch.Tensor) -> tuple[list[torch.Tensor], dict]:
     """What a program gives and what its buffers are then, by their original names."""
     module = copy.deepcopy(program).module()
+    torch.manual_seed(0)  # For Dropout.
     outputs = pytree.tree_leaves(module(*copy.deepcopy(args)))
     return outputs, dict(module.named_buffers())
 
@@ -284,6 +285,31 @@ def test_higher_order_operations_and_sizes_of_values() -> None:
     assert_same(file_of(program), file_of(conjoin.unfuse(file_of(fused))))
 
 
+class Quiet(nn.Module):
+    """Siblings with a graph of its own between them, which runs without gradients."""
+
+    def __init__(self, *, changes: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.changes = nn.Linear(4, 4), nn.Linear(4, 4), changes
+
+    def forward(self, x: torch.Tensor) -> object:
+        y = x * 1
+        a = self.a(y)
+        with torch.no_grad():
+            c = y.mul_(2) if self.changes else y.sin()
+        return (self.b(y) + c + a).exp()
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_graphs_in_another_mode_are_looked_into(changes: bool) -> None:
+    x = torch.randn(5, 4, dtype=torch.float64)
+    program = exported(Quiet(changes=changes).double(), x)
+    assert any("set_grad_enabled" in str(node.target) for node in program.graph.nodes)
+    fused = conjoin.optimize(program)
+    assert len(fused.state_dict) == (4 if changes else 2)
+    assert_close(fused.module()(x), program.module()(x))
+
+
 class Mutating(nn.Module):
     """Changes its input between siblings, and gives a part out that is viewed."""
 
@@ -329,7 +355,7 @@ def test_what_depends_on_an_open_size_stays_apart() -> None:
     assert_same(program, fused)
     assert (str(program), len(program.graph.nodes)) == before
     (group,) = conjoin.report(program, kinds=kinds).groups
-    assert (group.fused, group.reason) == (False, Reason.OPEN_SIZES)
+    assert (group.fused, group.reason) == (False, Reason.IN_PROGRAM)
 
 
 def test_the_report_counts_the_program() -> None:

@@ -209,10 +209,13 @@ def is_current(program: ExportedProgram) -> bool:
     return found is not None and found.get("graph") == record.digest(program.graph)
 
 
-def merged_layers(program: ExportedProgram) -> set[str]:
-    """The names of the layers, or of the weights of products, that are merged in a program."""
-    found = record_of(program) or {"tensors": {}}
-    return {name.removesuffix(".weight") for name in found["tensors"]}
+def merged_layers(program: ExportedProgram) -> list[set[str]]:
+    """The names of layers, or of the weights of products, for each wide layer of a program."""
+    found: dict[str, set[str]] = {}
+    for name, (whole, *_) in (record_of(program) or {"tensors": {}})["tensors"].items():
+        if whole.endswith(".weight"):
+            found.setdefault(whole, set()).add(name.removesuffix(".weight"))
+    return [*found.values()]
 
 
 def _changed(program: ExportedProgram) -> Iterator[str]:
