@@ -9,9 +9,11 @@ from collections.abc import Sequence
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 
-from conjoin.merging import merger_of
+from conjoin import merging
+from conjoin.graph import rewriting
 from conjoin.passes.batch import Batch
 from conjoin.passes.cancel import Cancel
+from conjoin.passes.lift import Lift
 from conjoin.passes.rejoin import Rejoin
 from conjoin.passes.separate import Separate
 from conjoin.passes.share import Share
@@ -29,11 +31,27 @@ COMPILED: tuple[PassBase, ...] = (Share(), Rejoin())
 def rewrite(graph_module: fx.GraphModule) -> bool:
     """Runs the pipeline until no pass finds anything more to do; whether any did.
 
+    What comes of it is right in training and in evaluation mode.
+
     Args:
         graph_module: the graph with the modules that it calls, changed in place.
+
+    Raises:
+        ValueError: the graph does not lint.
     """
+    rewriting.check(graph_module)
+    before = {*graph_module.graph.nodes}
+    with merging.of_graph(graph_module), rewriting.in_training(graph_module):
+        changed = rewrite_traced(graph_module)
+    if changed:
+        rewriting.finish(graph_module, before)
+    return changed
+
+
+def rewrite_traced(graph_module: fx.GraphModule) -> bool:
+    """The same for a graph that was traced just now, in the mode that it was traced in."""
     changed = run_all(graph_module, PIPELINE)
-    watch = merger_of(graph_module).rewritten
+    watch = merging.merger_of(graph_module).rewritten
     if changed and watch is not None:
         watch(graph_module)
     return changed
@@ -51,7 +69,8 @@ def run_all(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> bool:
 
 
 def _run_once(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> bool:
-    results = [run(graph_module) for run in passes]
+    # Not the pass itself, which would check and compile each time.
+    results = [each.call(graph_module) for each in passes]
     return any(result is not None and result.modified for result in results)
 
 
@@ -60,6 +79,7 @@ __all__ = [
     "PIPELINE",
     "Batch",
     "Cancel",
+    "Lift",
     "Rejoin",
     "Separate",
     "Share",
@@ -67,5 +87,6 @@ __all__ = [
     "Towers",
     "Widen",
     "rewrite",
+    "rewrite_traced",
     "run_all",
 ]

@@ -19,7 +19,7 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Mapping, Sequence
 
 from torch import fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 
 from conjoin.graph import (
     bundles,
@@ -33,6 +33,7 @@ from conjoin.graph import (
 )
 from conjoin.graph.bundles import Bundle
 from conjoin.graph.congruence import INPUTS, Inputs
+from conjoin.graph.rewriting import Rewrite
 
 STACKED = 2**16
 """How many elements a stack, and what a layer makes of it, may have.
@@ -50,7 +51,7 @@ sixteen 1.0, and four calls of four 0.75; training steps take 1.0, 0.85 and 0.67
 """
 
 
-class Batch(PassBase):
+class Batch(Rewrite):
     """Runs a layer once where it is called on several tensors of one shape."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

@@ -29,7 +29,7 @@ from typing import Any
 
 import torch
 from torch import fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 
 from conjoin.graph import (
     bundles,
@@ -40,6 +40,7 @@ from conjoin.graph import (
     hazards,
     joints,
 )
+from conjoin.graph.rewriting import Rewrite
 from conjoin.layers.wide import Wide
 
 PIECES: frozenset[Any] = frozenset(
@@ -51,7 +52,7 @@ SPLITS: frozenset[Any] = frozenset({torch.unsafe_split_with_sizes, torch.split, 
 """What cuts a tensor into parts of given sizes."""
 
 
-class Cancel(PassBase):
+class Cancel(Rewrite):
     """Takes out joints of parts that were cut just before."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

@@ -15,10 +15,11 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
 from conjoin.graph import bundles, edit, elementwise, hazards
+from conjoin.graph.rewriting import Rewrite
 
 PRODUCTS: Mapping[Callable[..., Any], int] = {
     F.linear: -1,
@@ -69,7 +70,7 @@ class Slice:
         return self.whole is other.whole and self.start + self.size == other.start
 
 
-class Rejoin(PassBase):
+class Rejoin(Rewrite):
     """Makes the wide product again of what the views of a wide layer compute one by one."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

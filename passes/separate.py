@@ -13,16 +13,17 @@ from __future__ import annotations
 from collections.abc import Iterable
 
 from torch import fx
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 
 from conjoin.graph import parts
 from conjoin.graph.bundles import batched
 from conjoin.graph.parts import Separation
+from conjoin.graph.rewriting import Rewrite
 from conjoin.layers import activation
-from conjoin.layers.wide import ENCLOSES, View, Wide, release, wides
+from conjoin.layers.wide import View, Wide, release, unmark, wides
 
 
-class Separate(PassBase):
+class Separate(Rewrite):
     """Gives the graph and its modules the separate layers back.
 
     A wide layer stays as it is where not all of its views stand in the graph's module, or where a
@@ -31,7 +32,7 @@ class Separate(PassBase):
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
-        """Changes the graph in place, and makes views plain layers; lints and recompiles."""
+        """Changes the graph in place, and makes views plain layers."""
         graph, modules = graph_module.graph, parts.reachable(graph_module)
         names = parts.separable(graph_module, modules)
         if not names and not any(node.target is batched for node in graph.nodes):
@@ -42,8 +43,6 @@ class Separate(PassBase):
         if not wides(graph_module):
             for module in graph_module.modules():
                 activation.forget(module)
-        graph.lint()
-        graph_module.recompile()
         return PassResult(graph_module, True)
 
 
@@ -54,7 +53,4 @@ def _release(graph_module: fx.GraphModule, wide: Wide, names: Iterable[str]) -> 
         if isinstance(view, View):
             release(view)
     for module in graph_module.modules():
-        noted = vars(module).get(ENCLOSES, set())
-        noted.discard(wide.identity)
-        if not noted:
-            vars(module).pop(ENCLOSES, None)
+        unmark(module, wide)

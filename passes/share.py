@@ -12,18 +12,19 @@ from __future__ import annotations
 from collections.abc import Hashable, Mapping
 
 from torch import fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 
 from conjoin.graph import edit, elementwise, hazards
+from conjoin.graph.rewriting import Rewrite
 
 PURE = frozenset(
     "view reshape flatten unflatten permute transpose t movedim squeeze unsqueeze expand "
-    "contiguous cat concat stack batched getitem long int float double half bfloat16".split()
+    "contiguous cat concat stack batched getitem pad long int float double half bfloat16".split()
 )
 """Functions and methods that give equal values for equal inputs, beside those of elements."""
 
 
-class Share(PassBase):
+class Share(Rewrite):
     """Computes equal values once."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

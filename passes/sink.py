@@ -14,16 +14,17 @@ from collections.abc import Hashable, Mapping, Sequence
 from typing import Any, cast
 
 from torch import Tensor, fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 
 from conjoin.graph import bundles, channelwise, edit, elementwise, hazards
 from conjoin.graph.bundles import Bundle
+from conjoin.graph.rewriting import Rewrite
 from conjoin.layers import norm_of
 from conjoin.layers.wide import WIDE, View, Wide
 from conjoin.merging import Merger, merger_of, norm_key
 
 
-class Sink(PassBase):
+class Sink(Rewrite):
     """Moves splits below activations, pooling, padding, softmax and normalizations."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

@@ -21,16 +21,17 @@ from typing import cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 
 from conjoin.graph import bundles, congruence, edit, hazards, joints, order
 from conjoin.graph.bundles import Bundle
+from conjoin.graph.rewriting import Rewrite
 from conjoin.layers import Kind, Norm
 from conjoin.layers.wide import WIDE, View
 from conjoin.merging import Merger, layer_key, merger_of, norm_key
 
 
-class Towers(PassBase):
+class Towers(Rewrite):
     """Merges equal layers of the branches into a grouped convolution or a batched product."""
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:

@@ -13,9 +13,10 @@ from collections.abc import Hashable, Iterator, Mapping
 from typing import cast
 
 from torch import fx, nn
-from torch.fx.passes.infra.pass_base import PassBase, PassResult
+from torch.fx.passes.infra.pass_base import PassResult
 
 from conjoin.graph import edit, elementwise, hazards, joints, products
+from conjoin.graph.rewriting import Rewrite
 from conjoin.graph.siblings import among
 from conjoin.graph.site import Sightings, Site
 from conjoin.layers import kind_of
@@ -27,7 +28,7 @@ FORESIGHT = 8
 """How many operations behind siblings are looked at, to put those that go on alike together."""
 
 
-class Widen(PassBase):
+class Widen(Rewrite):
     """Merges layers that read one tensor, and runs each wide layer once.
 
     A wide layer is left to its views where some of them are not called on the same tensor, where

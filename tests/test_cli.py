@@ -16,7 +16,7 @@ import torch
 from torch import nn
 
 import conjoin
-from conjoin import cli
+from conjoin import cli, options
 
 NETS = """
 import time
@@ -139,7 +139,7 @@ def test_an_exported_program_is_reported_on_its_own_inputs(capsys: Capture, expo
     report = json.loads(succeed(capsys, "report", exported, "--format", "json"))
     assert [(g["layers"], g["fused"]) for g in report["groups"]] == [(["0.0", "0.1"], True)]
     assert report["launches"]["before"]["forward"] == 3
-    assert report["launches"]["after"]["forward"] == 2
+    assert report["launches"]["after"]["forward"] == 1  # What is joined needs no joint.
 
 
 def test_factories_of_the_current_folder(capsys: Capture, nets: str) -> None:
@@ -196,7 +196,7 @@ def test_version_and_help(capsys: Capture) -> None:
     ],
 )
 def test_example_inputs(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    made = [cli._example(cli._input_spec(text), torch.device("cpu")) for _ in range(2)]
+    made = [options.example(options.input_spec(text), torch.device("cpu")) for _ in range(2)]
     assert made[0].shape == shape
     assert made[0].dtype == dtype
     assert torch.equal(*made)
@@ -216,8 +216,8 @@ def test_example_inputs(text: str, shape: tuple[int, ...], dtype: torch.dtype) -
     ],
 )
 def test_factory_arguments(text: str, value: object) -> None:
-    assert cli._arguments([text]).positional == (value,)
-    assert cli._arguments([f"name={text}"]).keywords == {"name": value}
+    assert options.arguments([text]).positional == (value,)
+    assert options.arguments([f"name={text}"]).keywords == {"name": value}
 
 
 # What it writes
@@ -329,11 +329,92 @@ def test_nothing_is_written_where_the_input_is_wrong(capsys: Capture, whole: str
     assert os.listdir() == [whole]
 
 
-def test_exported_programs_are_not_rewritten_yet(capsys: Capture, exported: str) -> None:
+# Exported programs
+
+
+def test_an_exported_program_goes_there_and_back(capsys: Capture, exported: str) -> None:
+    before = Path(exported).read_bytes()
+    out = succeed(capsys, "optimize", exported, "-o", "fused.pt2")
+    assert "1 fused" in out
+    assert "equal: 1 call in the mode that it was exported in, in float32" in out
+    assert out.endswith("\nwrote fused.pt2\n")
+    fused = torch.export.load("fused.pt2")
+    assert sorted(map(str, (t.shape for t in fused.state_dict.values()))) == [
+        "torch.Size([5, 8])",
+        "torch.Size([5])",
+    ]
+    out = succeed(capsys, "unfuse", "fused.pt2", "-o", "plain.pt2")
+    assert out.startswith("equal: ")
+    assert out.endswith("\nwrote plain.pt2\n")
+    original, plain = torch.export.load(exported), torch.export.load("plain.pt2")
+    assert str(plain) == str(original)
+    assert list(plain.state_dict) == list(original.state_dict)
+    for name, tensor in original.state_dict.items():
+        assert torch.equal(plain.state_dict[name], tensor)
+    assert Path(exported).read_bytes() == before
+    assert sorted(os.listdir()) == ["fused.pt2", "plain.pt2", exported]
+
+
+def test_a_fused_program_reports_what_is_fused(capsys: Capture, exported: str) -> None:
+    succeed(capsys, "optimize", exported, "-o", "fused.pt2")
+    reports = [succeed(capsys, "report", file) for file in (exported, "fused.pt2")]
+    assert reports[0] == reports[1]
+    assert "1 fused" in reports[0]
+    assert "3 -> 1" in reports[0]
+    other = succeed(capsys, "report", exported, "--input", "4x8")
+    assert other == reports[0]
+
+
+def test_a_program_is_verified_unless_told_otherwise(
+    capsys: Capture, exported: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    optimize = conjoin.optimize
+
+    def wrong(program: torch.export.ExportedProgram, *args: object) -> object:
+        fused = optimize(program, *args)
+        next(iter(fused.state_dict.values())).data[0] += 1
+        return fused
+
+    monkeypatch.setattr(conjoin, "optimize", wrong)
+    message = fail(capsys, "optimize", exported, "-o", "fused.pt2")
+    assert "another function, so nothing is written" in message
+    assert os.listdir() == [exported]
+    out = succeed(capsys, "optimize", exported, "-o", "fused.pt2", "--no-verify")
+    assert "not verified, as --no-verify says" in out
+    assert sorted(os.listdir()) == ["fused.pt2", exported]
+
+
+def test_a_program_that_does_not_run_on_its_inputs(capsys: Capture, exported: str) -> None:
+    message = fail(capsys, "optimize", exported, "-o", "fused.pt2", "--input", "4x9")
+    assert "run on the example inputs" in message
+    assert os.listdir() == [exported]
+
+
+def test_a_program_and_a_module_keep_their_suffixes(
+    capsys: Capture, exported: str, whole: str
+) -> None:
     for name in ("optimize", "unfuse"):
-        message = fail(capsys, name, exported, "-o", "out.pt2")
-        assert "not available yet" in message
-        assert "then export it again" in message
+        assert "ends in .pt2" in fail(capsys, name, exported, "-o", "out.pt")
+        message = fail(capsys, name, whole, "-o", "out.pt2", "--trust-pickle")
+        assert "ends in .pt\n" in message
+    assert "exists already" in fail(capsys, "optimize", exported, "-o", whole)
+    assert "is read" in fail(capsys, "optimize", exported, "-o", exported)
+    assert sorted(os.listdir()) == [exported, whole]
+
+
+def test_a_cut_program_is_refused(capsys: Capture, exported: str) -> None:
+    Path("cut.pt2").write_bytes(Path(exported).read_bytes()[:-200])
+    for name in ("optimize", "unfuse"):
+        assert "damaged" in fail(capsys, name, "cut.pt2", "-o", "out.pt2")
+    assert sorted(os.listdir()) == ["cut.pt2", exported]
+
+
+def test_a_changed_program_is_not_unfused(capsys: Capture, exported: str) -> None:
+    succeed(capsys, "optimize", exported, "-o", "fused.pt2")
+    changed = torch.export.load("fused.pt2").run_decompositions()
+    torch.export.save(changed, "changed.pt2")
+    message = fail(capsys, "unfuse", "changed.pt2", "-o", "plain.pt2")
+    assert "unfuse it before other passes" in message
 
 
 # Wrong input

@@ -2,8 +2,8 @@
 
 Python blocks run one after another in one namespace; the text block that follows one holds what
 it prints. Console blocks hold commands and what they print. The list of reasons is made from the
-enum, the table of hazards from the one that `test_hazards.py` runs, and those of speed from the
-result of the benchmark that is kept.
+enum, the tables of hazards and dialects from those that `test_hazards.py` and `test_dialects.py`
+run, and those of speed from the result of the benchmark that is kept.
 `CONJOIN_REGENERATE=1 pytest tests/test_readme.py` writes what happens into the README.
 """
 
@@ -15,6 +15,7 @@ import re
 import shlex
 from pathlib import Path
 
+import dialects
 import torch
 from awkward import EXACT, HAZARDS, LIFE
 from benchmarks import tables
@@ -64,7 +65,7 @@ def speed() -> str:
     return tables.markdown(tables.load())
 
 
-MADE = {"reasons": reasons, "hazards": hazards, "speed": speed}
+MADE = {"reasons": reasons, "hazards": hazards, "speed": speed, "dialects": dialects.table}
 """The sections between comments, and what makes them."""
 
 

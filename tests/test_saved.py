@@ -20,6 +20,7 @@ import pytest
 import torch
 from torch import nn
 
+import conjoin
 from conjoin import saved
 from conjoin.saved import Arguments, Kind, SavedError
 
@@ -129,23 +130,17 @@ def test_every_format_of_torch_save_is_known(tmp_path: Path, protocol: int, arch
 
 
 def test_an_exported_program_brings_its_inputs(exported: Path) -> None:
-    loaded = saved.load(str(exported))
-    assert loaded.example_inputs is not None
-    assert loaded.example_kwargs is not None
-    output = loaded.model(*loaded.example_inputs, **loaded.example_kwargs)
+    program = saved.load(str(exported)).model
+    assert isinstance(program, torch.export.ExportedProgram)
+    args, kwargs = program.example_inputs
+    output = program.module()(*args, **kwargs)
     assert output["flat"].shape == (60,)
-    assert list(dict(loaded.model.named_parameters())) == ["layers.a b.weight", "layers.a b.bias"]
+    assert [*program.state_dict] == ["layers.a b.weight", "layers.a b.bias", "count"]
 
 
 def test_a_suffix_says_nothing(exported: Path, whole: Path) -> None:
     assert saved.kind_of(str(exported.rename(exported.with_suffix(".pt")))) is Kind.EXPORTED
     assert saved.kind_of(str(whole.rename(whole.with_suffix(".pt2")))) is Kind.PICKLE
-
-
-def test_rewriting_an_exported_program_is_not_available(exported: Path) -> None:
-    message = refusal(exported, whole=True)
-    assert "not available yet" in message
-    assert "export it again" in message
 
 
 @pytest.mark.parametrize(
@@ -366,7 +361,11 @@ def test_guards_of_an_exported_program_do_not_run(exported: Path, tmp_path: Path
         members["models/model.json"] = json.dumps(program).encode()
 
     loaded = saved.load(str(rewrite(exported, change)))
-    loaded.model(torch.ones(5, 4), scale=torch.ones(4))
+    assert conjoin.report(loaded.model).launches.before.forward
+    assert conjoin.verify(loaded.model, conjoin.optimize(loaded.model))
+    out = tmp_path / "out.pt2"
+    saved.write(conjoin.optimize(loaded.model), str(out))
+    torch.export.load(out).module()(torch.ones(5, 4), scale=torch.ones(4))
     assert not (tmp_path / "evil").exists()
 
 
@@ -447,7 +446,8 @@ def test_mutated_files_give_one_sentence_or_a_model(
         else:
             path.write_bytes(mutate(content, rng) or b"x")
         with suppress(SavedError):
-            assert isinstance(saved.load(str(path)).model, nn.Module)
+            model = saved.load(str(path)).model
+            assert isinstance(model, nn.Module | torch.export.ExportedProgram)
 
 
 def mutated_member(members: dict[str, bytes], rng: random.Random) -> dict[str, bytes]:
@@ -531,6 +531,7 @@ def test_a_failure_leaves_everything_as_it_was(
 def test_a_write_that_is_cut_short(tmp_path: Path, limit: int) -> None:
     script = f"""
 import resource, signal, torch
+import conjoin
 from conjoin import saved
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))

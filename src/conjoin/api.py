@@ -8,32 +8,36 @@ import dataclasses
 import functools
 import gc
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import Any, TypeVar
+from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 
-from conjoin import memory
+from conjoin import memory, programs
 from conjoin.budget import fit
 from conjoin.cost import Policy
 from conjoin.deciding import DECIDED, check_policy, decide, leave_apart, note, noted
 from conjoin.graph.depth import Chain, Depths
 from conjoin.graph.siblings import Candidate, candidates, in_order
 from conjoin.graph.site import Sightings, Untraced
-from conjoin.launches import UNCOUNTED, Counted, Launches
+from conjoin.launches import UNCOUNTED, Count, Counted, Launches
 from conjoin.layers import KINDS, PRODUCTS, Kind, activation, checked
 from conjoin.layers.owner import raw_parameters, reclaim
 from conjoin.layers.product import SUFFIX
-from conjoin.layers.wide import ENCLOSES, Wide, release, views, wides
+from conjoin.layers.wide import Wide, release, unmark, views, wides
+from conjoin.legality import Reason
 from conjoin.memory import Memory
 from conjoin.merging import MERGER, Level, Merger
 from conjoin.reachable import remembering
 from conjoin.report import Group, Report
-from conjoin.tracing import regions
+from conjoin.tracing import graph_modules, regions
+from conjoin.tracing.exported import lift
 from conjoin.tracing.observe import Call, Copy, UncopyableError, observe
 from conjoin.tracing.symbolic import trace
 from conjoin.tracing.undisturbed import undisturbed
 
-Model = TypeVar("Model", bound=nn.Module)
+Model = TypeVar("Model", bound="nn.Module | ExportedProgram")
+Module = TypeVar("Module", bound=nn.Module)
 
 
 def optimize(
@@ -52,7 +56,11 @@ def optimize(
     model keeps its class, methods, attributes, module names and `state_dict` keys.
 
     Args:
-        model: the model; with its weights already loaded, or to be loaded later.
+        model: the model; with its weights already loaded, or to be loaded later. Or an
+            `ExportedProgram` of `torch.export`, which is never changed itself, and has example
+            inputs of its own: its siblings are found in its graph, and hold for all the sizes that
+            it was exported for. Its wide parameters are in its `state_dict` in the place of the
+            siblings'.
         example_inputs: the positional arguments of a call, as in `torch.export.export`, or a list
             of such tuples. With them, siblings are found by observing the model run on fake
             tensors; without, by symbolic tracing, which cannot look into all Python code.
@@ -80,8 +88,9 @@ def optimize(
         TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, `kinds` is
             no tuple of kinds, or `memory_budget` is no number.
         ValueError: the model cannot be copied, or does not run on the example inputs; two of the
-            kinds are for one class; there is no such policy; or `memory_budget` is not above 0, is
-            a fraction above 1, or is given without example inputs.
+            kinds are for one class; there is no such policy; `memory_budget` is not above 0, is a
+            fraction above 1, or is given without example inputs; or anything but `kinds` is given
+            for an exported program.
 
     Example:
         >>> import torch, conjoin
@@ -97,15 +106,22 @@ def optimize(
     """
     with _no_collection(), remembering():
         kinds = checked(kinds)
+        if isinstance(model, ExportedProgram):
+            _check_alone(example_inputs, example_kwargs, policy, memory_budget, inplace)
+            return cast(Model, programs.optimize(model, kinds))
         calls = example_calls(example_inputs, example_kwargs)
         limit = _limits(model, calls, policy, memory_budget)
-        found, sightings = _find(model, calls, kinds)
-        found = decide(model, noted(model, found, again=True), sightings, policy)
-        if limit is not None:
-            found = _fit(model, calls[0], found, sightings, kinds, limit)
-        optimized = model if inplace else _copy(model)
-        _, found = _merge(optimized, found, sightings, kinds)
-        note(optimized, found)
+        # A graph is lifted before it is looked at, so of a model with graphs the copy is.
+        optimized = model if inplace or not _has_graphs(model) else _copy(model)
+        with graph_modules.lifted(optimized):
+            found, sightings = _find(optimized, calls, kinds)
+            found = decide(optimized, noted(optimized, found, again=True), sightings, policy)
+            if limit is not None:
+                found = _fit(optimized, calls[0], found, sightings, kinds, limit)
+            if optimized is model and not inplace:
+                optimized = _copy(model)
+            _, found = _merge(optimized, found, sightings, kinds)
+            note(optimized, found)
     return optimized
 
 
@@ -113,31 +129,36 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
     """Gives the original layers back, with the values that the wide layers have now.
 
     Args:
-        model: an optimized model, or any other, which stays as it is.
+        model: an optimized model or exported program, or any other, which stays as it is.
         inplace: change `model` itself.
 
     Returns:
-        The model with layers, classes and names as they were before `optimize`.
+        The model with layers, classes and names as they were before `optimize`; of an exported
+        program the graph as it was.
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: the model cannot be copied.
+        ValueError: the model cannot be copied; or a program's graph was changed after `optimize`.
     """
+    if isinstance(model, ExportedProgram):
+        _check_alone(None, None, inplace=inplace)
+        return cast(Model, programs.unfuse(model))
     check_model(model)
     plain = model if inplace else _copy(model)
     regions.uninstall(plain)
+    graph_modules.give_back(plain)
     for _, view in list(views(plain)):
         release(view)
     for module in list(plain.modules()):
         reclaim(module)
         activation.forget(module)
-        vars(module).pop(ENCLOSES, None)
+        unmark(module)
         vars(module).pop(DECIDED, None)
     return plain
 
 
 def report(
-    model: nn.Module,
+    model: nn.Module | ExportedProgram,
     example_inputs: tuple[Any, ...] | list[tuple[Any, ...]] | None = None,
     *,
     example_kwargs: dict[str, Any] | None = None,
@@ -150,7 +171,7 @@ def report(
     It changes nothing: on a model that was not optimized it is a dry run.
 
     Args:
-        model: the model, optimized or not.
+        model: the model, optimized or not; or an exported program, with inputs of its own.
         example_inputs: as for `optimize`. With them, launches are counted, on fake tensors and in
             the mode (training or evaluation) that the model is in; of several calls, the first is.
             A group's row counts what its branches run behind the siblings too, as far as that runs
@@ -173,9 +194,13 @@ def report(
     """
     calls = example_calls(example_inputs, example_kwargs)
     kinds = checked(kinds)
+    if isinstance(model, ExportedProgram):
+        _check_alone(None, None, policy, memory_budget)
+        return _report_program(model, calls, kinds)
     limit = _limits(model, calls, policy, memory_budget)
+    model = _copy(model) if _has_graphs(model) else model
     # What the collector would find is counted as if it were alive until then.
-    with _no_collection(), remembering():
+    with _no_collection(), remembering(), graph_modules.lifted(model):
         found, sightings = _find(model, calls, kinds)
         found = decide(model, noted(model, found, again=False), sightings, policy)
         if limit is not None:
@@ -184,12 +209,84 @@ def report(
             counts = _count(model, calls[0], found, sightings, kinds)
         else:
             counts = _uncounted(model, found, sightings, kinds)
-    groups = tuple(
-        _group(candidate, counts) for candidate in in_order(counts.groups(found), model, sightings)
-    )
+        groups = tuple(
+            _group(candidate, counts)
+            for candidate in in_order(counts.groups(found), model, sightings)
+        )
     launches = Launches(counts.plain.count, counts.optimized.count)
     peaks = Memory(counts.plain.peak, counts.optimized.peak)
     return Report(groups, launches, sightings.untraced, bool(calls), peaks)
+
+
+def _report_program(program: ExportedProgram, calls: list[Call], kinds: tuple[Kind, ...]) -> Report:
+    """What is, or would be, merged in a program, with the launches of the program itself."""
+    plain = programs.unfuse(program) if programs.is_current(program) else program
+    fused = programs.optimize(plain, kinds)
+    if not calls and plain.example_inputs:
+        calls = [plain.example_inputs]
+    inputs, kwargs = calls[0] if calls else (None, None)
+    module = lift(plain.module(check_guards=False))
+    found = report(module, inputs, example_kwargs=kwargs, policy="always")
+    merged = programs.merged_layers(fused)
+    groups = tuple(each for group in found.groups for each in _in_program(group, merged))
+    if not calls:
+        return dataclasses.replace(found, groups=groups)
+    before, after = (_launches(each, calls[0]) for each in (plain, fused))
+    return dataclasses.replace(found, groups=groups, launches=Launches(before, after))
+
+
+def _in_program(group: Group, merged: list[set[str]]) -> Iterator[Group]:
+    """What has become of a group of a model in a program with these layers merged."""
+    if not group.fused or any(wide.issuperset(group.layers) for wide in merged):
+        yield group
+        return
+    left = {*group.layers}
+    for wide in merged:
+        if len(wide & left) > 1:
+            yield _some_of(group, wide & left)
+            left -= wide
+    if left:
+        yield dataclasses.replace(_some_of(group, left), fused=False, reason=Reason.IN_PROGRAM)
+
+
+def _some_of(group: Group, layers: Collection[str]) -> Group:
+    """Some of the layers of a group, of which nothing is counted."""
+    pairs = zip(group.layers, group.widths, strict=True)
+    names, widths = zip(*((name, width) for name, width in pairs if name in layers), strict=True)
+    return dataclasses.replace(group, layers=names, widths=widths, launches=None, depth=())
+
+
+def _launches(program: ExportedProgram, call: Call) -> Count:
+    """The launches of a call of a program."""
+    module = program.module(check_guards=False)
+    with contextlib.suppress(UncopyableError):
+        try:
+            return Copy(module, fake=True).count(call, {}).count
+        except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
+            return Copy(module, fake=False).count(call, {}).count
+    return UNCOUNTED.count
+
+
+def _check_alone(
+    inputs: object,
+    kwargs: object,
+    policy: object = "auto",
+    budget: object = None,
+    inplace: bool = False,
+) -> None:
+    """Raises ValueError where something is given that an exported program does not need."""
+    if policy not in ("auto", "always") or budget is not None:
+        raise ValueError(
+            "the layers of an ExportedProgram are merged wherever that is exact: leave out policy "
+            "and memory_budget, or optimize the model before exporting it."
+        )
+    if inputs is not None or kwargs is not None:
+        raise ValueError(
+            "an ExportedProgram has example inputs of its own: leave out example_inputs and "
+            "example_kwargs."
+        )
+    if inplace:
+        raise ValueError("an ExportedProgram is not changed in place: leave out inplace.")
 
 
 @contextlib.contextmanager
@@ -246,7 +343,19 @@ def _limits(
     return memory.limit(budget, model)
 
 
-def _copy(model: Model) -> Model:
+def _has_graphs(model: nn.Module) -> bool:
+    """Whether there are GraphModules in a model.
+
+    Raises:
+        TypeError: it is no module.
+        ValueError: a graph does not lint.
+    """
+    check_model(model)
+    graph_modules.check(model)
+    return any(True for _ in graph_modules.graph_modules(model))
+
+
+def _copy(model: Module) -> Module:
     try:
         return copy.deepcopy(model)
     except (RuntimeError, TypeError, NotImplementedError) as error:
@@ -258,7 +367,6 @@ def _copy(model: Model) -> Model:
 def _find(
     model: nn.Module, calls: list[Call], kinds: tuple[Kind, ...]
 ) -> tuple[tuple[Candidate, ...], Sightings]:
-    check_model(model)
     # A lazy layer does not run on fake tensors; a trace shows which siblings it would have.
     lazy = any(nn.parameter.is_lazy(parameter) for parameter in model.parameters())
     try:
@@ -287,9 +395,10 @@ def _merge(
         merger.rewritten = depths.watch
     if merger.merge_all(found):
         regions.uninstall(model)  # They may know wide layers that are no more.
+    called = graph_modules.rewrite_all(model, merger)
     while True:
         regions.install(model, sightings.calls, {MERGER: merger})
-        running = regions.covered(model)
+        running = regions.covered(model) | called
         merger.give_back(running)
         settled = leave_apart(model, found, running)
         if settled == tuple(found):

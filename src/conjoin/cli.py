@@ -1,4 +1,4 @@
-"""The command line: `conjoin report | optimize | unfuse`.
+"""The command line: `conjoin report | optimize | unfuse | export`.
 
 Exit status 0: done. 2: wrong input, with one sentence on stderr. 130: interrupted.
 """
@@ -6,59 +6,28 @@ Exit status 0: done. 2: wrong input, with one sentence on stderr. 130: interrupt
 from __future__ import annotations
 
 import argparse
-import ast
 import copy
 import io
 import logging
-import math
 import os
-import re
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, suppress
-from dataclasses import dataclass
 from typing import NoReturn, get_args
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
 import conjoin
-from conjoin import saved
+from conjoin import exporting, saved
 from conjoin.cost import Policy
-from conjoin.saved import Arguments, Saved, SavedError
-
-# A typing slip in --input must not fill the memory; real example inputs are far smaller.
-MAX_INPUT_BYTES = 4 * 2**30
-
-_DTYPES = {
-    str(dtype).removeprefix("torch."): dtype
-    for dtype in (
-        torch.float64,
-        torch.float32,
-        torch.float16,
-        torch.bfloat16,
-        torch.complex64,
-        torch.complex128,
-        torch.int64,
-        torch.int32,
-        torch.int16,
-        torch.int8,
-        torch.uint8,
-        torch.bool,
-    )
-}
-_SHAPE = re.compile(r"scalar|[1-9]\d*(x[1-9]\d*)*")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) *(b|[kmgt]i?b)?", re.IGNORECASE)
-_UNITS = {
-    "b": 1,
-    **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)},
-    **{f"{letter}ib": 1024**power for power, letter in enumerate("kmgt", start=1)},
-}
-_KEYWORD = re.compile(r"([A-Za-z_]\w*)=(.*)", re.DOTALL)
+from conjoin.foreign import SavedError
+from conjoin.options import UsageError, arguments, budget, example, input_spec
 
 _SAVED_HELP = (
-    "a .pt2 file of torch.export.save (report only), a model saved whole by torch.save "
+    "a .pt2 file of torch.export.save, a model saved whole by torch.save "
     "(needs --trust-pickle), or package.module:factory"
 )
 _EPILOG = """\
@@ -69,11 +38,9 @@ examples:
   conjoin report mypackage.nets:build --arg 12 --arg width=64 --input tokens=1x128:int64
   conjoin optimize model.pt -o fused.pt --trust-pickle --input 64x1x28x28
   conjoin unfuse fused.pt -o plain.pt --trust-pickle
+  conjoin optimize model.pt2 -o fused.pt2
+  conjoin export fused.pt -o plain.onnx --trust-pickle --input 64x1x28x28 --dynamic-batch
 """
-
-
-class UsageError(ValueError):
-    """An option that does not parse; the message is one sentence."""
 
 
 class _Parser(argparse.ArgumentParser):
@@ -143,6 +110,24 @@ def _parser() -> argparse.ArgumentParser:
     _add_saved(unfuse)
     _add_out(unfuse)
     unfuse.set_defaults(run=_unfuse)
+
+    export = commands.add_parser(
+        "export", help="write the model for inference, as a .pt2 or .onnx file, run and compared"
+    )
+    _add_saved(export)
+    _add_inputs(export)
+    _add_out(export)
+    export.add_argument(
+        "--fused",
+        action="store_true",
+        help="with the siblings fused (default: with the original layers)",
+    )
+    export.add_argument(
+        "--dynamic-batch",
+        action="store_true",
+        help="for any size of the first dimension that the inputs have in common",
+    )
+    export.set_defaults(run=_export)
     return parser
 
 
@@ -184,7 +169,7 @@ def _add_choices(parser: argparse.ArgumentParser) -> None:
     )
     parser.add_argument(
         "--memory-budget",
-        type=_budget,
+        type=budget,
         metavar="SIZE",
         help="what a call may need: bytes, such as 8GiB or 500MB, or a fraction of the device's "
         "memory, such as 0.5",
@@ -200,7 +185,7 @@ def _add_out(parser: argparse.ArgumentParser) -> None:
 
 
 def _report(options: argparse.Namespace) -> str:
-    model, inputs, kwargs = _model_and_inputs(options, whole=False)
+    model, inputs, kwargs = _model_and_inputs(options)
     with _wrong_inputs():
         report = conjoin.report(
             model,
@@ -216,19 +201,20 @@ def _report(options: argparse.Namespace) -> str:
 
 def _optimize(options: argparse.Namespace) -> str:
     saved.check_out(options.out, source=options.saved, force=options.force)
-    model, inputs, kwargs = _model_and_inputs(options, whole=True)
-    original = None
-    if inputs is not None and not options.no_verify:
-        original = _duplicate(model)
+    model, inputs, kwargs = _model_and_inputs(options)
+    saved.check_suffix(model, options.out)
+    fused: nn.Module | ExportedProgram
+    original: nn.Module | ExportedProgram | None = None
     with _wrong_inputs():
-        fused = conjoin.optimize(
-            model,
-            inputs,
-            example_kwargs=kwargs,
-            inplace=True,
-            policy=options.policy,
-            memory_budget=options.memory_budget,
-        )
+        limits = {"policy": options.policy, "memory_budget": options.memory_budget}
+        if isinstance(model, ExportedProgram):
+            runs = inputs is not None or bool(model.example_inputs)
+            original = model if runs and not options.no_verify else None
+            fused = conjoin.optimize(model, **limits)
+        else:
+            if inputs is not None and not options.no_verify:
+                original = _duplicate(model)
+            fused = conjoin.optimize(model, inputs, example_kwargs=kwargs, inplace=True, **limits)
         report = conjoin.report(fused, inputs, example_kwargs=kwargs)
         verdict = _UNVERIFIED[options.no_verify]
         if original is not None:
@@ -237,6 +223,7 @@ def _optimize(options: argparse.Namespace) -> str:
     return f"{report}\n\n{verdict}\nwrote {options.out}"
 
 
+_NOT_RUN = "not verified: the program has no inputs to run it on"
 _UNVERIFIED = {
     False: "not verified: there are no inputs to run the model on (give them with --input)",
     True: "not verified, as --no-verify says",
@@ -252,10 +239,10 @@ def _duplicate(model: nn.Module) -> nn.Module:
         ) from error
 
 
-def _verified(verification: conjoin.Verification) -> str:
+def _verified(verification: conjoin.Verification, hint: str = " (--no-verify would)") -> str:
     if not verification:
         raise UsageError(
-            "the fused model is another function, so nothing is written (--no-verify would): "
+            f"the fused model is another function, so nothing is written{hint}: "
             f"{verification.difference}"
         )
     return str(verification)
@@ -263,33 +250,71 @@ def _verified(verification: conjoin.Verification) -> str:
 
 def _unfuse(options: argparse.Namespace) -> str:
     saved.check_out(options.out, source=options.saved, force=options.force)
-    plain = conjoin.unfuse(_load(options, whole=True).model, inplace=True)
+    model = _load(options)
+    saved.check_suffix(model, options.out)
+    if not isinstance(model, ExportedProgram):
+        saved.write(conjoin.unfuse(model, inplace=True), options.out, force=options.force)
+        return f"wrote {options.out}"
+    with _wrong_inputs():
+        plain = conjoin.unfuse(model)
+        verdict = _NOT_RUN
+        if model.example_inputs:
+            verdict = _verified(conjoin.verify(plain, model), hint="")
     saved.write(plain, options.out, force=options.force)
-    return f"wrote {options.out}"
+    return f"{verdict}\nwrote {options.out}"
 
 
-def _load(options: argparse.Namespace, *, whole: bool) -> Saved:
-    return saved.load(
+def _export(options: argparse.Namespace) -> str:
+    exporting.check_format(options.out)
+    saved.check_out(options.out, source=options.saved, force=options.force)
+    model, inputs, kwargs = _model_and_inputs(options)
+    if isinstance(model, ExportedProgram) and inputs is None and model.example_inputs:
+        inputs, kwargs = model.example_inputs
+    if inputs is None:
+        raise UsageError("there are no inputs to export the model with: give them with --input")
+    with _wrong_inputs():
+        verdict = exporting.export(
+            model,
+            options.out,
+            (inputs, kwargs or {}),
+            fused=options.fused,
+            dynamic_batch=options.dynamic_batch,
+            force=options.force,
+        )
+    return f"{verdict}\nwrote {options.out}"
+
+
+def _load(options: argparse.Namespace) -> nn.Module | ExportedProgram:
+    loaded = saved.load(
         options.saved,
         trust_pickle=options.trust_pickle,
-        arguments=_arguments(options.arg),
-        whole=whole,
+        arguments=arguments(options.arg),
     )
+    return loaded.model
 
 
-_Inputs = tuple[nn.Module, "tuple[object, ...] | None", "dict[str, object] | None"]
+_Inputs = tuple[
+    "nn.Module | ExportedProgram", "tuple[object, ...] | None", "dict[str, object] | None"
+]
 
 
-def _model_and_inputs(options: argparse.Namespace, *, whole: bool) -> _Inputs:
-    specs = [_input_spec(text) for text in options.input]
-    loaded = _load(options, whole=whole)
+def _model_and_inputs(options: argparse.Namespace) -> _Inputs:
+    specs = [input_spec(text) for text in options.input]
+    model = _load(options)
     if not specs:
-        kwargs = None if loaded.example_kwargs is None else dict(loaded.example_kwargs)
-        return loaded.model, loaded.example_inputs, kwargs
-    device = _device_of(loaded.model)
-    inputs: tuple[object, ...] = tuple(_example(s, device) for s in specs if s.name is None)
-    keywords: dict[str, object] = {s.name: _example(s, device) for s in specs if s.name}
-    return loaded.model, inputs, keywords or None
+        return model, None, None
+    device = _device_of(model)
+    inputs: tuple[object, ...] = tuple(example(s, device) for s in specs if s.name is None)
+    keywords: dict[str, object] = {s.name: example(s, device) for s in specs if s.name}
+    return model, inputs, keywords or None
+
+
+def _device_of(model: nn.Module | ExportedProgram) -> torch.device:
+    if isinstance(model, ExportedProgram):
+        tensors = [*model.state_dict.values()]
+    else:
+        tensors = [*model.parameters(), *model.buffers()]
+    return tensors[0].device if tensors else torch.device("cpu")
 
 
 @contextmanager
@@ -308,96 +333,6 @@ def _wrong_inputs() -> Iterator[None]:
         raise UsageError(str(error)) from error
     finally:
         log.setLevel(level)
-
-
-# Options
-
-
-def _named(text: str) -> tuple[str | None, str]:
-    match = _KEYWORD.fullmatch(text)
-    return (match[1], match[2]) if match else (None, text)
-
-
-def _arguments(texts: Sequence[str]) -> Arguments:
-    positional: list[object] = []
-    keywords: dict[str, object] = {}
-    for text in texts:
-        name, value = _named(text)
-        if name is None:
-            positional.append(_literal(value))
-        elif name in keywords:
-            raise UsageError(f"--arg {name}=... is given twice")
-        else:
-            keywords[name] = _literal(value)
-    return Arguments(tuple(positional), keywords)
-
-
-def _literal(text: str) -> object:
-    try:
-        return ast.literal_eval(text)
-    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        # What opens like a literal was meant as one; anything else is a string without quotes.
-        if text.lstrip()[:1] in tuple("([{'\""):
-            raise UsageError(f"--arg {text} is not a Python literal: is it closed?") from None
-        return text
-
-
-def _budget(text: str) -> float:
-    """A fraction where there is a point and no unit, and otherwise bytes."""
-    match = _SIZE.fullmatch(text)
-    if match is None:
-        raise argparse.ArgumentTypeError(
-            f"{text} is no size such as 8GiB, 500MB, 1000000 or 0.5, a fraction of the device's"
-        )
-    number, unit = match.groups()
-    if unit is None and "." in number:
-        return float(number)
-    return int(float(number) * _UNITS[(unit or "b").lower()])
-
-
-@dataclass(frozen=True)
-class _InputSpec:
-    """`NAME=1x128:int64`, read."""
-
-    text: str
-    name: str | None
-    shape: tuple[int, ...]
-    dtype: torch.dtype
-
-
-def _input_spec(text: str) -> _InputSpec:
-    name, description = _named(text)
-    shape_text, _, dtype_text = description.partition(":")
-    if not _SHAPE.fullmatch(shape_text):
-        raise UsageError(
-            f"--input {text} has no shape such as 1x3x224x224, 8 or scalar: sizes from 1 up, "
-            "joined by x"
-        )
-    dtype = _DTYPES.get(dtype_text or "float32")
-    if dtype is None:
-        raise UsageError(f"--input {text} names no dtype out of {', '.join(_DTYPES)}")
-    shape = () if shape_text == "scalar" else tuple(map(int, shape_text.split("x")))
-    if math.prod(shape) * dtype.itemsize > MAX_INPUT_BYTES:
-        raise UsageError(f"--input {text} would take over {MAX_INPUT_BYTES // 2**30} GiB of memory")
-    return _InputSpec(text, name, shape, dtype)
-
-
-def _example(spec: _InputSpec, device: torch.device) -> torch.Tensor:
-    """A tensor that most models take: noise, or indices of 0, or a mask of true."""
-    try:
-        if not (spec.dtype.is_floating_point or spec.dtype.is_complex):
-            fill = spec.dtype is torch.bool
-            return torch.full(spec.shape, fill, dtype=spec.dtype, device=device)
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            return torch.randn(spec.shape, dtype=spec.dtype, device=device)
-    except RuntimeError as error:
-        raise UsageError(f"--input {spec.text} cannot be made on {device}: {error}") from error
-
-
-def _device_of(model: nn.Module) -> torch.device:
-    tensors = [*model.parameters(), *model.buffers()]
-    return tensors[0].device if tensors else torch.device("cpu")
 
 
 # The process

@@ -88,6 +88,12 @@ class Reason(enum.Enum):
         "transposed ones cannot be merged. "
         "Leave them as they are; the layers around them are not affected."
     )
+    IN_PROGRAM = (
+        "In this exported program the layers cannot run as one: something that may change what "
+        "they read stands between them, or a wide layer would be right for some of the sizes only "
+        "that the program is for. "
+        "Optimize the model before exporting it."
+    )
     UNSUPPORTED_OPTION = (
         "The layer uses an option that conjoin cannot reproduce in a wide layer. "
         "Switch the option off if the model does not need it."

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
+import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Collection, Hashable, Iterable, Mapping, Sequence
+from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
 from torch import Tensor, fx, nn
@@ -141,7 +142,7 @@ class Merger:
 
     def escapes(self, graph_module: fx.GraphModule) -> bool:
         """Whether the model's own code, beyond a graph, reads the graph's outputs."""
-        return self._escapes and graph_module.meta.get(REGION) is not self._model
+        return self._escapes and self._model not in (graph_module, graph_module.meta.get(REGION))
 
     def merge_products(self, found: Sequence[RawProduct], sites: Sequence[Site]) -> None:
         """Merges products with Parameters that read one tensor, and notes which stay as they are.
@@ -376,11 +377,24 @@ def norm_key(
 
 
 def merger_of(graph_module: fx.GraphModule) -> Merger:
-    """The merger of the model that a graph is of; by default that of the graph's own modules."""
+    """The merger of the model that a graph is of; by default one of the graph's own modules."""
     found = graph_module.meta.get(MERGER)
-    if not isinstance(found, Merger):
-        found = graph_module.meta[MERGER] = Merger(graph_module, escapes=False)
-    return found
+    if isinstance(found, Merger):
+        return found
+    return Merger(graph_module, sightings=Sightings((), {}), escapes=False)
+
+
+@contextlib.contextmanager
+def of_graph(graph_module: fx.GraphModule, merger: Merger | None = None) -> Iterator[None]:
+    """Has all passes over a graph use one merger for a while: that one, or one of its own."""
+    if isinstance(graph_module.meta.get(MERGER), Merger):
+        yield
+        return
+    graph_module.meta[MERGER] = merger or merger_of(graph_module)
+    try:
+        yield
+    finally:
+        del graph_module.meta[MERGER]
 
 
 def common_path(names: Sequence[str]) -> str:

@@ -19,7 +19,7 @@ from itertools import zip_longest
 from types import ModuleType
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from conjoin.layers.product import Product
@@ -51,6 +51,8 @@ LONGEST = 120
 _ADDRESS = re.compile(r"0x[0-9a-fA-F]+")
 _OURS = re.compile(r"_?conjoin_")
 _INTERNAL = frozenset(vars(nn.Module())) - {"training"}
+_OF_GRAPHS = frozenset(vars(fx.GraphModule(nn.Module(), fx.Graph()))) - {"training"}
+"""What a GraphModule keeps of its graph and its code, which say how it computes and not what."""
 _SCALARS = (str, bytes, int, type(None))
 _PLAIN = (Tensor, float, complex, dict, list, tuple, set, frozenset, *_SCALARS)
 """What is compared of the attributes of a module; other objects are the model's own business."""
@@ -216,10 +218,11 @@ def _modules(model: nn.Module) -> Iterator[tuple[str, nn.Module]]:
 
 def attributes(module: nn.Module) -> dict[str, object]:
     """The mode of a module, and what its own code keeps on it."""
+    internal = _OF_GRAPHS if isinstance(module, fx.GraphModule) else _INTERNAL
     return {
         name: value
         for name, value in vars(module).items()
-        if isinstance(value, _PLAIN) and name not in _INTERNAL and not _OURS.match(name)
+        if isinstance(value, _PLAIN) and name not in internal and not _OURS.match(name)
     }
 
 

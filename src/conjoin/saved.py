@@ -18,14 +18,12 @@ import ast
 import importlib
 import io
 import json
-import logging
 import math
 import os
 import pickle
 import re
 import stat
 import tempfile
-import warnings
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -36,23 +34,18 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch.export import ExportedProgram
 
-from conjoin.tracing.exported import lift
+from conjoin.foreign import SavedError, foreign, quiet, quote
 
 # torch.save stores members uncompressed, so an honest archive unpacks to its own size.
 MAX_EXPANSION = 20
 # Below this size no archive is a danger to memory, however well it is packed.
 HARMLESS_BYTES = 64 * 2**20
-# A foreign exception's text is quoted up to here: enough to recognise it, one line to read.
-MAX_QUOTE = 300
 
 _FACTORY = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
 _WHOLE = "save the model whole with torch.save(model, path)"
 _TRUST = "give --trust-pickle if you trust where it came from"
-
-
-class SavedError(ValueError):
-    """A file or factory that gives no model, or a file that cannot be written."""
 
 
 class Kind(Enum):
@@ -78,11 +71,9 @@ class Arguments:
 
 @dataclass(frozen=True)
 class Saved:
-    """A model and, where its file holds them, the inputs that it was exported with."""
+    """A model, or an exported program, which has inputs of its own."""
 
-    model: nn.Module
-    example_inputs: tuple[object, ...] | None = None
-    example_kwargs: Mapping[str, object] | None = None
+    model: nn.Module | ExportedProgram
 
 
 def kind_of(source: str) -> Kind:
@@ -98,7 +89,7 @@ def kind_of(source: str) -> Kind:
     if not os.path.lexists(path) and _FACTORY.fullmatch(source):
         return Kind.FACTORY
     _check_file(path)
-    with _foreign(f"{source} cannot be read"), path.open("rb") as file:
+    with foreign(f"{source} cannot be read"), path.open("rb") as file:
         start = file.read(16)
     if start.startswith(b"PK\x03\x04"):
         return _kind_of_archive(path, _checked_names(path))
@@ -116,7 +107,6 @@ def load(
     *,
     trust_pickle: bool = False,
     arguments: Arguments | None = None,
-    whole: bool = False,
 ) -> Saved:
     """Give the model that `source` names.
 
@@ -124,7 +114,6 @@ def load(
         source: a file of `torch.save` or `torch.export.save`, or `package.module:factory`.
         trust_pickle: unpickle what needs it. A pickle runs code that the file names.
         arguments: what a factory is called with.
-        whole: take only models that are made of modules, no exported programs.
 
     Raises:
         SavedError: no model comes of it; the message says why and what to do.
@@ -142,11 +131,6 @@ def load(
         )
     if kind is Kind.PICKLE:
         return Saved(_from_pickle(source, trust_pickle))
-    if whole:
-        raise SavedError(
-            f"{source} is an exported program, and rewriting those is not available yet: "
-            "optimize or unfuse the model that it came from, then export it again"
-        )
     return _from_exported(source, kind, trust_pickle)
 
 
@@ -171,45 +155,78 @@ def check_out(out: str, *, source: str, force: bool) -> None:
         raise SavedError(f"the folder {folder} cannot be written to")
 
 
-def write(model: nn.Module, out: str, *, force: bool = False) -> None:
+def check_suffix(model: nn.Module | ExportedProgram, out: str) -> None:
+    """Refuse a name that tells of another kind of file than what is written.
+
+    Raises:
+        SavedError: an exported program would not be written to a `.pt2` file, or a module would.
+    """
+    program, named = isinstance(model, ExportedProgram), Path(out).suffix == ".pt2"
+    if program and not named:
+        raise SavedError(
+            f"{out} would hold an exported program: give it a name that ends in .pt2, by which it "
+            "is known"
+        )
+    if named and not program:
+        raise SavedError(
+            f"{out} would hold a module, and .pt2 is for exported programs: give it a name that "
+            "ends in .pt"
+        )
+
+
+def write(model: nn.Module | ExportedProgram, out: str, *, force: bool = False) -> None:
     """Save `model` whole at `out`: all of it, or nothing.
+
+    Raises:
+        SavedError: the model does not pickle, the disk is full, or `out` has come to exist.
+    """
+    with (
+        placing(out, force=force) as temporary,
+        foreign(f"the model cannot be saved as {out}"),
+        quiet(),
+        temporary.open("wb") as file,
+    ):
+        try:
+            if isinstance(model, ExportedProgram):
+                torch.export.save(model, file)
+            else:
+                torch.save(model, file)
+        except RuntimeError as error:
+            # The archive writer covers a failed write (a full disk) with another complaint.
+            cause = error.__context__
+            raise cause if isinstance(cause, OSError) else error from None
+
+
+@contextmanager
+def placing(out: str, *, force: bool = False) -> Iterator[Path]:
+    """Give a file to write that becomes `out` in the end: all of it, or nothing.
 
     The bytes go to a temporary file in the same folder, reach the disk, and then take the name in
     one step. Whatever happens before that step leaves `out` as it was and no file behind.
 
     Raises:
-        SavedError: the model does not pickle, the disk is full, or `out` has come to exist.
+        SavedError: the disk is full, or `out` has come to exist.
     """
     # Through a link: the link stays, the file that it points to is replaced.
     target = Path(os.path.realpath(out))
+    suffix = f".tmp{target.suffix}"
     try:
-        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".conjoin-", suffix=".tmp")
+        descriptor, name = tempfile.mkstemp(dir=target.parent, prefix=".conjoin-", suffix=suffix)
     except OSError as error:
-        raise SavedError(f"cannot write {out}: {_quote(error)}") from error
+        raise SavedError(f"cannot write {out}: {quote(error)}") from error
     temporary = Path(name)
     try:
-        _fill(descriptor, model, out)
+        yield temporary
+        os.fsync(descriptor)
         temporary.chmod(_mode_of(target))
         if target.exists() and not force:
             raise SavedError(f"{out} has come to exist: give another name, or --force")
         os.replace(temporary, target)
     except OSError as error:
-        raise SavedError(f"cannot write {out}: {_quote(error)}") from error
+        raise SavedError(f"cannot write {out}: {quote(error)}") from error
     finally:
+        os.close(descriptor)
         temporary.unlink(missing_ok=True)
-
-
-def _fill(descriptor: int, model: nn.Module, out: str) -> None:
-    with os.fdopen(descriptor, "wb") as file:
-        with _foreign(f"the model cannot be saved as {out}"):
-            try:
-                torch.save(model, file)
-            except RuntimeError as error:
-                # The archive writer covers a failed write (a full disk) with another complaint.
-                cause = error.__context__
-                raise cause if isinstance(cause, OSError) else error from None
-        file.flush()
-        os.fsync(file.fileno())
 
 
 def _mode_of(target: Path) -> int:
@@ -218,39 +235,6 @@ def _mode_of(target: Path) -> int:
     mask = os.umask(0)
     os.umask(mask)
     return 0o666 & ~mask
-
-
-@contextmanager
-def _foreign(sentence: str) -> Iterator[None]:
-    """Turn whatever comes out of code that is not ours into a `SavedError`."""
-    try:
-        yield
-    except SavedError:
-        raise
-    # A factory, a trusted pickle's classes and PyTorch's readers on hostile bytes can raise
-    # anything at all, and a module may call sys.exit() when it is imported.
-    except (Exception, SystemExit) as error:
-        raise SavedError(f"{sentence}: {_quote(error)}") from error
-
-
-def _quote(error: BaseException) -> str:
-    if isinstance(error, OSError) and error.strerror:
-        return error.strerror.lower()
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:MAX_QUOTE]}" if lines else type(error).__name__
-
-
-@contextmanager
-def _quiet() -> Iterator[None]:
-    """Hold back warnings and log records: PyTorch's readers log tracebacks of what we report."""
-    before = logging.root.manager.disable
-    logging.disable(logging.CRITICAL)
-    try:
-        with warnings.catch_warnings():
-            warnings.simplefilter("ignore")
-            yield
-    finally:
-        logging.disable(before)
 
 
 def _check_file(path: Path) -> None:
@@ -273,7 +257,7 @@ def _check_file(path: Path) -> None:
 def _checked_names(path: Path) -> list[str]:
     """The members of a zip archive whose names, sizes and checksums are sound."""
     damaged = f"{path} is damaged or was not written to the end"
-    with _foreign(damaged), zipfile.ZipFile(path) as archive:
+    with foreign(damaged), zipfile.ZipFile(path) as archive:
         members = archive.infolist()
         names = [member.filename for member in members]
         for name in names:
@@ -328,7 +312,7 @@ def _from_factory(source: str, arguments: Arguments) -> nn.Module:
         raise SavedError(
             f"{source} is {_a(type(found).__name__)}: name a module, or a callable that gives one"
         )
-    with _foreign(f"{source} raised when it was called"):
+    with foreign(f"{source} raised when it was called"):
         model = found(*arguments.positional, **arguments.keywords)
     if not isinstance(model, nn.Module):
         raise SavedError(
@@ -338,7 +322,7 @@ def _from_factory(source: str, arguments: Arguments) -> nn.Module:
 
 
 def _module(source: str, name: str) -> object:
-    with _foreign(f"importing {name} raised"):
+    with foreign(f"importing {name} raised"):
         try:
             return importlib.import_module(name)
         except ModuleNotFoundError as error:
@@ -353,7 +337,7 @@ def _module(source: str, name: str) -> object:
 def _attribute(source: str, module: object, dotted: str) -> Any:
     found = module
     for name in dotted.split("."):
-        with _foreign(f"reading {name} of {source} raised"):
+        with foreign(f"reading {name} of {source} raised"):
             if not hasattr(found, name):
                 raise SavedError(f"there is no {name} in {source}")
             found = getattr(found, name)
@@ -368,7 +352,7 @@ def _a(noun: str) -> str:
 
 
 def _from_pickle(source: str, trust_pickle: bool) -> nn.Module:
-    with _quiet():
+    with quiet():
         plain = _plain_content(source)
     if plain is not None:
         return _module_of(source, plain[0])
@@ -382,7 +366,7 @@ def _from_pickle(source: str, trust_pickle: bool) -> nn.Module:
 
 def _plain_content(source: str) -> tuple[object] | None:
     """What a file of nothing but tensors and containers holds; None where it has other objects."""
-    with _foreign(f"{source} is damaged, or not a file of torch.save"):
+    with foreign(f"{source} is damaged, or not a file of torch.save"):
         try:
             return (torch.load(source, map_location=_device(), weights_only=True),)
         except pickle.UnpicklingError:
@@ -395,7 +379,7 @@ def _device() -> str | None:
 
 
 def _unpickled(source: str) -> object:
-    with _foreign(f"{source} cannot be unpickled"):
+    with foreign(f"{source} cannot be unpickled"):
         try:
             return torch.load(source, map_location=_device(), weights_only=False)
         except ModuleNotFoundError as error:
@@ -406,7 +390,7 @@ def _unpickled(source: str) -> object:
         except AttributeError as error:
             raise SavedError(
                 f"{source} needs a class that is not where it was when the model was saved "
-                f"({_quote(error)}): a class of a script must move to a module that can be imported"
+                f"({quote(error)}): a class of a script must move to a module that can be imported"
             ) from error
 
 
@@ -438,14 +422,11 @@ def _from_exported(source: str, kind: Kind, trust_pickle: bool) -> Saved:
             f"{source} was exported by PyTorch 2.7 or older and needs unpickling, which runs code "
             f"that the file names: export it again, or {_TRUST}"
         )
-    with _foreign(f"{source} is damaged, or of another version of PyTorch"), _quiet():
+    with foreign(f"{source} is damaged, or of another version of PyTorch"), quiet():
         if not trust_pickle:
             _check_exported(source, torch._C.PyTorchFileReader(source))
         program = torch.export.load(source)
-        # Without guards: their source is text in the file, and would be executed.
-        model = lift(program.module(check_guards=trust_pickle))
-    inputs = program.example_inputs
-    return Saved(model, *inputs) if inputs else Saved(model)
+    return Saved(program)
 
 
 def _check_exported(source: str, reader: Any) -> None:

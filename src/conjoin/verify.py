@@ -18,12 +18,14 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+from torch.export import ExportedProgram
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conjoin import outcome
 from conjoin.api import check_model, example_calls
 from conjoin.outcome import Key, Pieces, is_inexact, tensors_in, tolerance_of
+from conjoin.programs.verifying import left_behind
 from conjoin.tracing.observe import Call, unfit
 from conjoin.tracing.undisturbed import start_streams, undisturbed
 
@@ -92,9 +94,11 @@ class Verification:
                 f"different: {self.difference}{self._precision() if self.difference.call else ''}"
             )
         raised = f"; {_several(self.raised, 'call')} raised the same error" if self.raised else ""
+        modes = "training and evaluation mode, with and without gradients"
+        if self.modes == (EXPORTED.where,):
+            modes = EXPORTED.where
         return (
-            f"equal: {_several(self.calls, 'call')} in training and evaluation mode, with and "
-            f"without gradients{self._precision()}\n"
+            f"equal: {_several(self.calls, 'call')} in {modes}{self._precision()}\n"
             f"compared: {_several(self.outputs, 'output')}, "
             f"{_several(self.gradients, 'gradient')}, {_several(self.buffers, 'buffer')} and the "
             f"random stream; largest difference {self.largest:.1e}{raised}"
@@ -102,6 +106,8 @@ class Verification:
 
     def _precision(self) -> str:
         dtype = str(self.dtype).removeprefix("torch.")
+        if self.modes == (EXPORTED.where,):
+            return f", in {dtype}"
         if not self.converted:
             return f", in {dtype}, for the model does not run in float64"
         inside = f", with {dtype} inside" if self.dtype is not torch.float64 else ""
@@ -109,8 +115,8 @@ class Verification:
 
 
 def verify(
-    original: nn.Module,
-    optimized: nn.Module,
+    original: nn.Module | ExportedProgram,
+    optimized: nn.Module | ExportedProgram,
     example_inputs: tuple[Any, ...] | list[tuple[Any, ...]] | None = None,
     *,
     example_kwargs: dict[str, Any] | None = None,
@@ -127,19 +133,23 @@ def verify(
     A gradient of zeros where the original has none is no difference for a parameter that is part of
     a wide layer, since one wide weight has one gradient.
 
+    Two exported programs run once, in the mode and the types that are written in their graphs, on
+    each of the calls by itself.
+
     Args:
-        original: the model as it was.
+        original: the model as it was, or an exported program.
         optimized: the model that should be the same function, such as `optimize(original, ...)`.
         example_inputs: the positional arguments of a call, or a list of such tuples. Several calls
-            run one after another, so that buffers carry on.
+            run one after another, so that buffers carry on. For exported programs by default those
+            that the original was exported with.
         example_kwargs: the keyword arguments that go with them.
 
     Returns:
         The verification: true where the models are equal.
 
     Raises:
-        TypeError: one of the models is no module, or `example_inputs` is no tuple or list of
-            tuples.
+        TypeError: one of the models is no module, or one only is an exported program, or
+            `example_inputs` is no tuple or list of tuples.
         ValueError: there is no example input, a model or input cannot be copied or is on the meta
             device, or the models do not run on the example inputs in any mode.
 
@@ -151,14 +161,16 @@ def verify(
         >>> bool(result), result.outputs, result.gradients
         (True, 2, 5)
     """
+    calls = example_calls(example_inputs, example_kwargs)
+    if isinstance(original, ExportedProgram) and isinstance(optimized, ExportedProgram):
+        return _programs(original, optimized, calls)
+    if isinstance(original, ExportedProgram) or isinstance(optimized, ExportedProgram):
+        raise TypeError(
+            "an exported program is compared with another one: export the other model too."
+        )
     check_model(original)
     check_model(optimized)
-    calls = example_calls(example_inputs, example_kwargs)
-    if not calls:
-        raise ValueError(
-            "there is nothing to run the models on: pass a tuple of the arguments that the model "
-            "is called with as example_inputs."
-        )
+    _check_calls(calls)
     if any(_all_on_meta(model) for model in (original, optimized)):
         raise ValueError(
             "a model on the meta device has no values to compare: load its weights first, with "
@@ -178,6 +190,14 @@ def verify(
     return found.result(len(calls))
 
 
+def _check_calls(calls: Sequence[Call]) -> None:
+    if not calls:
+        raise ValueError(
+            "there is nothing to run the models on: pass a tuple of the arguments that the model "
+            "is called with as example_inputs."
+        )
+
+
 def _several(count: int, name: str) -> str:
     return f"{count} {name}{'' if count == 1 else 's'}"
 
@@ -185,6 +205,30 @@ def _several(count: int, name: str) -> str:
 def _all_on_meta(model: nn.Module) -> bool:
     parameters = list(model.parameters())
     return bool(parameters) and all(parameter.is_meta for parameter in parameters)
+
+
+def _programs(
+    original: ExportedProgram, optimized: ExportedProgram, calls: Sequence[Call]
+) -> Verification:
+    """Runs two exported programs side by side."""
+    calls = calls or [original.example_inputs or ((), {})]
+    found = _Comparison(False, (EXPORTED,))
+    with undisturbed(), torch.inference_mode(False), torch.enable_grad():
+        for number, call in enumerate(calls):
+            watch = _Watch()
+            with watch:
+                expected, failure = left_behind(original, call, _backward, SEED + number)
+            actual, _ = left_behind(optimized, call, _backward, SEED + number)
+            found.dtype = max(found.dtype, watch.dtype, key=tolerance_of)
+            found.add(EXPORTED, number, expected, failure)
+            unlike, largest = outcome.first_unlike(actual, expected, found.tolerance())
+            found.largest = max(found.largest, largest)
+            if unlike is not None:
+                found.difference = Difference(EXPORTED.where, number + 1, *unlike)
+                break
+    if found.failure is not None and len(found.raised) == found.ran and found.difference is None:
+        raise ValueError(unfit(found.failure)) from found.failure
+    return found.result(len(calls))
 
 
 # Running
@@ -214,6 +258,8 @@ SETTINGS = (
     Setting("evaluation mode without gradients", False, gradients=False),
 )
 """Training as it is done, evaluation as it is done, and both with the gradients of the inputs."""
+
+EXPORTED = Setting("the mode that it was exported in", None)
 
 MIXED = Setting("the mode that each module is in", None)
 
@@ -275,12 +321,14 @@ def _compare(
 ) -> _Comparison:
     """Runs both models up to the first difference."""
     found = _Comparison(convert, _settings(original))
+    lifted = _liftable(original)
     for setting in found.settings:
         watch = _Watch()
         theirs = _run(original, calls, setting, convert, watch)
         ours = _run(optimized, calls, setting, convert, contextlib.nullcontext())
         found.dtype = max(found.dtype, watch.dtype, key=tolerance_of)
         for number, ((expected, failure), (actual, _)) in enumerate(zip(theirs, ours, strict=True)):
+            expected, actual = (_without(lifted, each) for each in (expected, actual))
             found.add(setting, number, expected, failure)
             unlike, largest = outcome.first_unlike(actual, expected, found.tolerance())
             found.largest = max(found.largest, largest)
@@ -288,6 +336,29 @@ def _compare(
                 found.difference = Difference(setting.where, number + 1, *unlike)
                 return found
     return found
+
+
+def _liftable(original: nn.Module) -> tuple[str, ...]:
+    """What the attributes begin with of modules in graphs that only hold tensors.
+
+    In the optimized model a layer may stand there, which has settings.
+    """
+    return tuple(
+        f"attribute {path}."
+        for path, module in original.named_modules()
+        if type(module) is nn.Module and not module._modules
+    )
+
+
+def _without(names: tuple[str, ...], pieces: Pieces) -> Pieces:
+    """The pieces but for attributes that begin with one of these names."""
+    if not names:
+        return pieces
+    return {
+        (kind, name): piece
+        for (kind, name), piece in pieces.items()
+        if kind != "attribute" or not name.startswith(names)
+    }
 
 
 _Left = tuple[Pieces, "Exception | None"]

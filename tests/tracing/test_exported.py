@@ -96,3 +96,84 @@ def test_what_is_no_layer_stays_an_operation():
     lifted = lift(exported(Functional(), (torch.randn(3, 8),)))
     calls = [node.target for node in lifted.graph.nodes if node.op == "call_module"]
     assert calls == ["layer"]
+
+
+class Norms(nn.Module):
+    """Normalizations and other layers that follow wide layers, one of each kind."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.batch = nn.ModuleList((nn.BatchNorm2d(4, momentum=0.3), nn.BatchNorm1d(4)))
+        self.instance = nn.InstanceNorm2d(4, affine=True, track_running_stats=True)
+        self.image = nn.InstanceNorm1d(4, affine=True)
+        self.group, self.slope = nn.GroupNorm(2, 4, eps=1e-3), nn.PReLU()
+        self.layer, self.root = nn.LayerNorm(6, bias=False), nn.RMSNorm((3, 6))
+
+    def forward(self, x):
+        flat = self.image(self.batch[1](x.flatten(2)))
+        y = self.instance(self.batch[0](x)) + self.group(self.slope(x))
+        return flat, self.layer(y), self.root(y), nn.functional.layer_norm(y, (6,))
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_normalizations_are_layers_again(training):
+    model = Norms().double().train(training)
+    x = torch.randn(3, 4, 3, 6, dtype=torch.float64)
+    lifted = lift(exported(copy.deepcopy(model), (x,)))
+    for name, layer in model.named_modules():
+        if layer._parameters:
+            found = lifted.get_submodule(name)
+            assert repr(found) == repr(layer)
+            assert found.training is training or layer._buffers.get("running_var") is None
+    calls = [node for node in lifted.graph.nodes if node.op == "call_module"]
+    assert len(calls) == 8
+    assert not any(str(node.target).startswith("aten.add_") for node in lifted.graph.nodes)
+    for a, b in zip(lifted(x), model(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)
+    for name, tensor in model.state_dict().items():
+        assert torch.equal(lifted.state_dict()[name], tensor)
+
+
+class Counted(nn.Module):
+    """A BatchNorm whose count is read, and one of a cumulative average."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.read, self.average = nn.BatchNorm1d(4), nn.BatchNorm1d(4, momentum=None)
+        self.twice = nn.BatchNorm1d(4)
+
+    def forward(self, x):
+        y = self.read(x) * self.read.num_batches_tracked
+        return self.twice(self.twice(y + x))
+
+
+def test_a_count_that_is_read_stays_an_operation():
+    model = Counted().double()
+    x = torch.randn(5, 4, dtype=torch.float64)
+    lifted = lift(exported(copy.deepcopy(model), (x,)))
+    calls = [node.target for node in lifted.graph.nodes if node.op == "call_module"]
+    assert calls == ["twice", "twice"]
+    torch.testing.assert_close(lifted(x), model(x), rtol=0, atol=0)
+    assert lifted.state_dict()["twice.num_batches_tracked"] == 2
+
+
+class Functions(nn.Module):
+    """Functions that the passes know by the names of `torch`."""
+
+    def forward(self, x):
+        a, b = torch.cat([x, x * 2], 1).chunk(2, 1)
+        c, d = torch.split(torch.stack([a, b], 1), [1, 1], 1)
+        pooled = nn.functional.max_pool2d(a - b, 2) / 3
+        padded = nn.functional.pad(-nn.functional.avg_pool2d(b, 2), (1, 1))
+        normed = nn.functional.layer_norm(torch.matmul(a, b.mT), (6,))
+        return c.squeeze(1).softmax(-1), d, pooled, padded, nn.functional.rms_norm(normed, (6,))
+
+
+def test_functions_have_the_names_that_the_passes_know():
+    x = torch.randn(3, 4, 6, 6, dtype=torch.float64)
+    lifted = lift(exported(Functions(), (x,)))
+    targets = {node.target for node in lifted.graph.nodes if node.op == "call_function"}
+    left = {str(target) for target in targets if isinstance(target, torch._ops.OpOverload)}
+    assert left == {"aten.mT.default", "aten.squeeze.dim"}
+    for a, b in zip(lifted(x), Functions()(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=0, atol=0)

@@ -501,7 +501,7 @@ def note(found, change=False):
 
 def test_regions_without_views(monkeypatch):
     found = []
-    monkeypatch.setattr("conjoin.tracing.regions.rewrite", note(found, change=True))
+    monkeypatch.setattr("conjoin.tracing.regions.rewrite_traced", note(found, change=True))
     model = nn.Sequential(ByHand().body, nn.Flatten()).double()
     original = copy.deepcopy(model)
     install(model, meta={"sizes": 3})
@@ -519,7 +519,7 @@ def test_regions_without_views(monkeypatch):
 
 
 def test_without_a_rewrite_nothing_is_installed(monkeypatch):
-    monkeypatch.setattr("conjoin.tracing.regions.rewrite", note([]))
+    monkeypatch.setattr("conjoin.tracing.regions.rewrite_traced", note([]))
     model = ByHand()
     install(model)
     assert not regions(model)
@@ -540,7 +540,7 @@ def test_a_pass_that_changes_classes_is_run_until_it_is_done(monkeypatch):
     original = copy.deepcopy(model)
     optimized = conjoin.optimize(model, (vector(model),), inplace=True)
     uninstall(optimized)
-    monkeypatch.setattr("conjoin.tracing.regions.rewrite", merge)
+    monkeypatch.setattr("conjoin.tracing.regions.rewrite_traced", merge)
     install(optimized)
     assert runs[-1] is kinds[2]
     assert vars(optimized)[PLAN].find((vector(model),), {}) is not None

@@ -66,6 +66,7 @@ class Depths:
         given = [node for node in graph_module.graph.nodes if node.op == "placeholder"]
         inputs = [graph.node_copy(node) for node in given]
         graph.output(graph.call_function(function, tuple(inputs)))
+        graph.set_codegen(graph_module.graph._codegen)  # It may take inputs and outputs apart.
         graph_module.graph = graph
 
     def _counting(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
@@ -86,16 +87,24 @@ class Depths:
 
         def counting(*args: Any) -> Any:
             if not self.noting:
-                return fx.Interpreter(graph_module, graph=graph).run(*args)
+                return fx.Interpreter(graph_module, graph=graph).run(
+                    *args, enable_io_processing=False
+                )
             if self._apart:  # Within another graph, of which only one run counts what is inside.
-                return _Counting(graph_module, graph, {}, self.after).run(*args)
+                return _Counting(graph_module, graph, {}, self.after).run(
+                    *args, enable_io_processing=False
+                )
             self._note(found.found, modules)
             self._apart = True
             try:
-                _Counting(graph_module, apart, before, self.before).run(*args)
+                _Counting(graph_module, apart, before, self.before).run(
+                    *args, enable_io_processing=False
+                )
             finally:
                 self._apart = False
-            return _Counting(graph_module, graph, after, self.after).run(*args)
+            return _Counting(graph_module, graph, after, self.after).run(
+                *args, enable_io_processing=False
+            )
 
         return counting
 

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import operator
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from typing import Any
 
 import torch
@@ -57,6 +57,19 @@ def call_instead(graph: fx.Graph, node: fx.Node, target: str, input: fx.Node) ->
     made.meta = dict(node.meta)
     node.replace_all_uses_with(made)
     graph.erase_node(node)
+
+
+def copied(graph: fx.Graph, node: fx.Node, at: Callable[[fx.Node], fx.Node]) -> fx.Node:
+    """Puts a copy of a node of another graph at the end, under the name that it has there.
+
+    Args:
+        graph: the graph.
+        node: the node.
+        at: what it reads in the place of what it reads there.
+    """
+    made = graph.node_copy(node, at)
+    made.name = node.name  # Which need not be one that a graph would give, such as `input`.
+    return made
 
 
 def erase_unread(graph: fx.Graph, nodes: Iterable[fx.Node]) -> None:

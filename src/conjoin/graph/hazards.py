@@ -24,9 +24,9 @@ VIEW_METHODS = frozenset(
     "positive cpu cuda contiguous to type float double half bfloat16 requires_grad_ "
     "type_as sum_to_size conj resolve_conj resolve_neg adjoint unsafe_split "
     "unsafe_split_with_sizes unsafe_chunk split_with_sizes unstack rejoined __getitem__ "
-    "unpack".split()
+    "unpack slice dropout feature_dropout alpha_dropout feature_alpha_dropout".split()
 )
-"""Methods, and functions of the same names, whose result may share memory with the input."""
+"""Methods, functions and ATen operations whose result may share memory with the input."""
 
 VIEW_FUNCTIONS: frozenset[Any] = frozenset({operator.getitem, getattr, F.dropout, F.unfold})
 """Functions, beyond those named as a method above, whose result may share memory."""
@@ -120,6 +120,7 @@ def shares_memory(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         return (
             node.target in VIEW_FUNCTIONS
             or name in VIEW_METHODS
+            or isinstance(node.target, HigherOrderOperator)
             or any(True for _ in written(node, modules))
         )
     return False
@@ -136,7 +137,8 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node
             yield first
         return
     if node.op == "call_function" and not of_torch(node.target):
-        yield from node.all_input_nodes
+        if not _runs_pure_graph(node):
+            yield from node.all_input_nodes
         return
     if node.op not in ("call_method", "call_function"):
         return
@@ -174,13 +176,29 @@ def is_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
             True for _ in written(node, modules)
         )
     name = called(node)
-    known = node.op == "call_method" or of_torch(node.target)
+    known = node.op == "call_method" or of_torch(node.target) or _runs_pure_graph(node)
     return (
         known
         and not any(True for _ in written(node, modules))
         and not name.startswith(("_foreach", "__i", *MODES))
         and name not in ("setattr", "apply", "backward")
     )
+
+
+WRAPPERS = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast"})
+"""Operations of exported programs that run a graph of their own in another mode."""
+
+
+def _runs_pure_graph(node: fx.Node) -> bool:
+    """Whether a node runs a graph that is known to change nothing, and does nothing else."""
+    target, owner = node.target, node.graph.owning_module
+    if not isinstance(target, HigherOrderOperator) or str(target) not in WRAPPERS:
+        return False
+    read = [each for each in node.all_input_nodes if each.op == "get_attr"]
+    graphs = [getattr(owner, str(each.target), None) for each in read]
+    inner = [graph for graph in graphs if isinstance(graph, fx.GraphModule)]
+    nodes = [each for graph in inner for each in graph.graph.nodes]
+    return bool(inner) and all(each.op != "call_module" and is_pure(each, {}) for each in nodes)
 
 
 class Epochs(dict[fx.Node, int]):

@@ -151,6 +151,34 @@ def tells_offsets(graph: fx.Graph) -> bool:
     return any(hazards.called(node) in OFFSETS for node in graph.nodes)
 
 
+def write_out(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], lent: Mapping[str, Mapping[str, str]]
+) -> None:
+    """Writes calls of layers as the products with Parameters that they were.
+
+    Args:
+        graph: the graph, changed in place.
+        modules: the modules that it calls, by target.
+        lent: for each target of a layer the targets of its Parameters, by their names there.
+    """
+    tracer = fx.proxy.GraphAppendingTracer(graph)
+    for node in list(graph.nodes):
+        layer = modules.get(str(node.target)) if node.op == "call_module" else None
+        if not isinstance(layer, Product):
+            continue
+        held = lent[str(node.target)]
+        with graph.inserting_before(node):
+            weight = graph.get_attr(held["weight"])
+            bias = graph.get_attr(held["bias"]) if "bias" in held else None
+            read = node.all_input_nodes[0], weight, bias
+            proxies: list[Any] = [each and fx.Proxy(each, tracer) for each in read]
+            written: Any = layer.written(*proxies)
+            made: fx.Node = written.node
+        made.meta = dict(node.meta)
+        node.replace_all_uses_with(made)
+        graph.erase_node(node)
+
+
 def _is_of(call: Call, lent: Mapping[str, tuple[str, str]], target: str, layer: Product) -> bool:
     """Whether a call is the product that a layer stands for."""
     bias = None if call.bias is None else lent.get(str(call.bias.target))

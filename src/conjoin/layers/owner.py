@@ -10,12 +10,13 @@ Whatever is done to the owner's `w` that a part cannot have gives it its own Par
 from __future__ import annotations
 
 import contextlib
+import copy
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
 
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 
 from conjoin.layers.kind import tensors
 from conjoin.layers.product import SUFFIX, Product
@@ -151,6 +152,14 @@ def lent(owner: nn.Module, name: str, *, slices: bool = False) -> Any:
     return getattr(product, tensor)
 
 
+def lent_to(module: nn.Module) -> dict[str, dict[str, str]]:
+    """The names of the Parameters of a module by those in the product that has them, by product."""
+    found: dict[str, dict[str, str]] = {}
+    for name, (key, tensor) in _places(module) if isinstance(module, Owner) else ():
+        found.setdefault(key, {})[tensor] = name
+    return found
+
+
 def lender(module: nn.Module, name: str) -> tuple[nn.Module, str]:
     """The module that holds the Parameter `name` of `module`, and its name there."""
     place = vars(module).get(LENT, {}).get(name)
@@ -184,10 +193,17 @@ def raw_parameters(model: nn.Module) -> Iterator[tuple[str, nn.Parameter]]:
                     yield f"{prefix}.{name}".lstrip("."), parameter
 
 
+class Held(nn.Module):
+    """A module of an exported program, of which no more is known than its tensors."""
+
+
 def _holds_raw(module: nn.Module) -> bool:
     """Whether a module is of a class of the user's, or a container of Parameters."""
     own = not type(module).__module__.startswith(("torch.", "conjoin."))
-    return own or isinstance(module, (nn.ParameterList, nn.ParameterDict))
+    # A GraphModule keeps Parameters in plain modules at the places of those that it was traced of.
+    plain = type(module) is nn.Module
+    holders = (fx.GraphModule, nn.ParameterList, nn.ParameterDict, Held)
+    return own or plain or isinstance(module, holders)
 
 
 def may_lend(owner: nn.Module, names: tuple[str, ...]) -> bool:
@@ -196,7 +212,7 @@ def may_lend(owner: nn.Module, names: tuple[str, ...]) -> bool:
     plain = cls if not isinstance(owner, Owner) else owner.conjoin_base
     if "conjoin_base" in vars(plain) or (isinstance(owner, Owner) and cls.__mro__[1] is not Owner):
         return False
-    if not _holds_raw(owner) or copies_itself(plain):
+    if not _holds_raw(owner) or (copies_itself(plain) and not isinstance(owner, fx.GraphModule)):
         return False
     if isinstance(owner, (nn.Sequential, nn.ModuleList, nn.ModuleDict)):
         return False  # They go through all children.
@@ -233,6 +249,8 @@ def lend(owner: nn.Module, product: Product, names: dict[str, str]) -> None:
     owner._parameters.update(dict.fromkeys(places))
     product.training = owner.training
     owner._modules[key] = product
+    if isinstance(owner, fx.GraphModule):
+        owner.recompile()
 
 
 def reclaim(module: nn.Module) -> None:
@@ -245,6 +263,8 @@ def reclaim(module: nn.Module) -> None:
     if not module.conjoin_lent and type(module).__mro__[1] is Owner:
         module.__class__ = module.conjoin_base  # type: ignore[assignment]
         vars(module).pop(LENT, None)
+        if isinstance(module, fx.GraphModule):  # Its class holds the code.
+            module.recompile()
 
 
 def _reclaim(owner: Owner, name: str) -> None:
@@ -269,7 +289,7 @@ def owner_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
     if not names:
         return base
     if (base, names) not in _owner_classes:
-        content = {
+        content: dict[str, Any] = {
             "conjoin_base": base,
             "conjoin_names": names,
             "__module__": base.__module__,
@@ -277,9 +297,48 @@ def owner_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
             "__doc__": base.__doc__,
             **{name: _place_of(name) for name in names},
         }
-        made = type(base.__name__, (Owner, base), content)
+        plain = base
+        if issubclass(base, fx.GraphModule):  # Its own class holds nothing but compiled code.
+            plain = base.__bases__[0]
+            content |= _OF_GRAPHS
+        made = type(base.__name__, (Owner, plain), content)
         _owner_classes[base, names] = cast("type[Owner]", made)
     return _owner_classes[base, names]
+
+
+def _copied_graph(self: Any, memo: dict[int, Any]) -> Any:
+    """A copy of a GraphModule that lent Parameters, which makes a copy of its own class."""
+    owned, self.__class__ = type(self), self.conjoin_base
+    try:
+        copied = copy.deepcopy(self, memo)
+    finally:
+        self.__class__ = owned
+    return _owning(copied, self.conjoin_lent, [*self._parameters])
+
+
+def _reduced_graph(self: Any, protocol: Any) -> tuple[Any, ...]:
+    """How a GraphModule that lent Parameters is pickled: by its code, as any GraphModule."""
+    made = fx.GraphModule.__reduce__(self)
+    return _unpickled_graph, (made, dict(self.conjoin_lent), [*self._parameters])
+
+
+def _unpickled_graph(made: tuple[Any, Any], lent: Mapping[str, Any], order: list[str]) -> Any:
+    function, arguments = made
+    return _owning(function(*arguments), lent, order)
+
+
+def _owning(module: Any, lent: Mapping[str, Any], order: Sequence[str]) -> Any:
+    """A GraphModule as the owner that it is a copy of."""
+    vars(module)[LENT] = dict(lent)
+    held = module._parameters
+    vars(module)["_parameters"] = {name: held.get(name) for name in order}
+    module.__class__ = owner_class(type(module), tuple(sorted(lent)))
+    module.recompile()
+    return module
+
+
+_OF_GRAPHS = {"__deepcopy__": _copied_graph, "__reduce_ex__": _reduced_graph}
+"""What an owner that is a GraphModule has, which has a class of its own and is made of its code."""
 
 
 def _place_of(name: str) -> property:

@@ -13,6 +13,7 @@ holds only some of them, each one's own part, which acts as the Parameter that i
 
 from __future__ import annotations
 
+import contextlib
 import copy
 import functools
 import inspect
@@ -23,10 +24,11 @@ import uuid
 import warnings
 import weakref
 from collections.abc import Callable, Iterator, Mapping, Sequence
+from types import FrameType
 from typing import Any, cast
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
 from torch.utils import _pytree as pytree
 
 from conjoin.layers import lockstep
@@ -147,14 +149,20 @@ class Wide(nn.Module):
 
     def meet(self, view: nn.Module, index: int) -> None:
         """Makes a view known, which is asked before the running buffers are used."""
-        if self.running:
+        known = self._views.get(index)
+        if known is None or known() is None:
             self._views[index] = weakref.ref(view)
+
+    def is_whole(self) -> bool:
+        """Whether all siblings are views of it still, as far as is known."""
+        found = [reference() for reference in self._views.values()]
+        return len(found) == len(self.widths) and None not in found
 
     def out_of_step(self) -> dict[int, nn.Module]:
         """The siblings by position, where the buffers or the mode of one are its own affair."""
         known: dict[int, nn.Module] = {}
         in_step = True
-        for index, reference in self._views.items():
+        for index, reference in self._views.items() if self.running else ():
             view = reference()
             if view is not None:
                 known[index] = view
@@ -189,7 +197,7 @@ class Wide(nn.Module):
         if known in modules:
             return True
         for module in modules:
-            if self.identity in vars(module).get(ENCLOSES, ()):
+            if _encloses(module, self):
                 self._enclosing = weakref.ref(module)
                 return True
         return False
@@ -326,10 +334,66 @@ class Wide(nn.Module):
 
     def state_dict(self, *args: Any, destination: Any = None, **kwargs: Any) -> Any:
         """Nothing: the views emit the slices under the siblings' names."""
+        frame = inspect.currentframe()
+        if _is_orphan(frame and frame.f_back, nn.Module.state_dict.__code__.co_name, "self"):
+            with self._with_running():
+                return super().state_dict(*args, destination=destination, **kwargs)
         return {} if destination is None else destination
 
     def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
         """Nothing: the views write through."""
+        frame = inspect.currentframe()
+        loading = frame and frame.f_back
+        if _is_orphan(loading and loading.f_back, "load", "module"):
+            with self._with_running():
+                super()._load_from_state_dict(*args, **kwargs)
+
+    @contextlib.contextmanager
+    def _with_running(self) -> Iterator[None]:
+        """Has the running buffers among its buffers for a while."""
+        self._buffers.update(self.running)
+        try:
+            yield
+        finally:
+            for name in self.running:
+                del self._buffers[name]
+
+
+def _is_orphan(frame: FrameType | None, function: str, name: str) -> bool:
+    """Whether a module that is no view goes through a wide layer as its child.
+
+    The graph of a GraphModule that is made of a rewritten one, as `fx.Transformer` does, has the
+    wide layers without the views.
+
+    Args:
+        frame: where PyTorch goes through the children of a module.
+        function: the function that does so.
+        name: the variable that holds the module there.
+    """
+    if frame is None or frame.f_code.co_name != function:
+        return False
+    parent = frame.f_locals.get(name)
+    of_torch = frame.f_globals.get("__name__") == nn.Module.__module__
+    return of_torch and isinstance(parent, nn.Module) and not isinstance(parent, View)
+
+
+class _Whole:
+    """`view.wide`, by which the graph of a GraphModule calls the wide layer for all its siblings.
+
+    It has no `__set__`, so that an attribute of that name in a layer of the user's comes first.
+    """
+
+    def __get__(self, view: View | None, owner: type[View]) -> Any:
+        if view is None:
+            return self
+        wide = view.wide_layer
+        if not torch.compiler.is_compiling() and not wide.is_whole():
+            raise RuntimeError(
+                f"a graph runs {view!r} and its siblings at once, and one of them was replaced or "
+                "taken out. Change layers before conjoin.optimize, or conjoin.unfuse the "
+                "GraphModule first."
+            )
+        return wide
 
 
 class View(nn.Module):
@@ -338,6 +402,7 @@ class View(nn.Module):
     conjoin_base: type[nn.Module]
     conjoin_index: int
     conjoin_leads: bool
+    wide = _Whole()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not the user's: a view is no new class of theirs."""
@@ -624,9 +689,41 @@ def fuse(
         layer.__dict__["conjoin_index"] = index
         layer.__dict__["conjoin_leads"] = index == leader
         wide.lend_running(layer, index)
-    vars(enclosing)[ENCLOSES] = vars(enclosing).get(ENCLOSES, set()) | {wide.identity}
+    for held in _holders(enclosing):
+        held[ENCLOSES] = held.get(ENCLOSES, set()) | {wide.identity}
     wide._enclosing = weakref.ref(enclosing)
     return wide
+
+
+def _holders(module: nn.Module) -> Iterator[dict[str, Any]]:
+    """Where it is noted which wide layers' siblings a module encloses.
+
+    A copy of a GraphModule keeps its `meta` and not its attributes, and one that comes out of a
+    pickle the reverse.
+    """
+    yield vars(module)
+    if isinstance(module, fx.GraphModule):
+        yield module.meta
+
+
+def _encloses(module: nn.Module, wide: Wide) -> bool:
+    """Whether it is noted that a module encloses the siblings of a wide layer."""
+    if not isinstance(module, fx.GraphModule):
+        return wide.identity in vars(module).get(ENCLOSES, ())
+    holders = list(_holders(module))
+    found = set().union(*(held.get(ENCLOSES, ()) for held in holders))
+    for held in holders if found else ():
+        held[ENCLOSES] = found
+    return wide.identity in found
+
+
+def unmark(module: nn.Module, wide: Wide | None = None) -> None:
+    """Forgets that a module encloses the siblings of a wide layer, or of any."""
+    for held in _holders(module):
+        left = held.get(ENCLOSES, set()) - {wide.identity} if wide is not None else set()
+        held[ENCLOSES] = left
+        if not left:
+            del held[ENCLOSES]
 
 
 def _alone(name: str) -> Callable[..., Any]:
@@ -851,6 +948,7 @@ def release(view: View) -> nn.Module:
         The same object, now of its own class.
     """
     wide = view.wide_layer
+    wide._views.pop(view.conjoin_index, None)
     lent = [part for part in wide._parts.values() if part.conjoin_view is view]
     restored: dict[str, nn.Parameter | None] = {}
     for name, source in wide.named_parameters(recurse=False):

@@ -35,7 +35,7 @@ from conjoin.layers.origin import Step, is_watched
 from conjoin.layers.owner import raw_parameters
 from conjoin.layers.product import SUFFIX
 from conjoin.reachable import functions_of, words
-from conjoin.tracing import regions
+from conjoin.tracing import graph_modules, regions
 from conjoin.tracing.listings import Listings
 from conjoin.tracing.structures import Alike, Structure, alike, structure_of
 from conjoin.tracing.undisturbed import letting_go, start_streams, undisturbed
@@ -129,6 +129,7 @@ class Copy:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         self.model = self._copied(model)
         regions.uninstall(self.model)  # So that every view is called.
+        graph_modules.separate_all(self.model)
 
     def _copied(self, model: nn.Module) -> nn.Module:
         if self._mode is None:

@@ -30,7 +30,7 @@ from conjoin.layers.owner import Owner, copies_itself, owner_class, raw_paramete
 from conjoin.layers.wide import View, Wide, views, wides
 from conjoin.merging import MERGER, Merger
 from conjoin.nn import Split, Unite
-from conjoin.passes import rewrite
+from conjoin.passes import rewrite_traced
 from conjoin.tracing import sound
 from conjoin.tracing.likeness import likeness
 from conjoin.tracing.proxies import UnsoundError
@@ -605,7 +605,7 @@ def _in_both_modes(
 
     def noted(graph_module: fx.GraphModule) -> bool:
         seen.append(graph_module)
-        return rewrite(graph_module)
+        return rewrite_traced(graph_module)
 
     flags = [(vars(inner), inner.training) for inner in module.modules()]
     try:

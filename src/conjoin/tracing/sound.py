@@ -332,7 +332,9 @@ def _is_leaf(module: nn.Module, region: nn.Module) -> bool:
     """Whether a module is one that the trace does not look into."""
     if module is region:
         return False
-    if any(getattr(module, hooks) for hooks in CALL_HOOKS) or isinstance(module, View):
+    if any(getattr(module, hooks) for hooks in CALL_HOOKS):
+        return True
+    if isinstance(module, (View, fx.GraphModule)):  # The graph of the second is rewritten itself.
         return True
     cls = plain_class(module)
     if cls in (*CONTAINERS, *OF_CONJOIN):

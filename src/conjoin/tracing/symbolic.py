@@ -23,7 +23,7 @@ from conjoin.graph.site import Sightings, Site, Untraced
 from conjoin.layers import Kind, activation, kind_of
 from conjoin.layers.wide import Part
 from conjoin.reachable import functions_of, words
-from conjoin.tracing import regions
+from conjoin.tracing import graph_modules, regions
 from conjoin.tracing.listings import listed_by_code
 from conjoin.tracing.proxies import Proxy, UnsoundError, arguments
 from conjoin.tracing.undisturbed import letting_go, undisturbed
@@ -105,7 +105,8 @@ def trace(model: nn.Module, kinds: tuple[Kind, ...]) -> Sightings:
     """
     seen = _Seen()
     listed = listed_by_code(model, kinds)
-    with undisturbed(model), regions.suspended(model), _NoSideEffects():
+    plain = graph_modules.separated(model)
+    with plain, undisturbed(model), regions.suspended(model), _NoSideEffects():
         if any("training" in words(function.__code__) for function in functions_of(model)):
             for mode in (True, False):
                 for module in model.modules():

@@ -1,0 +1,245 @@
+"""A model as a file for inference elsewhere: exported, run from its file, and compared.
+
+    model -> unfuse -> torch.export -> optimize, if asked -> .pt2, or through torch.onnx -> .onnx
+
+What the file computes is compared with what the model computed before anything was done to it. The
+file takes its place only where they agree.
+"""
+
+from __future__ import annotations
+
+import importlib
+import importlib.util
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.utils import _pytree as pytree
+
+import conjoin
+from conjoin import outcome
+from conjoin.foreign import SavedError, foreign, quiet
+from conjoin.saved import placing
+from conjoin.tracing.observe import Call
+from conjoin.tracing.undisturbed import start_streams, undisturbed
+
+SEED = 20
+"""Where the random streams start for each run, so that what draws numbers draws the same ones."""
+
+ERRORS_ONLY = 3
+"""ONNX Runtime's level of logging at which it tells errors, and no warnings."""
+
+ONNX_PACKAGES = ("onnx", "onnxscript", "onnxruntime")
+"""What it takes to write an ONNX file and to run it."""
+
+
+def check_format(out: str) -> None:
+    """Refuses an output that is of no known format, or that takes packages that are missing.
+
+    Raises:
+        SavedError: the name ends in neither `.pt2` nor `.onnx`, or a package is not installed.
+    """
+    suffix = Path(out).suffix
+    if suffix not in _WRITERS:
+        raise SavedError(f"{out} tells no format to export to: let its name end in .pt2 or .onnx")
+    missing = [name for name in ONNX_PACKAGES if importlib.util.find_spec(name) is None]
+    if suffix == ".onnx" and missing:
+        raise SavedError(
+            f"an .onnx file cannot be written and run without {' and '.join(missing)}: install "
+            "them with pip install 'conjoin[onnx]'"
+        )
+
+
+def export(
+    model: nn.Module | ExportedProgram,
+    out: str,
+    call: Call,
+    *,
+    fused: bool = False,
+    dynamic_batch: bool = False,
+    force: bool = False,
+) -> str:
+    """Exports a model in evaluation mode, runs the file, compares it, and puts it at its place.
+
+    Args:
+        model: the model, optimized or not, which is changed; or an exported program.
+        out: the file, whose name ends in `.pt2` or `.onnx`.
+        call: the positional and keyword arguments to export it with and to run it on.
+        fused: with the siblings merged; otherwise with the original layers.
+        dynamic_batch: for any size of the first dimension that the first input has, and of those
+            of the other inputs that are as large.
+        force: replace `out` where it exists.
+
+    Returns:
+        What was compared and what was merged.
+
+    Raises:
+        SavedError: the model does not run, cannot be exported or written, or the file gives
+            something else.
+    """
+    if isinstance(model, ExportedProgram) and dynamic_batch:
+        raise SavedError(
+            "an exported program has its sizes already: export the model that it came from with "
+            "--dynamic-batch"
+        )
+    calls = [call]
+    batched = _batched(call) if dynamic_batch else []
+    if dynamic_batch:
+        calls.append(_doubled(call, batched))
+    with foreign("the model does not run on the inputs"), quiet(prints=True):
+        runs = model.module() if isinstance(model, ExportedProgram) else model.eval()
+        expected = [_run(runs, each, runs) for each in calls]
+    plain = _plain(model, call, batched)
+    program, merged = plain, ""
+    if fused:
+        # Not the model: where Python decides, its layers would be exported one by one.
+        with quiet(prints=True):
+            program = conjoin.optimize(plain)
+        merged = _merged(plain, program)
+    write, opened = _WRITERS[Path(out).suffix]
+    with placing(out, force=force) as temporary:
+        with foreign(f"the model cannot be written as {out}"), quiet(prints=True):
+            write(program, temporary)
+        with foreign("what was exported does not run"), quiet(prints=True):
+            run = opened(temporary)
+            actual = [_run(run, each) for each in calls]
+        largest = _compared(actual, expected, _tolerance(runs, expected))
+    count = len(expected[0])
+    sizes = " and twice as large a batch" if dynamic_batch else ""
+    return (
+        f"equal: {count} output{'' if count == 1 else 's'} of {out} on the inputs{sizes}; "
+        f"largest difference {largest:.1e}{merged}"
+    )
+
+
+def _merged(program: ExportedProgram, wide: ExportedProgram) -> str:
+    """What was merged, as a line."""
+    before, after = {*program.state_dict}, {*wide.state_dict}
+    if before == after:
+        return "\nfused: nothing could be merged"
+    return f"\nfused: {len(before - after)} tensors of layers became {len(after - before)}"
+
+
+Outputs = list[Tensor]
+"""The tensors that a call gives."""
+
+
+def _run(function: Callable[..., Any], call: Call, model: nn.Module | None = None) -> Outputs:
+    """The tensors that a call gives, on inputs of its own; the model stays as it is."""
+    args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), call)
+    with undisturbed(model), torch.no_grad():
+        start_streams(SEED)
+        return [t.detach().cpu().clone() for t in _tensors(function(*args, **kwargs))]
+
+
+def _tensors(value: object) -> Outputs:
+    return [leaf for leaf in pytree.tree_leaves(value) if isinstance(leaf, Tensor)]
+
+
+def _batched(call: Call) -> Outputs:
+    """The inputs whose first dimension is that of the first input."""
+    inputs = [tensor for tensor in _tensors(call) if tensor.dim()]
+    if not inputs or inputs[0].shape[0] < 2:
+        raise SavedError(
+            "a batch of one does not tell which sizes depend on it: give --input shapes with a "
+            "batch of 2 or more for --dynamic-batch"
+        )
+    return [tensor for tensor in inputs if tensor.shape[0] == inputs[0].shape[0]]
+
+
+def _doubled(call: Call, batched: Sequence[Tensor]) -> Call:
+    """The same call with the batch twice."""
+    known = {*map(id, batched)}
+    doubled: Call = pytree.tree_map_only(
+        Tensor, lambda tensor: torch.cat([tensor] * 2) if id(tensor) in known else tensor, call
+    )
+    return doubled
+
+
+def _plain(
+    model: nn.Module | ExportedProgram, call: Call, batched: Sequence[Tensor]
+) -> ExportedProgram:
+    """The program with the original layers."""
+    if isinstance(model, ExportedProgram):
+        return conjoin.unfuse(model)
+    model = conjoin.unfuse(model, inplace=True)
+    with foreign("torch.export cannot export the model"), quiet(prints=True), undisturbed(model):
+        return _program(model, call, batched)
+
+
+def _program(model: nn.Module, call: Call, batched: Sequence[Tensor]) -> ExportedProgram:
+    args, kwargs = call
+    shapes, batch = ShapesCollection(), Dim("batch")  # type: ignore[no-untyped-call]
+    for tensor in batched:
+        shapes[tensor] = {0: batch}
+    dynamic = shapes.dynamic_shapes(model, args, kwargs) if batched else None  # type: ignore[no-untyped-call]
+    with torch.no_grad():
+        return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic)
+
+
+def _compared(actual: list[Outputs], expected: list[Outputs], tolerance: float) -> float:
+    """The largest difference.
+
+    Raises:
+        SavedError: there is a difference beyond rounding.
+    """
+    found, wanted = (outcome.described("output", "output", each) for each in (actual, expected))
+    unlike, largest = outcome.first_unlike(found, wanted, tolerance)
+    if unlike is not None:
+        number = unlike[0].removeprefix("output")
+        raise SavedError(
+            "what was exported is another function, so nothing is written: "
+            f"output{number[number.find(']') + 1 :]} {unlike[1]}"
+        )
+    return largest
+
+
+def _tolerance(model: nn.Module, outputs: list[Outputs]) -> float:
+    """What the least precise tensor allows."""
+    tensors = (*model.parameters(), *model.buffers(), *(t for each in outputs for t in each))
+    return max((outcome.tolerance_of(tensor.dtype) for tensor in tensors), default=0.0)
+
+
+# Formats
+
+
+def _write_pt2(program: ExportedProgram, path: Path) -> None:
+    torch.export.save(program, path)
+
+
+def _open_pt2(path: Path) -> Callable[..., Any]:
+    return torch.export.load(path).module()
+
+
+def _write_onnx(program: ExportedProgram, path: Path) -> None:
+    written = torch.onnx.export(program, dynamo=True, verbose=False)
+    assert written is not None  # dynamo=True gives a program
+    written.save(path, external_data=False)
+
+
+def _open_onnx(path: Path) -> Callable[..., Any]:
+    onnxruntime = importlib.import_module("onnxruntime")
+    options = onnxruntime.SessionOptions()
+    options.log_severity_level = ERRORS_ONLY
+    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    names = [each.name for each in session.get_inputs()]
+
+    def run(*args: Any, **kwargs: Any) -> Outputs:
+        given = [tensor.cpu().numpy() for tensor in _tensors((args, kwargs))]
+        found = session.run(None, dict(zip(names, given, strict=True)))
+        return [torch.from_numpy(array) for array in found]
+
+    return run
+
+
+_Write = Callable[[ExportedProgram, Path], None]
+_Open = Callable[[Path], Callable[..., Any]]
+
+_WRITERS: Mapping[str, tuple[_Write, _Open]] = {
+    ".pt2": (_write_pt2, _open_pt2),
+    ".onnx": (_write_onnx, _open_onnx),
+}
+"""How a file of each suffix is written, and how it is opened to be run."""

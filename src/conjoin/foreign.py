@@ -1,0 +1,57 @@
+"""Code that is not ours: what it raises becomes one sentence, and what it logs is held back."""
+
+from __future__ import annotations
+
+import logging
+import warnings
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
+from io import StringIO
+
+# A foreign exception's text is quoted up to here: enough to recognise it, one line to read.
+MAX_QUOTE = 300
+
+
+class SavedError(ValueError):
+    """A file or factory that gives no model, or a file that cannot be written."""
+
+
+@contextmanager
+def foreign(sentence: str) -> Iterator[None]:
+    """Turn whatever comes out of code that is not ours into a `SavedError`."""
+    try:
+        yield
+    except SavedError:
+        raise
+    # A factory, a trusted pickle's classes and PyTorch's readers on hostile bytes can raise
+    # anything at all, and a module may call sys.exit() when it is imported.
+    except (Exception, SystemExit) as error:
+        raise SavedError(f"{sentence}: {quote(error)}") from error
+
+
+def quote(error: BaseException) -> str:
+    """What an exception says, in one line."""
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror.lower()
+    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    return f"{type(error).__name__}: {lines[0][:MAX_QUOTE]}" if lines else type(error).__name__
+
+
+@contextmanager
+def quiet(*, prints: bool = False) -> Iterator[None]:
+    """Hold back warnings and log records: PyTorch logs tracebacks of what we report.
+
+    Args:
+        prints: hold back what is printed, too.
+    """
+    before = logging.root.manager.disable
+    logging.disable(logging.CRITICAL)
+    try:
+        with warnings.catch_warnings(), ExitStack() as stack:
+            warnings.simplefilter("ignore")
+            if prints:
+                stack.enter_context(redirect_stdout(StringIO()))
+                stack.enter_context(redirect_stderr(StringIO()))
+            yield
+    finally:
+        logging.disable(before)

@@ -1,0 +1,119 @@
+"""What all passes do before and after they change a graph: it is checked, and its metadata kept.
+
+A new node has what its neighbours know of where it comes from (`stack_trace`, `nn_module_stack`,
+keys of the user's own), and of the shapes of values only what is true: where a graph has fake
+values, they are computed anew, and otherwise a new node has none.
+"""
+
+from __future__ import annotations
+
+import contextlib
+from collections.abc import Collection, Iterator
+
+import torch
+from torch import fx
+from torch._subclasses.fake_tensor import FakeTensor
+from torch.fx.passes.fake_tensor_prop import FakeTensorProp
+from torch.fx.passes.infra.pass_base import PassBase, PassResult
+
+from conjoin.layers.wide import views
+
+VALUES = frozenset(
+    "val tensor_meta example_value type tensor_dict unbacked_bindings original_aten from_node "
+    "eager_input_vals arg_kwarg_vals source_fn_stack torch_fn partitioner_tag".split()
+)
+"""Entries of a node's `meta` that tell of its value, or of its operation, and not of its place."""
+
+
+class Rewrite(PassBase):
+    """A pass that can be called by itself: it checks the graph, and leaves it compiled."""
+
+    def __call__(self, graph_module: fx.GraphModule) -> PassResult | None:
+        """Changes the graph in place.
+
+        Raises:
+            ValueError: the graph does not lint.
+        """
+        before = {*graph_module.graph.nodes}
+        with in_training(graph_module):
+            result = super().__call__(graph_module)
+        if result is not None and result.modified:
+            finish(graph_module, before)
+        return result
+
+    def requires(self, graph_module: fx.GraphModule) -> None:
+        """Refuses a graph that does not lint."""
+        check(graph_module)
+
+
+def check(graph_module: fx.GraphModule, name: str = "") -> None:
+    """Refuses a graph that does not lint.
+
+    Args:
+        graph_module: the module of the graph.
+        name: its qualified name in the model; empty for the model itself.
+
+    Raises:
+        ValueError: it does not lint.
+    """
+    try:
+        graph_module.graph.lint()
+    except (RuntimeError, AttributeError, TypeError, ValueError, KeyError) as error:
+        of = f" of {name}" if name else ""
+        why = " ".join(str(error).split())
+        raise ValueError(
+            f"the graph{of} is not sound, so it is left as it is: {why}. Mend it, so that "
+            "graph.lint() passes, and try again."
+        ) from error
+
+
+@contextlib.contextmanager
+def in_training(graph_module: fx.GraphModule) -> Iterator[None]:
+    """Puts the modules in training mode for a while.
+
+    What may be done to a graph then may be done in evaluation mode too: a Dropout, which gives what
+    it got there, draws numbers in training mode, in the order in which the graph has them.
+    """
+    flags = [(vars(module), module.training) for module in graph_module.modules()]
+    for own, _ in flags:
+        own["training"] = True
+    try:
+        yield
+    finally:
+        for own, flag in flags:
+            own["training"] = flag
+        for _, view in views(graph_module):  # What was merged meanwhile has the mode of this.
+            view.wide_layer.training = view.training
+
+
+def finish(graph_module: fx.GraphModule, before: Collection[fx.Node]) -> None:
+    """Lints and compiles a changed graph, and completes the metadata of the new nodes.
+
+    Args:
+        graph_module: the module of the graph.
+        before: the nodes that it had before it was changed.
+    """
+    graph = graph_module.graph
+    new = [node for node in graph.nodes if node not in before]
+    for node in new:
+        node.meta = {key: value for key, value in node.meta.items() if key not in VALUES}
+    for node in reversed(new):
+        reader = next((user for user in node.users if user.op != "output"), node)
+        told = {key: value for key, value in reader.meta.items() if key not in VALUES}
+        node.meta = {**told, **node.meta}
+    graph.lint()
+    graph_module.recompile()
+    _recompute(graph_module)
+
+
+def _recompute(graph_module: fx.GraphModule) -> None:
+    """Computes the fake values of all nodes, if the inputs have any."""
+    inputs = [n.meta.get("val") for n in graph_module.graph.nodes if n.op == "placeholder"]
+    mode = next((each.fake_mode for each in inputs if isinstance(each, FakeTensor)), None)
+    if mode is None or any(each is None for each in inputs):
+        return
+    try:
+        with torch.no_grad():
+            FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
+    except Exception:  # noqa: BLE001 - Whatever fake tensors do not carry: the new nodes have none.
+        return

@@ -1,0 +1,128 @@
+"""The values of a program's nodes: fake tensors, whose sizes may be symbols.
+
+What an operation gives is found by running it on them. That must tell nothing new of the sizes: a
+test such as `batch == 1` is one that the program does not make, and what follows from it would not
+hold for all the sizes that the program is for.
+"""
+
+from __future__ import annotations
+
+import contextlib
+import logging
+from collections.abc import Callable, Hashable, Iterator
+from typing import Any
+
+import torch
+from torch import Tensor, fx
+from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.node import map_arg
+from torch.utils import _pytree as pytree
+
+VALUE = "val"
+"""The entry of a node's `meta` that holds its value."""
+
+
+class UnknownSizeError(ValueError):
+    """What is computed depends on a size that the program leaves open."""
+
+
+def mode_of(graph: fx.Graph) -> FakeTensorMode | None:
+    """The mode that the values of a graph belong to; None where there are no tensors."""
+    for node in graph.nodes:
+        for value in pytree.tree_leaves(node.meta.get(VALUE)):
+            if isinstance(value, FakeTensor):
+                return value.fake_mode
+    return None
+
+
+def faked(mode: FakeTensorMode, tensor: Tensor) -> Any:
+    """A fake tensor for a parameter or buffer."""
+    fake = mode.from_tensor(tensor.detach(), static_shapes=True)
+    return fake.requires_grad_(tensor.requires_grad)
+
+
+@contextlib.contextmanager
+def nothing_new(mode: FakeTensorMode) -> Iterator[None]:
+    """While nothing may be found out about sizes.
+
+    Raises:
+        UnknownSizeError: something would have been.
+    """
+    env = mode.shape_env
+    if env is None:
+        yield
+        return
+    known = len(env.guards), env.num_deferred_runtime_asserts
+    strict = getattr(env, "error_on_new_guards", contextlib.nullcontext)  # Of PyTorch 2.13.
+    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
+    level = log.level
+    log.setLevel(logging.ERROR)  # It warns of what is told by the error.
+    try:
+        with strict():
+            yield
+    finally:
+        log.setLevel(level)
+    if known != (len(env.guards), env.num_deferred_runtime_asserts):
+        raise UnknownSizeError("it depends on a size that the program leaves open")
+
+
+def operations(
+    mode: FakeTensorMode, function: Callable[..., Any], values: list[Any]
+) -> fx.GraphModule:
+    """What a function does to values, as ATen operations with a value each.
+
+    Raises:
+        UnknownSizeError: it depends on sizes that are not known.
+    """
+    with nothing_new(mode), _as_exported():
+        traced: fx.GraphModule = make_fx(function, tracing_mode="real", pre_dispatch=True)(*values)
+    for node in reversed(traced.graph.nodes):
+        if node.op == "call_function" and not node.users and not node.target._schema.is_mutable:
+            traced.graph.erase_node(node)
+    return traced
+
+
+@contextlib.contextmanager
+def _as_exported() -> Iterator[None]:
+    """Without the libraries that `torch.export` turns off, whose choice depends on sizes."""
+    # Not their `flags`, which set, and warn of, more than this.
+    mkldnn, cudnn = torch._C._get_mkldnn_enabled(), torch._C._get_cudnn_enabled()
+    (nnpack,) = torch.backends.nnpack.set_flags(False)  # type: ignore[no-untyped-call]
+    torch._C._set_mkldnn_enabled(False)
+    torch._C._set_cudnn_enabled(False)
+    try:
+        yield
+    finally:
+        torch.backends.nnpack.set_flags(nnpack)  # type: ignore[no-untyped-call]
+        torch._C._set_mkldnn_enabled(mkldnn)
+        torch._C._set_cudnn_enabled(cudnn)
+
+
+def computed(mode: FakeTensorMode, node: fx.Node) -> Any:
+    """What an operation gives for the values that its inputs have now."""
+    args, kwargs = map_arg((node.args, node.kwargs), lambda each: each.meta[VALUE])
+    with mode, torch.no_grad(), _as_exported():
+        return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def layout(value: Any) -> Hashable:
+    """The shapes, strides and types in a value; equal where nothing could tell values apart."""
+    return tuple(
+        (tuple(map(_number, (*leaf.shape, *leaf.stride()))), leaf.dtype, leaf.device)
+        if isinstance(leaf, Tensor)
+        else str(leaf)
+        for leaf in pytree.tree_leaves(value)
+    )
+
+
+def elements(value: Any) -> int:
+    """The number of elements of a tensor, for the sizes of the example inputs."""
+    if not isinstance(value, Tensor):
+        return 0
+    number: Any = value.numel()
+    return int(number.node.hint or 0) if isinstance(number, torch.SymInt) else number
+
+
+def _number(size: Any) -> Hashable:
+    return str(size) if isinstance(size, torch.SymInt) else size

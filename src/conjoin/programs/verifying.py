@@ -1,0 +1,84 @@
+"""What a call of an exported program leaves behind, under the names that its tensors had at first.
+
+A program is in the mode that it was exported in, and computes in the types that are written in its
+graph; so it is run as it is.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+from collections.abc import Callable, Iterator
+from typing import Any
+
+from torch import Tensor, nn
+from torch.export import ExportedProgram
+
+from conjoin import outcome
+from conjoin.outcome import Pieces
+from conjoin.programs.program import record_of
+from conjoin.programs.record import originals
+from conjoin.tracing.observe import Call
+from conjoin.tracing.undisturbed import start_streams
+
+
+def left_behind(
+    program: ExportedProgram, call: Call, backward: Callable[[object], None], seed: int
+) -> tuple[Pieces, Exception | None]:
+    """Runs a copy of a program, and takes apart what is there afterwards.
+
+    Args:
+        program: the program.
+        call: the arguments of the call.
+        backward: the backward pass from an output.
+        seed: what the random streams start from.
+
+    Returns:
+        The pieces, and what the forward pass raised.
+    """
+    module = copy.deepcopy(program).module(check_guards=False)
+    args, kwargs = copy.deepcopy(call)
+    start_streams(seed)
+    output, failure = _attempt(lambda: module(*args, **kwargs))
+    left: Pieces = {("error", "the forward pass"): outcome.raised(failure, message=False)}
+    if failure is None:
+        left |= outcome.described("output", "output", output)
+    for arguments in (args, kwargs):
+        left |= outcome.described("input", "input", arguments)
+    if failure is None:
+        _, broken = _attempt(lambda: backward(output))
+        left["error", "the backward pass"] = outcome.raised(broken, message=False)
+    for name, tensor, gradient, shared in _tensors(program, module):
+        kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
+        left[kind, f"{kind} {name}"] = outcome.piece_of(tensor.detach())
+        if kind == "parameter" and failure is None:
+            piece = dataclasses.replace(outcome.piece_of(gradient), shared=shared)
+            left["gradient", f"gradient of {name}"] = piece
+    return left | outcome.streams(), failure
+
+
+def _attempt(run: Callable[[], Any]) -> tuple[Any, Exception | None]:
+    try:
+        return run(), None
+    except Exception as error:  # noqa: BLE001 - Operations of anybody's, which may raise anything.
+        return None, error
+
+
+def _tensors(
+    program: ExportedProgram, module: nn.Module
+) -> Iterator[tuple[str, Tensor, Tensor | None, bool]]:
+    """The parameters and buffers, their gradients, and whether they are parts of wide ones."""
+    held: dict[str, Tensor] = {**dict(module.named_parameters()), **dict(module.named_buffers())}
+    found = record_of(program)
+    gradients = {name: tensor.grad for name, tensor in held.items() if tensor.grad is not None}
+    parts = originals(found, held) if found else {}
+    part_gradients = originals(found, gradients) if found else {}
+    wholes = {name: whole for name, (whole, *_) in found["tensors"].items()} if found else {}
+    own = {name: tensor for name, tensor in held.items() if name not in {*wholes.values()}}
+    for name in sorted({*own, *parts}):
+        if name in own:
+            yield name, own[name], own[name].grad, False
+            continue
+        trains = isinstance(held[wholes[name]], nn.Parameter)
+        part = nn.Parameter(parts[name]) if trains else parts[name]
+        yield name, part, part_gradients.get(name), True

@@ -1,0 +1,435 @@
+"""Exported programs: as few products as in the rewritten model, the same function, and back."""
+
+import copy
+import io
+import shutil
+
+import pytest
+import torch
+from counting import count
+from depth import MODELS
+from torch import nn
+from torch.export import Dim, ExportedProgram, export
+from torch.nn import functional as F
+from torch.utils import _pytree as pytree
+from zoo import ZOO
+
+import conjoin
+from conjoin.legality import Reason
+
+BATCHES = 4, 7
+"""The batch that a program is exported with, and another one."""
+
+
+def file_of(program: ExportedProgram) -> ExportedProgram:
+    """The program after having been saved and loaded."""
+    buffer = io.BytesIO()
+    torch.export.save(program, buffer)
+    buffer.seek(0)
+    return torch.export.load(buffer)
+
+
+def exported(model: nn.Module, *args: torch.Tensor, dynamic: bool = True, **options: object):
+    shapes = pytree.tree_map(lambda arg: {0: Dim.DYNAMIC} if arg.dim() and dynamic else None, args)
+    return export(model, args, dynamic_shapes=shapes, **options)
+
+
+def run(program: ExportedProgram, *args: torch.Tensor) -> tuple[list[torch.Tensor], dict]:
+    """What a program gives and what its buffers are then, by their original names."""
+    module = copy.deepcopy(program).module()
+    torch.manual_seed(0)  # For Dropout.
+    outputs = pytree.tree_leaves(module(*copy.deepcopy(args)))
+    return outputs, dict(module.named_buffers())
+
+
+def assert_same(program: ExportedProgram, other: ExportedProgram) -> None:
+    """The same program to the bit, all that is known of its nodes included."""
+    assert str(other) == str(program)
+    assert list(other.state_dict) == list(program.state_dict)
+    for name, tensor in program.state_dict.items():
+        found = other.state_dict[name]
+        assert type(found) is type(tensor)
+        assert torch.equal(found, tensor)
+        assert (found.stride(), found.requires_grad) == (tensor.stride(), tensor.requires_grad)
+    for node, found in zip(program.graph.nodes, other.graph.nodes, strict=True):
+        for key in ("stack_trace", "nn_module_stack", "torch_fn", "custom"):
+            assert found.meta.get(key) == node.meta.get(key), (node, key)
+        assert str(found.meta.get("val")) == str(node.meta.get("val"))
+    assert other.range_constraints == program.range_constraints
+    assert other.example_inputs is program.example_inputs or file_of
+
+
+def assert_close(found: object, expected: object) -> None:
+    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
+
+
+DEEP = [
+    *("concurrent", "retinanet_norm", "by_hand", "mmoe_parameters", "twins_td3", "head_norms"),
+]
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", DEEP)
+def test_as_few_products_and_the_same_function(name: str, training: bool) -> None:
+    model = MODELS[name].model().train(training)
+    inputs = [MODELS[name].call(batch) for batch in BATCHES]
+    program = exported(model, *inputs[0])
+    before = str(program)
+    fused = conjoin.optimize(program)
+    assert str(program) == before
+    products = count(conjoin.optimize(model, inputs[0]), inputs[0], training=training).products
+    assert count(_Unmoded(fused), inputs[0]).products <= products
+    for args in inputs:
+        outputs, buffers = run(program, *args)
+        found, wide = run(fused, *args)
+        assert_close(found, outputs)
+        assert [t.stride() for t in found] == [t.stride() for t in outputs]
+        plain = {n: t for n, t in wide.items() if n in buffers}
+        assert_close(plain, {n: buffers[n] for n in plain})
+    assert bool(conjoin.verify(program, fused, inputs))
+    loaded = file_of(fused)
+    assert_close(run(loaded, *inputs[1])[0], run(program, *inputs[1])[0])
+    assert_same(program, conjoin.unfuse(fused))
+    assert_same(file_of(program), conjoin.unfuse(loaded))
+
+
+class _Unmoded(nn.Module):
+    """A program's module, which may not be told a mode."""
+
+    def __init__(self, program: ExportedProgram) -> None:
+        super().__init__()
+        self.run = [program.module()]
+
+    def forward(self, *args: torch.Tensor) -> object:
+        return self.run[0](*args)
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", ["bert", "llama", "unet_conditioned", "bn_inception", "swin"])
+def test_public_models(name: str) -> None:
+    model = ZOO[name].model().eval()
+    args, kwargs = ZOO[name].call()
+    program = export(model, args, kwargs)
+    fused = conjoin.optimize(program)
+    products = count(conjoin.optimize(model, args, example_kwargs=kwargs), args, kwargs).products
+    found = count(_Keywords(fused), args, kwargs).products
+    assert found <= products < count(model, args, kwargs).products
+    assert bool(conjoin.verify(program, file_of(fused)))
+    assert_same(file_of(program), conjoin.unfuse(file_of(fused)))
+
+
+class _Keywords(_Unmoded):
+    def forward(self, *args: object, **kwargs: object) -> object:
+        return self.run[0](*args, **kwargs)
+
+
+class Heads(nn.Module):
+    """Two heads, two branches with norms, and what a program can hold beside that."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Linear(8, 8)
+        self.body = nn.ModuleDict({name: nn.Linear(8, 6) for name in "ab"})
+        self.norms = nn.ModuleList(nn.BatchNorm1d(6) for _ in range(2))
+        self.tied, self.other = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.tied.weight = self.stem.weight
+        self.register_buffer("calls", torch.zeros((), dtype=torch.long))
+        self.register_buffer("scale", torch.full((6,), 2.0), persistent=False)
+
+    def forward(self, x: torch.Tensor) -> dict[str, object]:
+        self.calls.add_(1)
+        h = self.stem(x).relu()
+        a, b = (n(self.body[k](h)).relu() for n, k in zip(self.norms, "ab", strict=True))
+        constant = torch.tensor([1.0, 2.0], dtype=x.dtype).sum()
+        return {
+            "sum": a * self.scale + constant,
+            "b": b.exp(),
+            "tied": self.tied(h) + self.other(h),
+        }
+
+
+@pytest.fixture
+def heads() -> ExportedProgram:
+    torch.manual_seed(0)
+    return exported(Heads().double(), torch.randn(4, 8, dtype=torch.float64))
+
+
+def test_wide_parameters_stand_in_the_place_of_the_first_sibling(heads: ExportedProgram) -> None:
+    fused = conjoin.optimize(heads)
+    gone = {"norms.0.weight", "norms.1.weight", "norms.0.running_mean", "norms.1.running_mean"}
+    assert gone <= {*heads.state_dict}
+    assert gone.isdisjoint(fused.state_dict)
+    specs = {spec.target for spec in fused.graph_signature.input_specs if spec.target}
+    assert specs <= {*fused.state_dict, *fused.constants}
+    assert [n for n in fused.state_dict if "norms" in n] == [
+        f"norms.0.wide.{name}"
+        for name in ("weight", "bias", "running_mean", "running_var", "num_batches_tracked")
+    ]
+    assert fused.state_dict["norms.0.wide.num_batches_tracked"].shape == (2,)
+    assert fused.range_constraints == heads.range_constraints
+    fused.validate()
+    fused.graph.lint()
+
+
+def test_what_else_a_program_holds_stays(heads: ExportedProgram) -> None:
+    fused = conjoin.optimize(heads)
+    assert fused.state_dict["tied.weight"] is fused.state_dict["stem.weight"]
+    assert {*fused.constants} == {*heads.constants}
+    assert "other.weight" in fused.state_dict  # What is tied is not merged.
+    x = torch.randn(5, 8, dtype=torch.float64)
+    module, plain = fused.module(), copy.deepcopy(heads).module()
+    for _ in range(2):
+        assert_close(module(x), plain(x))
+    assert module.calls == 2
+    assert module.get_buffer("norms.0.wide.num_batches_tracked").tolist() == [2, 2]
+    # The tensors are the optimized program's own.
+    assert heads.state_dict["calls"] == 0
+
+
+def test_modules_with_two_names_are_merged_at_both() -> None:
+    model = nn.Module()
+    model.first = model.second = conjoin.nn.Parallel(nn.Linear(4, 2), nn.Linear(4, 3))
+    model.forward = lambda x: [y.exp() for y in model.second(x)]
+    program = exported(model, torch.randn(3, 4))
+    assert len(program.state_dict) == 8
+    fused = conjoin.optimize(program)
+    assert len(fused.state_dict) == 2
+    plain = conjoin.unfuse(file_of(fused))
+    assert_same(file_of(program), file_of(plain))
+    names = sorted(plain.state_dict)
+    for name in names[:4]:
+        other = plain.state_dict[name.replace("first", "second")]
+        assert plain.state_dict[name] is other
+
+
+def test_gradients_are_those_of_the_parts(heads: ExportedProgram) -> None:
+    fused = conjoin.optimize(heads)
+    result = conjoin.verify(heads, fused)
+    assert bool(result)
+    assert (result.gradients, result.buffers) == (13, 8)
+    fused.state_dict["norms.0.wide.weight"].data[3] += 1e-3
+    assert "different" in str(conjoin.verify(heads, fused))
+
+
+def test_metadata_is_carried(heads: ExportedProgram) -> None:
+    fused = conjoin.optimize(heads)
+    names = {node.name for node in heads.graph.nodes}
+    for node in fused.graph.nodes:
+        if node.op == "call_function":
+            assert "forward" in node.meta["stack_trace"]
+            assert "val" in node.meta
+            path = [path for path, _ in node.meta["nn_module_stack"].values()][-1]
+            if node.name not in names and node.target is torch.ops.aten.batch_norm.default:
+                assert path == ""  # The module that calls both.
+    outputs = [spec.arg.name for spec in heads.graph_signature.output_specs]
+    assert [spec.arg.name for spec in fused.graph_signature.output_specs] == outputs
+
+
+def test_values_of_now_come_back(heads: ExportedProgram) -> None:
+    fused = conjoin.optimize(heads)
+    with torch.no_grad():
+        for tensor in fused.state_dict.values():
+            tensor.copy_(torch.arange(tensor.numel()).reshape(tensor.shape))
+    plain = conjoin.unfuse(fused)
+    assert torch.equal(plain.state_dict["norms.1.bias"], torch.arange(6.0, 12.0).double())
+    assert plain.state_dict["norms.1.num_batches_tracked"] == 1
+    x = torch.randn(4, 8, dtype=torch.float64)
+    assert_close(plain.module()(x), fused.module()(x))
+
+
+def test_optimizing_again_changes_nothing(heads: ExportedProgram) -> None:
+    fused = conjoin.optimize(heads)
+    again = conjoin.optimize(fused)
+    assert str(again) == str(fused)
+    assert_same(heads, conjoin.unfuse(again))
+    assert_same(heads, conjoin.unfuse(heads))
+
+
+def test_decomposed_programs(heads: ExportedProgram) -> None:
+    x = torch.randn(4, 8, dtype=torch.float64)
+    fused = conjoin.optimize(heads).run_decompositions()
+    assert_close(fused.module()(x), copy.deepcopy(heads).module()(x))
+    with pytest.raises(ValueError, match="unfuse it before other passes"):
+        conjoin.unfuse(fused)
+    functional = heads.run_decompositions({})
+    assert functional.graph_signature.buffers_to_mutate
+    fused = conjoin.optimize(functional)
+    assert_same(functional, conjoin.unfuse(fused))
+    assert_close(fused.module()(x), functional.module()(x))
+
+
+class Branching(nn.Module):
+    """Siblings in front of and behind a branch on a value, and a size that depends on one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(5))
+
+    def forward(self, x: torch.Tensor) -> object:
+        a, b = self.layers[0](x), self.layers[1](x)
+        with torch.no_grad():
+            c = a.sin() + 1
+        y = torch.cond(x.sum() > 0, lambda p: p.sin(), lambda p: p.cos() * 2, (b * a + c,))
+        rows = y[y[:, 0] > -2]
+        return self.layers[2](rows).relu().exp(), self.layers[3](rows).relu(), self.layers[4](y)
+
+
+def test_higher_order_operations_and_sizes_of_values() -> None:
+    x = torch.randn(6, 4, dtype=torch.float64)
+    program = exported(Branching().double(), x)
+    fused = conjoin.optimize(program)
+    assert len(fused.state_dict) < len(program.state_dict)
+    for args in (x, -x[:3]):
+        assert_close(fused.module()(args), program.module()(args))
+    assert_same(program, conjoin.unfuse(fused))
+    assert_same(file_of(program), file_of(conjoin.unfuse(file_of(fused))))
+
+
+class Quiet(nn.Module):
+    """Siblings with a graph of its own between them, which runs without gradients."""
+
+    def __init__(self, *, changes: bool) -> None:
+        super().__init__()
+        self.a, self.b, self.changes = nn.Linear(4, 4), nn.Linear(4, 4), changes
+
+    def forward(self, x: torch.Tensor) -> object:
+        y = x * 1
+        a = self.a(y)
+        with torch.no_grad():
+            c = y.mul_(2) if self.changes else y.sin()
+        return (self.b(y) + c + a).exp()
+
+
+@pytest.mark.parametrize("changes", [True, False])
+def test_graphs_in_another_mode_are_looked_into(changes: bool) -> None:
+    x = torch.randn(5, 4, dtype=torch.float64)
+    program = exported(Quiet(changes=changes).double(), x)
+    assert any("set_grad_enabled" in str(node.target) for node in program.graph.nodes)
+    fused = conjoin.optimize(program)
+    assert len(fused.state_dict) == (4 if changes else 2)
+    assert_close(fused.module()(x), program.module()(x))
+
+
+class Mutating(nn.Module):
+    """Changes its input between siblings, and gives a part out that is viewed."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> object:
+        a, c = self.a(x), self.c(x)
+        x.mul_(2)
+        return self.b(x), a.view(-1), c.add_(1)
+
+
+def test_mutations_keep_siblings_apart() -> None:
+    x = torch.randn(5, 4, dtype=torch.float64)
+    program = exported(Mutating().double(), x)
+    fused = conjoin.optimize(program)
+    assert "b.weight" in fused.state_dict
+    assert "a.wide.weight" in fused.state_dict
+    mine, theirs = x.clone(), x.clone()
+    assert_close(fused.module()(mine), program.module()(theirs))
+    assert torch.equal(mine, theirs)
+
+
+class OfPicky(type(conjoin.KINDS[0])):
+    """Linear, whose wide form asks for the size of the batch."""
+
+    layer = nn.Linear
+
+    def run(self, wide: object, input: torch.Tensor) -> torch.Tensor:
+        return super().run(wide, input) if input.shape[0] > 5 else super().run(wide, input * 1)
+
+
+def test_what_depends_on_an_open_size_stays_apart() -> None:
+    model = conjoin.nn.Parallel(nn.Linear(8, 2), nn.Linear(8, 3))
+    x = torch.randn(4, 8)
+    kinds = (OfPicky(),)
+    static = conjoin.optimize(exported(model, x, dynamic=False), kinds=kinds)
+    assert len(static.state_dict) == 2
+    program = exported(model, x)
+    before = str(program), len(program.graph.nodes)
+    fused = conjoin.optimize(program, kinds=kinds)
+    assert_same(program, fused)
+    assert (str(program), len(program.graph.nodes)) == before
+    (group,) = conjoin.report(program, kinds=kinds).groups
+    assert (group.fused, group.reason) == (False, Reason.IN_PROGRAM)
+
+
+def test_the_report_counts_the_program() -> None:
+    model = nn.Sequential(conjoin.nn.Parallel(nn.Linear(8, 2), nn.Linear(8, 3)), conjoin.nn.Unite())
+    program = exported(model, torch.randn(4, 8))
+    found = conjoin.report(program)
+    assert (found.launches.before.forward, found.launches.after.forward) == (3, 1)
+    assert [(group.layers, group.fused) for group in found.groups] == [(("0.0", "0.1"), True)]
+    assert conjoin.report(conjoin.optimize(program)) == found
+
+
+def test_wrong_arguments(heads: ExportedProgram) -> None:
+    x = torch.randn(4, 8, dtype=torch.float64)
+    with pytest.raises(ValueError, match="example inputs of its own"):
+        conjoin.optimize(heads, (x,))
+    with pytest.raises(ValueError, match="not changed in place"):
+        conjoin.optimize(heads, inplace=True)
+    with pytest.raises(ValueError, match="not changed in place"):
+        conjoin.unfuse(heads, inplace=True)
+    with pytest.raises(TypeError, match="export the other model too"):
+        conjoin.verify(Heads(), heads)
+
+
+@pytest.mark.parametrize(
+    "harm",
+    [
+        lambda record: record["nodes"].append({**_removed(record), "name": "x = evil()"}),
+        lambda record: _removed(record).update(target="aten.nothing.default"),
+        lambda record: _removed(record).update(target="os.system"),
+        lambda record: _removed(record).update(args={"node": "nobody"}),
+        lambda record: record["tensors"].clear(),
+        lambda record: record["tensors"]["norms.0.weight"].__setitem__(3, 10**6),
+        lambda record: record["order"].append("nothing"),
+        lambda record: record.pop("order"),
+    ],
+)
+def test_a_record_that_is_wrong_is_one_error(harm: object, heads: ExportedProgram) -> None:
+    fused = conjoin.optimize(heads)
+    harm(fused.graph_module.meta["custom"]["conjoin"])
+    with pytest.raises(ValueError, match="export the model that it came from again"):
+        conjoin.unfuse(fused)
+
+
+def _removed(record: dict) -> dict:
+    return next(node for node in record["nodes"] if isinstance(node, dict) and "args" in node)
+
+
+@pytest.mark.skipif(shutil.which("g++") is None, reason="AOTInductor needs a C++ compiler")
+def test_packaged_with_aot_inductor(tmp_path: object) -> None:
+    towers = (nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 4)) for _ in range(2))
+    model, x = conjoin.nn.Parallel(*towers), torch.randn(4, 8)
+    fused = conjoin.optimize(exported(model.eval(), x))
+    path = torch._inductor.aoti_compile_and_package(fused, package_path=f"{tmp_path}/fused.pt2")
+    compiled = torch._inductor.aoti_load_package(path)
+    for batch in BATCHES:
+        x = torch.randn(batch, 8)
+        torch.testing.assert_close(compiled(x), model(x))
+
+
+def test_functions_that_are_left_apart_stay_the_very_nodes() -> None:
+    class Net(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.a, self.b, self.c = nn.Linear(4, 4), nn.Linear(4, 4), nn.Linear(4, 4)
+
+        def forward(self, x: torch.Tensor) -> torch.Tensor:
+            y = F.softmax(self.c(torch.cat([x, x]) * 2), -1)
+            return self.a(y).relu() + self.b(y).relu()
+
+    program = exported(Net(), torch.randn(3, 4))
+    fused = conjoin.optimize(program)
+    there = {node.name: node for node in fused.graph.nodes}
+    for node in program.graph.nodes:
+        if node.name in ("cat", "mul", "linear", "softmax", "add"):
+            assert there[node.name].target == node.target
+            assert str(there[node.name].args) == str(node.args)
+            assert str(there[node.name].meta) == str(node.meta)

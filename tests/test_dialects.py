@@ -1,0 +1,49 @@
+"""Every cell of the table of dialects: what a pass does there, and that it is the same function."""
+
+import inspect
+
+import pytest
+import torch
+from dialects import CASES, CELLS, DIALECTS, Graph, Outcome
+from torch.utils import _pytree as pytree
+
+from conjoin import passes
+
+
+def values(graph: Graph) -> list[torch.Tensor]:
+    """The outputs, and the gradients of the inputs."""
+    module, inputs = graph
+    leaves = [each.detach().clone().requires_grad_() for each in inputs]
+    outputs = pytree.tree_leaves(module(*leaves))
+    loss = sum((output * (number + 1)).sum() for number, output in enumerate(outputs))
+    return [*outputs, *torch.autograd.grad(loss, leaves, materialize_grads=True)]
+
+
+@pytest.mark.parametrize("lift", [False, True])
+@pytest.mark.parametrize(
+    ("name", "dialect"), [(name, dialect) for name in CELLS for dialect in DIALECTS]
+)
+def test_a_cell(name: str, dialect: str, lift: bool) -> None:
+    case = CASES[name]
+    cell = CELLS[name][[*DIALECTS].index(dialect)]
+    graph = DIALECTS[dialect](case.model)
+    module = graph[0]
+    expected = values(graph)
+    for run in (*[passes.Lift()] * (lift and name != "Lift"), *case.before):
+        run(module)
+    changed = case.run(module).modified
+    assert changed == (cell.outcome is Outcome.WORKS or (cell.outcome is Outcome.LIFTED and lift))
+    assert bool(cell.why) == (cell.outcome is Outcome.NOT)
+    for found, wanted in zip(values(graph), expected, strict=True):
+        torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
+    assert module.code == module.graph.python_code("self").src
+
+
+def test_the_table_is_whole() -> None:
+    known = {
+        name
+        for name, value in vars(passes).items()
+        if inspect.isclass(value) and issubclass(value, passes.PassBase) and "Pass" not in name
+    }
+    assert {*CELLS} == {*CASES} == known
+    assert all(len(row) == len(DIALECTS) for row in CELLS.values())
