@@ -27,7 +27,7 @@ def test_a_race(training):
         kind, layers, frozenset({1}), x.requires_grad_(training), among, training=training
     )
     assert list(taken) == list(among)
-    assert all(0 < seconds < 1 for seconds in taken.values())
+    assert all(seconds > 0 for seconds in taken.values())
     assert all(type(layer) is nn.Linear and layer.weight.grad is None for layer in layers)
     assert all(torch.equal(before[name], value) for name, value in model.state_dict().items())
 
