@@ -88,11 +88,13 @@ def _merge_siblings(
     for node in graph.nodes:
         input = edit.only_input(node) if node.op == "call_module" else None
         layer = modules.get(str(node.target))
-        if input is None or isinstance(layer, View) or kind_of(layer, merger.kinds) is None:
+        kind = None if layer is None else kind_of(layer, merger.kinds)
+        if input is None or isinstance(layer, View) or kind is None:
             continue
         sites.append(Site(str(node.target), input, epochs[node]))
         readers[input] += 1
-        if why := hazards.reads_strides(node, modules, escapes=merger.escapes):
+        dim = kind.output_dim
+        if why := hazards.reads_strides(node, modules, escapes=merger.escapes, dim=dim):
             strided[str(node.target)] = why
     if max(readers.values(), default=0) < 2:
         return

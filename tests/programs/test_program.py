@@ -367,6 +367,31 @@ def test_the_report_counts_the_program() -> None:
     assert conjoin.report(conjoin.optimize(program)) == found
 
 
+class Attention(nn.Module):
+    """Queries, keys and values that are viewed as heads."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        shape = (x.shape[0], x.shape[1], 2, 4)
+        q, k, v = (f(x).view(shape).transpose(1, 2) for f in (self.q, self.k, self.v))
+        return F.scaled_dot_product_attention(q, k, v)
+
+
+def test_heads_are_viewed_without_a_copy() -> None:
+    x = torch.randn(2, 5, 8, dtype=torch.float64)
+    program = exported(Attention().double(), x)
+    fused = conjoin.optimize(program)
+    targets = [str(node.target) for node in fused.graph.nodes]
+    assert targets.count("aten.linear.default") == 1
+    assert "aten.clone.default" not in targets
+    assert bool(conjoin.verify(program, fused, [(x,), (x[:1],)]))
+    launches = conjoin.report(program).launches
+    assert launches.before.forward - launches.after.forward == 2
+
+
 def test_wrong_arguments(heads: ExportedProgram) -> None:
     x = torch.randn(4, 8, dtype=torch.float64)
     with pytest.raises(ValueError, match="example inputs of its own"):
