@@ -367,6 +367,15 @@ def test_the_report_counts_the_program() -> None:
     assert conjoin.report(conjoin.optimize(program)) == found
 
 
+def test_equal_paddings_hide_no_siblings() -> None:
+    convs = (nn.Conv1d(2, n, 3, padding=1, padding_mode="circular") for n in (3, 4))
+    x = torch.randn(2, 2, 6)
+    program = exported(conjoin.nn.Parallel(*convs), x)
+    fused = conjoin.optimize(program)
+    assert len(fused.state_dict) == 2
+    assert bool(conjoin.verify(program, fused))
+
+
 class Attention(nn.Module):
     """Queries, keys and values that are viewed as heads."""
 
