@@ -96,7 +96,9 @@ def _merge_siblings(
     escapes = merger.escapes(graph_module)
     for node, input in readers.items():
         sites.append(Site(str(node.target), input, epochs[node]))
-        if why := hazards.reads_strides(node, modules, escapes=escapes):
+        kind = kind_of(modules[str(node.target)], merger.kinds)
+        dim = None if kind is None else kind.output_dim
+        if why := hazards.reads_strides(node, modules, escapes=escapes, dim=dim):
             strided[str(node.target)] = why
     called = {site.layer: modules[site.layer] for site in sites}
     seen = Sightings(tuple(sites), strided, shapes=merger.shapes(called))

@@ -8,7 +8,7 @@ from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
@@ -390,13 +390,17 @@ def trained(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> set[fx.Node]:
     return found - without
 
 
-def reads_strides(node: fx.Node, modules: Mapping[str, nn.Module], *, escapes: bool) -> str:
+def reads_strides(
+    node: fx.Node, modules: Mapping[str, nn.Module], *, escapes: bool, dim: int | None = None
+) -> str:
     """What depends on the strides of the node's output; empty where nothing is known to.
 
     Args:
         node: a call of a layer.
         modules: the modules that the graph calls, by target.
         escapes: whether something beyond the graph reads the graph's outputs.
+        dim: the dimension, counted from the end, along which the output is to be a slice; where
+            that is known, so is which views it has like any other tensor.
     """
     for user in node.users:
         if user.op == "output" and escapes:
@@ -405,13 +409,27 @@ def reads_strides(node: fx.Node, modules: Mapping[str, nn.Module], *, escapes: b
             module = modules[str(user.target)]
             if is_opaque(module) or isinstance(module, (nn.Flatten, nn.Unflatten)):
                 return type(module).__name__
-        if user.op in ("call_method", "call_function") and called(user) in STRIDE_METHODS:
+        reads = user.op in ("call_method", "call_function") and called(user) in STRIDE_METHODS
+        if reads and (dim is None or not _cuts_behind(node, user, dim)):
             return called(user)
         if user.op == "call_function" and not of_torch(user.target):
             return f"{getattr(user.target, '__name__', user.target)} is not PyTorch's"
         if shares_memory(user, modules) and (why := reads_strides(user, modules, escapes=escapes)):
             return why
     return ""
+
+
+def _cuts_behind(node: fx.Node, view: fx.Node, dim: int) -> bool:
+    """Whether a view leaves the dimensions in front of one as they are, as far as is known.
+
+    What lies along that one and behind it lies together, also in a slice.
+    """
+    before, after = node.meta.get("val"), view.meta.get("val")
+    if called(view) != "view" or not (isinstance(before, Tensor) and isinstance(after, Tensor)):
+        return False
+    front = before.dim() + dim
+    kept = [str(size) for size in before.shape[:front]] == [str(n) for n in after.shape[:front]]
+    return kept and after.dim() > front >= 0
 
 
 def merges_channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -131,7 +131,6 @@ class Lowering:
         self._taken = {node.name for node in program.graph.nodes}
         self._stand_ins = _stand_ins(raised)
         self._made: set[fx.Node] = set()
-        self._laid_out_anew: set[fx.Node] = set()
 
     def run(self) -> None:
         """Makes the new graph.

@@ -66,7 +66,7 @@ def optimize(program: ExportedProgram, kinds: tuple[Kind, ...] = KINDS) -> Expor
             return _copied(program)
         why = "layers that were merged are also called one by one"
         left = {*called_apart(found)}
-        if inputs is not None and (inputs.most or 0) and _elements(found) > (inputs.most or 0):
+        if inputs is not None and inputs.most is not None and _elements(found) > inputs.most:
             batches = False
             continue
         if not left:
