@@ -1,6 +1,7 @@
 """`torch.compile(backend="conjoin")`: the wide layers are back in the graph that is compiled."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -270,9 +271,14 @@ def test_a_model_that_was_not_optimized_is_left_alone_and_that_is_said():
     model = Attention().double()
     x = torch.randn(2, 5, 8).double()
     inner = Inner()
+    compiled = compiled_by(model, inner)
     with pytest.warns(UserWarning, match=r"3 layers .* conjoin.optimize"):
-        assert_same_outputs(compiled_by(model, inner)(x), model(x))
-    assert inner.products == [4]
+        assert_same_outputs(compiled(x), model(x))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        compiled(torch.randn(3, 5, 8).double())
+    assert inner.products == [4, 4]
+    assert not any("conjoin.optimize" in str(each.message) for each in told), "it is said once"
 
 
 def test_no_recompilation_that_the_plain_model_would_not_have():
