@@ -340,3 +340,42 @@ def test_inputs_that_lie_in_one_memory_on_a_later_call_only():
         compiled(x.clone(), other)
         ours, theirs = x.clone(), x.clone()
         assert_same_outputs(compiled(ours, ours.view(3, 4)), model(theirs, theirs.view(3, 4)))
+
+
+class Called(nn.Module):
+    """What it is called with is more than tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, inputs, mode="sum", times=1):
+        x = inputs["x"] * times
+        return self.a(x) + self.b(x) if mode == "sum" else self.a(x) * self.b(x)
+
+
+@pytest.mark.parametrize("mode", ["sum", "product"])
+def test_a_rewritten_forward_is_found_for_arguments_of_other_types(mode):
+    model = Called().double()
+    call = {"x": torch.randn(3, 4).double()}, mode
+    inner = Inner()
+    compiled = torch.compile(optimized(model, call), backend=inner, fullgraph=True)
+    assert_same_outputs(compiled(*call), model(*call))
+    assert inner.products == [1]
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, 3, 4), (0.5, 1.5, 2.5)], ids=["whole", "with a point"])
+def test_no_compilation_for_each_number(numbers):
+    model = Called().double()
+    inputs = {"x": torch.randn(3, 4).double()}
+    fused = optimized(model, [(inputs, "sum", number) for number in numbers])
+    seen = []
+    for each in (model, fused):
+        torch.compiler.reset()
+        inner = Inner()
+        compiled = torch.compile(each, backend=inner)
+        for number in numbers:
+            call = inputs, "sum", number
+            assert_same_outputs(compiled(*call), model(*call))
+        seen.append(len(inner.graphs))
+    assert seen[0] == seen[1]

@@ -173,8 +173,6 @@ class Plan:
         """The forward for a call, and the call's tensors; None where the original must run."""
         if not kwargs and all(map(is_plain, args)):
             structure: Structure = len(args)
-        elif torch.compiler.is_compiling():
-            return None
         else:
             found = structure_of(args, kwargs)
             if found is None:
