@@ -293,6 +293,25 @@ def test_changed_afterwards(name, change, copied):
     same_outputs(optimized, model, x)
 
 
+@pytest.mark.parametrize("change", CHANGES)
+@pytest.mark.parametrize("late", [True, False], ids=["compiled before", "compiled after"])
+def test_changed_under_compile(change, late):
+    """Dynamo guards all that the new forward takes for granted, but for hooks, as it always does."""
+    if late and "hook" in change:
+        pytest.skip("Dynamo does not look for hooks again, in no model")
+    name, changed = CHANGES[change]
+    torch.compiler.reset()
+    model = build(name)
+    x = vector(model)
+    optimized = conjoin.optimize(model, (x,))
+    compiled = torch.compile(optimized, backend="eager")
+    if late:
+        same_outputs(compiled, model, x)
+    for each in (model, optimized):
+        changed(each)
+    same_outputs(compiled, model, x)
+
+
 @pytest.mark.filterwarnings("ignore:.* is taken out of its wide layer")
 def test_copied_after_a_part_was_taken_out():
     """The forward that knows all the parts is over, for the copy too."""
