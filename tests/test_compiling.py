@@ -379,3 +379,45 @@ def test_no_compilation_for_each_number(numbers):
             assert_same_outputs(compiled(*call), model(*call))
         seen.append(len(inner.graphs))
     assert seen[0] == seen[1]
+
+
+class Read(nn.Module):
+    """Siblings whose outputs are read by something that depends on how they lie in memory."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.a, self.b, self.read = nn.Linear(4, 6), nn.Linear(4, 6), read
+
+    def forward(self, x):
+        if x.dim() > 9:
+            raise ValueError
+        return self.read(self.a(x)), self.read(self.b(x))
+
+
+READ = {
+    "heads": (lambda y: y.view(-1, 2, 3).transpose(0, 1).sin(), 0),
+    "heads of one size": (lambda y: y.unflatten(-1, (2, 3)).matmul(y.view(-1, 3, 2)), 0),
+    "flat": (lambda y: y.view(-1).sin(), 2),
+    "flat, copied where it must be": (lambda y: y.reshape(-1).sin(), 2),
+    "contiguous": (lambda y: y.contiguous().view(-1).sin(), 2),
+    "leaves": (lambda y: y.view(-1, 2, 3), 2),
+    "asked": (lambda y: y.view(-1, 2, 3).exp() * y.stride(0), 0),
+    "strides that go on": (lambda y: y.view(-1, 2, 3).transpose(0, 1) + 1, 0),
+}
+"""What reads a part, and how many copies are needed."""
+
+
+@pytest.mark.parametrize(("read", "copies"), READ.values(), ids=READ)
+def test_parts_are_copied_only_where_somebody_could_tell(read, copies):
+    model = Read(read).double()
+    calls = [(torch.randn(n, 4).double(),) for n in (3, 5, 7)]
+    fused = copy.deepcopy(model)
+    conjoin.layers.wide.fuse(conjoin.layers.kind_of(fused.a), [fused.a, fused.b], fused)
+    inner = Inner()
+    compiled = compiled_by(fused, inner, fullgraph=True)
+    for args in calls:
+        assert_same_outputs(compiled(*args), model(*args))
+        ours, theirs = dict(tensors(compiled(*args))), dict(tensors(model(*args)))
+        assert [t.stride() for t in ours.values()] == [t.stride() for t in theirs.values()]
+    assert set(inner.products) == {1}
+    assert {sum(n.target == "clone" for n in graph.nodes) for graph in inner.graphs} == {copies}

@@ -14,7 +14,7 @@ from torch import Tensor, fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.weak import WeakIdKeyDictionary
 
-from conjoin.graph import bundles, edit, elementwise, hazards
+from conjoin.graph import bundles, edit, elementwise, hazards, strides
 from conjoin.passes import COMPILED, rejoin, run_all, share
 
 BACKEND = "backend"
@@ -91,7 +91,7 @@ class PreGradPass(CustomGraphPass):
         return str(get_hash_for_files(tuple(module.__file__ for module in SOURCES)))
 
 
-SOURCES = (bundles, edit, elementwise, hazards, rejoin, share)
+SOURCES = (bundles, edit, elementwise, hazards, strides, rejoin, share)
 """The modules that decide what becomes of a graph."""
 
 

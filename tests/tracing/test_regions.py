@@ -296,7 +296,7 @@ def test_changed_afterwards(name, change, copied):
 @pytest.mark.parametrize("change", CHANGES)
 @pytest.mark.parametrize("late", [True, False], ids=["compiled before", "compiled after"])
 def test_changed_under_compile(change, late):
-    """Dynamo guards all that the new forward takes for granted, but for hooks, as it always does."""
+    """Dynamo guards all that the new forward takes for granted, but for hooks, as always."""
     if late and "hook" in change:
         pytest.skip("Dynamo does not look for hooks again, in no model")
     name, changed = CHANGES[change]
