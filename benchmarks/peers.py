@@ -94,9 +94,11 @@ def _vmap(case: Case, model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module
 def _compiled(
     options: dict[str, Any] | None = None,
     first: Callable[[Case, nn.Module, tuple[Tensor, ...]], nn.Module] = _plain,
+    backend: str = "inductor",
 ) -> Callable[[Case, nn.Module, tuple[Tensor, ...]], nn.Module]:
     def build(case: Case, model: nn.Module, inputs: tuple[Tensor, ...]) -> nn.Module:
-        return torch.compile(first(case, model, inputs), options=options)  # type: ignore[return-value]
+        made = first(case, model, inputs)
+        return torch.compile(made, backend=backend, options=options)  # type: ignore[return-value]
 
     return build
 
@@ -135,6 +137,12 @@ PEERS = {
             "compile_conjoin",
             "`torch.compile` of `conjoin`",
             _compiled(first=_conjoin),
+            compiles=True,
+        ),
+        Peer(
+            "compile_backend",
+            '`torch.compile` of `conjoin`, `backend="conjoin"`',
+            _compiled(first=_conjoin, backend="conjoin"),
             compiles=True,
         ),
         Peer("graphs", "CUDA graphs", _graphed(_plain), device="cuda"),

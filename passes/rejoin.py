@@ -9,6 +9,7 @@ one gradient then, in place of a sum of padded ones.
 
 from __future__ import annotations
 
+import dataclasses
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -18,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
-from conjoin.graph import bundles, edit, elementwise, hazards
+from conjoin.graph import bundles, edit, elementwise, hazards, strides
 from conjoin.graph.rewriting import Rewrite
 
 PRODUCTS: Mapping[Callable[..., Any], int] = {
@@ -78,7 +79,7 @@ class Rejoin(Rewrite):
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
         found = [run for products in _siblings(graph, modules) for run in _runs(products)]
         for run in found:
-            _join(graph, run)
+            _join(graph, _as_slices(graph, run, modules))
         return PassResult(graph_module, bool(found))
 
 
@@ -190,6 +191,30 @@ def _memory_format(node: fx.Node) -> torch.memory_format | None:
         ),
         None,
     )
+
+
+def _as_slices(
+    graph: fx.Graph, run: Sequence[Product], modules: Mapping[str, nn.Module]
+) -> Sequence[Product]:
+    """The same products without copies, where nobody could tell a part from a tensor of its own."""
+    formats = {product.copied for product in run}
+    example = run[0].node.meta.get(strides.VALUE)
+    memory_format = run[0].copied
+    if len(formats) > 1 or memory_format is None or not isinstance(example, Tensor):
+        return run
+    with strides.quietly(example):
+        dim = PRODUCTS[run[0].node.target]  # type: ignore[index]
+        shape = [*example.shape]
+        shape[dim] = sum(product.weight.size for product in run)
+        whole = example.new_empty(shape).contiguous(memory_format=memory_format)
+        parts = torch.split(whole, [product.weight.size for product in run], dim)
+        moved = {product.node: part for product, part in zip(run, parts, strict=True)}
+        found = strides.followed(graph, moved, modules)
+    if found is None:
+        return run
+    for node, value in found.items():
+        node.meta[strides.VALUE] = value
+    return [dataclasses.replace(product, copied=None) for product in run]
 
 
 def _join(graph: fx.Graph, run: Sequence[Product]) -> None:

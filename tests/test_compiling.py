@@ -1,6 +1,7 @@
 """`torch.compile(backend="conjoin")`: the wide layers are back in the graph that is compiled."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -270,9 +271,14 @@ def test_a_model_that_was_not_optimized_is_left_alone_and_that_is_said():
     model = Attention().double()
     x = torch.randn(2, 5, 8).double()
     inner = Inner()
+    compiled = compiled_by(model, inner)
     with pytest.warns(UserWarning, match=r"3 layers .* conjoin.optimize"):
-        assert_same_outputs(compiled_by(model, inner)(x), model(x))
-    assert inner.products == [4]
+        assert_same_outputs(compiled(x), model(x))
+    with warnings.catch_warnings(record=True) as told:
+        warnings.simplefilter("always")
+        compiled(torch.randn(3, 5, 8).double())
+    assert inner.products == [4, 4]
+    assert not any("conjoin.optimize" in str(each.message) for each in told), "it is said once"
 
 
 def test_no_recompilation_that_the_plain_model_would_not_have():
@@ -334,3 +340,84 @@ def test_inputs_that_lie_in_one_memory_on_a_later_call_only():
         compiled(x.clone(), other)
         ours, theirs = x.clone(), x.clone()
         assert_same_outputs(compiled(ours, ours.view(3, 4)), model(theirs, theirs.view(3, 4)))
+
+
+class Called(nn.Module):
+    """What it is called with is more than tensors."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, inputs, mode="sum", times=1):
+        x = inputs["x"] * times
+        return self.a(x) + self.b(x) if mode == "sum" else self.a(x) * self.b(x)
+
+
+@pytest.mark.parametrize("mode", ["sum", "product"])
+def test_a_rewritten_forward_is_found_for_arguments_of_other_types(mode):
+    model = Called().double()
+    call = {"x": torch.randn(3, 4).double()}, mode
+    inner = Inner()
+    compiled = torch.compile(optimized(model, call), backend=inner, fullgraph=True)
+    assert_same_outputs(compiled(*call), model(*call))
+    assert inner.products == [1]
+
+
+@pytest.mark.parametrize("numbers", [(1, 2, 3, 4), (0.5, 1.5, 2.5)], ids=["whole", "with a point"])
+def test_no_compilation_for_each_number(numbers):
+    model = Called().double()
+    inputs = {"x": torch.randn(3, 4).double()}
+    fused = optimized(model, [(inputs, "sum", number) for number in numbers])
+    seen = []
+    for each in (model, fused):
+        torch.compiler.reset()
+        inner = Inner()
+        compiled = torch.compile(each, backend=inner)
+        for number in numbers:
+            call = inputs, "sum", number
+            assert_same_outputs(compiled(*call), model(*call))
+        seen.append(len(inner.graphs))
+    assert seen[0] == seen[1]
+
+
+class Read(nn.Module):
+    """Siblings whose outputs are read by something that depends on how they lie in memory."""
+
+    def __init__(self, read):
+        super().__init__()
+        self.a, self.b, self.read = nn.Linear(4, 6), nn.Linear(4, 6), read
+
+    def forward(self, x):
+        if x.dim() > 9:
+            raise ValueError
+        return self.read(self.a(x)), self.read(self.b(x))
+
+
+READ = {
+    "heads": (lambda y: y.view(-1, 2, 3).transpose(0, 1).sin(), 0),
+    "heads of one size": (lambda y: y.unflatten(-1, (2, 3)).matmul(y.view(-1, 3, 2)), 0),
+    "flat": (lambda y: y.view(-1).sin(), 2),
+    "flat, copied where it must be": (lambda y: y.reshape(-1).sin(), 2),
+    "contiguous": (lambda y: y.contiguous().view(-1).sin(), 2),
+    "leaves": (lambda y: y.view(-1, 2, 3), 2),
+    "asked": (lambda y: y.view(-1, 2, 3).exp() * y.stride(0), 0),
+    "strides that go on": (lambda y: y.view(-1, 2, 3).transpose(0, 1) + 1, 0),
+}
+"""What reads a part, and how many copies are needed."""
+
+
+@pytest.mark.parametrize(("read", "copies"), READ.values(), ids=READ)
+def test_parts_are_copied_only_where_somebody_could_tell(read, copies):
+    model = Read(read).double()
+    calls = [(torch.randn(n, 4).double(),) for n in (3, 5, 7)]
+    fused = copy.deepcopy(model)
+    conjoin.layers.wide.fuse(conjoin.layers.kind_of(fused.a), [fused.a, fused.b], fused)
+    inner = Inner()
+    compiled = compiled_by(fused, inner, fullgraph=True)
+    for args in calls:
+        assert_same_outputs(compiled(*args), model(*args))
+        ours, theirs = dict(tensors(compiled(*args))), dict(tensors(model(*args)))
+        assert [t.stride() for t in ours.values()] == [t.stride() for t in theirs.values()]
+    assert set(inner.products) == {1}
+    assert {sum(n.target == "clone" for n in graph.nodes) for graph in inner.graphs} == {copies}

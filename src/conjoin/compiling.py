@@ -4,15 +4,17 @@ from __future__ import annotations
 
 import collections
 import functools
+import operator
 import warnings
 from collections.abc import Callable, Hashable, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
+from torch.utils.weak import WeakIdKeyDictionary
 
-from conjoin.graph import bundles, edit, elementwise, hazards
+from conjoin.graph import bundles, edit, elementwise, hazards, strides
 from conjoin.passes import COMPILED, rejoin, run_all, share
 
 BACKEND = "backend"
@@ -53,9 +55,11 @@ def backend(
     inner = dict(options or {})
     compiler = inner.pop(BACKEND, "inductor")
     run_all(graph_module, COMPILED)
-    if missed := _unmerged(graph_module.graph):
+    missed = _unmerged(graph_module, example_inputs)
+    if any(weight not in _told for weight in missed):
+        _told.update(dict.fromkeys(missed))
         warnings.warn(
-            f"{missed} layers of the compiled model read what another like layer reads too. "
+            f"{len(missed)} layers of the compiled model read what another like layer reads too. "
             "conjoin.optimize(model) before torch.compile may merge such layers once, where their "
             "weights would have to be joined in each call here; conjoin.report(model) tells which.",
             stacklevel=2,
@@ -87,17 +91,26 @@ class PreGradPass(CustomGraphPass):
         return str(get_hash_for_files(tuple(module.__file__ for module in SOURCES)))
 
 
-SOURCES = (bundles, edit, elementwise, hazards, rejoin, share)
+SOURCES = (bundles, edit, elementwise, hazards, strides, rejoin, share)
 """The modules that decide what becomes of a graph."""
 
 
-def _unmerged(graph: fx.Graph) -> int:
-    """How many products with a weight of their own read what another like it reads."""
+_told: WeakIdKeyDictionary = WeakIdKeyDictionary()
+"""The weights of which it has been said that their layers might have been merged."""
+
+
+def _unmerged(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Tensor]:
+    """The weights of the products that read what another like it reads, with its own weight."""
+    graph = graph_module.graph
+    inputs = (node for node in graph.nodes if node.op == "placeholder")
+    held = dict(zip(inputs, example_inputs, strict=True))
     siblings: dict[Hashable, set[fx.Node]] = collections.defaultdict(set)
     for node in graph.nodes:
         if not rejoin.is_product(node):
             continue
         weight = edit.arguments(node, rejoin.PARAMETERS)["weight"]
-        if weight.op in ("placeholder", "get_attr"):
+        if weight.op == "get_attr":
+            held[weight] = operator.attrgetter(weight.target)(graph_module)
+        if weight in held:
             siblings[rejoin.settings(node)].add(weight)
-    return sum(len(weights) for weights in siblings.values() if len(weights) > 1)
+    return [held[weight] for group in siblings.values() if len(group) > 1 for weight in group]

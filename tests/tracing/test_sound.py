@@ -775,4 +775,4 @@ def test_changed_afterwards(forward, change, copied):
 
 def rewritten(model, *args, **kwargs):
     """Whether a call takes the new forward."""
-    return vars(model)[PLAN].find(args, kwargs) is not None
+    return vars(model)[PLAN].find(model, args, kwargs) is not None

@@ -75,7 +75,7 @@ def same(optimized, model, args, kwargs):
 
 
 def rewritten(model, args, kwargs):
-    return vars(model)[PLAN].find(args, kwargs) is not None
+    return vars(model)[PLAN].find(model, args, kwargs) is not None
 
 
 @pytest.mark.parametrize("number", range(len(calls_of_heads())))

@@ -59,7 +59,10 @@ class Norm(Kind):
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(batch, sum c_i, *space) -> the same."""
         held = {"weight": wide.weight, "bias": wide.bias}
-        return self.normalize(wide, input, {**held, **wide.running}, sum(wide.widths))
+        running = wide.borrowed()
+        output = self.normalize(wide, input, {**held, **running}, sum(wide.widths))
+        wide.hand_back(running)
+        return output
 
     def along(
         self, wide: Wide, input: Tensor, dim: int, sizes: Sequence[int] | None = None

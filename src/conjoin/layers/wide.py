@@ -107,7 +107,7 @@ class Wide(nn.Module):
             for name in kind.running
             if layers[0]._buffers.get(name) is not None
         }
-        self._lent = self._cut_running()
+        self._lent = self._lendable()
 
     def _forget(self) -> None:
         self._converted: tuple[Any, set[int]] = None, set()
@@ -129,18 +129,28 @@ class Wide(nn.Module):
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         self._forget()
         # Plain pickle gives every tensor memory of its own; the views hold the same objects.
-        for index, (held, part) in enumerate(zip(self._lent, self._cut_running(), strict=True)):
+        for index, (held, part) in enumerate(zip(self._lent, self._cut(self.running), strict=True)):
             for name, tensor in held.items() if index not in parted else ():
                 tensor.data = part[name]
 
-    def _cut_running(self) -> list[dict[str, Tensor]]:
-        """For each sibling its part of the running buffers: views."""
+    def _cut(self, running: Mapping[str, Tensor]) -> list[dict[str, Tensor]]:
+        """For each sibling its part of running buffers: views."""
         cut: list[dict[str, Tensor]] = [{} for _ in self.widths]
-        for name, whole in self.running.items():
+        for name, whole in running.items():
             single = name in self.kind.counters
             for index, held in enumerate(cut):
                 held[name] = whole[index] if single else self.part("weight", whole, index)
         return cut
+
+    def _lendable(self) -> list[dict[str, Tensor]]:
+        """The siblings' parts of the running buffers, to stand among theirs.
+
+        Detached, they are in autograd's books no views: AOTAutograd looks for the memory of a view
+        at its base, also where it was given other memory by `.data =`.
+        """
+        return [
+            {name: part.detach() for name, part in held.items()} for held in self._cut(self.running)
+        ]
 
     def lend_running(self, view: nn.Module, index: int) -> None:
         """Makes the buffers of the `index`-th sibling its parts of the running ones."""
@@ -167,13 +177,31 @@ class Wide(nn.Module):
             if view is not None:
                 known[index] = view
                 in_step &= view.training is self.training and _holds(view, self._lent[index])
-                in_step &= self._is_lent(index)
+                # Where a buffer lies Dynamo does not know; see `borrowed`.
+                in_step &= torch.compiler.is_compiling() or self._is_lent(index)
         return {} if in_step else known
+
+    def borrowed(self) -> dict[str, Tensor]:
+        """The running buffers for one call of all siblings, which `hand_back` ends.
+
+        In a compiled graph they are joined of the siblings' own: Dynamo guards which tensor a
+        sibling holds, but not whether somebody has given it other memory by `.data =`.
+        """
+        if not torch.compiler.is_compiling():
+            return self.running
+        return {name: _row([held[name] for held in self._lent]) for name in self.running}
+
+    def hand_back(self, running: dict[str, Tensor]) -> None:
+        """Gives the siblings what a call has made of the running buffers that it borrowed."""
+        if self.training and running is not self.running:
+            pairs = zip(self._lent, self._cut(running), strict=True)
+            moved = [(held[name], part) for held, cut in pairs for name, part in cut.items()]
+            if moved:
+                own, made = zip(*moved, strict=True)
+                torch._foreach_copy_(own, made)
 
     def _is_lent(self, index: int) -> bool:
         """Whether the buffers of a sibling lie where the running ones are, also after `.data =`."""
-        if torch.compiler.is_compiling():  # Dynamo does not know where a tensor lies.
-            return False
         return all(
             part.untyped_storage()._cdata == self.running[name].untyped_storage()._cdata
             for name, part in self._lent[index].items()
@@ -325,7 +353,7 @@ class Wide(nn.Module):
         for part in list(self._parts.values()):
             part.bound()
         self.running = {name: fn(whole) for name, whole in self.running.items()}
-        self._lent_before, self._lent = self._lent, self._cut_running()
+        self._lent_before, self._lent = self._lent, self._lendable()
         return self
 
     def extra_repr(self) -> str:

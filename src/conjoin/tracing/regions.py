@@ -34,8 +34,9 @@ from conjoin.passes import rewrite_traced
 from conjoin.tracing import sound
 from conjoin.tracing.likeness import likeness
 from conjoin.tracing.proxies import UnsoundError
-from conjoin.tracing.sandbox import FUNCTION_PARTS, MISSING, frozen, plain_class, snapshots
+from conjoin.tracing.sandbox import MISSING, frozen, plain_class, snapshots
 from conjoin.tracing.sound import Traced
+from conjoin.tracing.spelled import check_of
 from conjoin.tracing.structures import Alike, Structure, is_plain, structure_of
 from conjoin.tracing.undisturbed import putting_back
 
@@ -66,6 +67,7 @@ class Variant:
         children: the children of modules that may have been iterated over, and their names.
         classes: classes and functions, the names of attributes, and their values.
         contents: containers, and what is in them.
+        spelled: a function of the region that Dynamo finds the same by, but for the last two.
     """
 
     traced: Traced
@@ -77,6 +79,7 @@ class Variant:
     children: tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]
     classes: tuple[tuple[type | FunctionType, str, Any], ...]
     contents: tuple[tuple[Any, tuple[Any, ...]], ...]
+    spelled: Callable[[nn.Module], bool]
     looked_up: tuple[tuple[Any, ...], ...] = field(init=False)
     expected: tuple[Any, ...] = field(init=False)
     reached: tuple[nn.Module, ...] = field(init=False)
@@ -103,10 +106,10 @@ class Variant:
                 return False
         return sum([tensor.numel() for tensor in tensors]) <= self.traced.most
 
-    def holds(self) -> bool:
+    def holds(self, region: nn.Module) -> bool:
         """Whether nothing has happened that makes the new forward another function."""
         if torch.compiler.is_compiling():
-            return self._holds_one_by_one()
+            return self._holds_as_spelled(region)
         # In C from end to end: this runs on every call.
         return (
             all(map(operator.is_, map(dict.get, *self.looked_up), self.expected))
@@ -116,20 +119,9 @@ class Variant:
             and self._contents_hold()
         )
 
-    def _holds_one_by_one(self) -> bool:
+    def _holds_as_spelled(self, region: nn.Module) -> bool:
         """The same for Dynamo, which does not know all that the other uses."""
-        for mapping, name, value in self.values:
-            if mapping.get(name, MISSING) is not value:
-                return False
-        if any(self.hooks):
-            return False
-        for module, cls in self.kinds:
-            if module.__class__ is not cls:
-                return False
-        for owner, name, value in self.classes:
-            if name not in FUNCTION_PARTS and getattr(owner, name, MISSING) is not value:
-                return False
-        return self._contents_hold()
+        return self.spelled(region) and self._containers_hold()
 
     def _contents_hold(self) -> bool:
         for mapping, names in self.children:
@@ -138,6 +130,9 @@ class Variant:
         for mapping, name in self.present:
             if mapping.get(name) is None:
                 return False
+        return self._containers_hold()
+
+    def _containers_hold(self) -> bool:
         return all(_is_as_before(container, before) for container, before in self.contents)
 
 
@@ -170,13 +165,11 @@ class Plan:
     variants: dict[Structure, tuple[Variant, ...]]
 
     def find(
-        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+        self, region: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Variant, tuple[Tensor, ...]] | None:
         """The forward for a call, and the call's tensors; None where the original must run."""
         if not kwargs and all(map(is_plain, args)):
             structure: Structure = len(args)
-        elif torch.compiler.is_compiling():
-            return None
         else:
             found = structure_of(args, kwargs)
             if found is None:
@@ -188,7 +181,7 @@ class Plan:
         if not torch.compiler.is_compiling() and in_transform():
             return None
         for variant in variants:
-            if variant.fits(args) and variant.holds():
+            if variant.fits(args) and variant.holds(region):
                 return variant, args
         return None
 
@@ -262,6 +255,9 @@ def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -
     }
     if [mark[1:] for mark in _marks(modules)] != [mark[1:] for mark in marks]:
         raise KeyError("its views have other wide layers")
+    classes = tuple(
+        (_last_class(cls, name, owners), name, value) for cls, name, value in traced.classes
+    )
     return Variant(
         traced,
         traced.function,
@@ -276,8 +272,9 @@ def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -
         tuple((module, mark[0]) for module, mark in zip(modules, marks, strict=True)),
         tuple((vars(at[path])[holder], name) for path, holder, name in traced.present),
         tuple((at[path]._modules, names) for path, names in traced.children),
-        tuple((_last_class(cls, name, owners), name, value) for cls, name, value in traced.classes),
+        classes,
         (*traced.shared, *_contents(at, traced)),
+        check_of(traced, at, classes),
     )
 
 
@@ -357,7 +354,7 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
         # A replica of data parallelism has the plan, and with it the buffers, of the module itself.
         plan = None if "_is_replica" in own else own.get(PLAN)
         # A copy that was made past `__setstate__` has one that is bound to nothing.
-        found = plan.find(args, kwargs) if type(plan) is Plan else None
+        found = plan.find(self, args, kwargs) if type(plan) is Plan else None
         if found is None:
             return base.forward(self, *args, **kwargs)
         return found[0].function(self, *found[1])

@@ -22,6 +22,9 @@ Structure = int | tuple[Any, ...]
 VALUES = (bool, int, str, bytes, type(None), torch.dtype)
 """Types of argument, beside floats, that are a part of the structure themselves."""
 
+NUMBERS = (int, float)
+"""Those of which Dynamo may know only that they are some number."""
+
 Alike = tuple[int, ...]
 """A number for each tensor of a call, equal for those of one shape, dtype and device."""
 
@@ -65,6 +68,8 @@ def _of(value: Any, tensors: list[Tensor]) -> Any:
     if is_plain(value):
         tensors.append(value)
         return TENSOR
+    if cls in NUMBERS and torch.compiler.is_compiling():
+        raise _UnknownError  # Dynamo would compile anew for each.
     if cls is float:
         return cls, value.hex()  # Not the value: 0.0 == -0.0, but no NaN equals itself.
     if cls in VALUES:

@@ -1,0 +1,141 @@
+"""What a rewritten forward takes for granted, as source that Dynamo traces to few guards.
+
+While Dynamo traces, whatever is looked at becomes guards, which run on every call. A loop over
+tuples of what must hold guards the tuples too, several guards for each item, and the dictionaries
+in them with all their keys. So the check is spelled out, with names and plain values in the
+source, and goes from the region to its modules as the forward does, whose guards it shares.
+"""
+
+from __future__ import annotations
+
+import functools
+import itertools
+import sys
+from collections.abc import Callable, Iterable, Iterator
+from types import CodeType
+from typing import Any, cast
+
+from torch import nn
+
+from conjoin.graph.hazards import CALL_HOOKS
+from conjoin.tracing.sandbox import FUNCTION_PARTS, MISSING
+from conjoin.tracing.sound import Traced
+
+WORDS = (type(None), bool)
+"""Types of values that are what they are written as."""
+
+PLAIN = (int, str)
+"""Types of values that are equal to what they are written as."""
+
+
+class _Constants(dict[str, Any]):
+    """The values that the source cannot spell out, by the names that it has for them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self._names: dict[int, str] = {}
+
+    def name(self, value: Any) -> str:
+        """A name for a value, one for each object."""
+        name = self._names.setdefault(id(value), f"_{len(self._names)}")
+        self[name] = value
+        return name
+
+    def same(self, expression: str, value: Any) -> str:
+        """That an expression gives the value."""
+        if type(value) in WORDS:
+            return f"{expression} is {value!r}"
+        if type(value) in PLAIN:
+            return f"type({expression}) is {type(value).__name__} and {expression} == {value!r}"
+        return f"{expression} is {self.name(value)}"
+
+
+def check_of(
+    traced: Traced, at: dict[str, nn.Module], classes: Iterable[tuple[Any, str, Any]]
+) -> Callable[[nn.Module], bool]:
+    """A function of the region that tells whether all holds but what is in containers.
+
+    Args:
+        traced: the forward, and what it takes for granted.
+        at: the modules of the region by path, which are as it takes for granted now.
+        classes: classes and functions, the names of attributes, and their values.
+    """
+    constants = _Constants()
+    found = itertools.chain(
+        _places(traced, at, constants),
+        _values(traced, at, constants),
+        (
+            _variable(constants.name(owner), name, value, constants)
+            for owner, name, value in classes
+            if name not in FUNCTION_PARTS
+        ),
+        (_global(*each, constants) for each in traced.globals),
+    )
+    facts = "".join(f"    if not ({fact}): return False\n" for fact in found)
+    source = f"def check(self):\n{facts}    return True\n"
+    exec(_code(source), constants)
+    return cast("Callable[[nn.Module], bool]", constants.pop("check"))
+
+
+@functools.lru_cache
+def _code(source: str) -> CodeType:
+    """Source as code, which like modules have in common."""
+    return compile(source, "<conjoin>", "exec")
+
+
+def _places(traced: Traced, at: dict[str, nn.Module], constants: _Constants) -> Iterator[str]:
+    """That the modules are where they were, the outer ones first, which lead to the inner ones."""
+    rows: Any = (traced.modes, traced.attributes, traced.contents, traced.present, traced.children)
+    paths = {row[0] for row in itertools.chain(*rows)}
+    paths |= {f"{path}.{name}".lstrip(".") for path, name in traced.places}
+    paths = {".".join(p.split(".")[: n + 1]) for p in paths if p for n in range(p.count(".") + 1)}
+    for path in sorted(paths, key=lambda path: (path.count("."), path)):
+        parent, _, name = path.rpartition(".")
+        module = at[parent]._modules[name]
+        yield _item(f"{_module(parent)}._modules", name, module, constants)
+    reached: dict[nn.Module | None, str] = {}
+    for path, name in traced.places:
+        reached[at[path]._modules[name]] = _module(f"{path}.{name}")
+    for module, expression in reached.items():
+        if module is not None:
+            yield from (f"not {expression}.{hooks}" for hooks in CALL_HOOKS)
+            yield f"{expression}.__class__ is {constants.name(type(module))}"
+
+
+def _values(traced: Traced, at: dict[str, nn.Module], constants: _Constants) -> Iterator[str]:
+    """That what was read of the modules is as it was."""
+    for path, flag in traced.modes:
+        yield f"{_module(path)}.training is {flag}"
+    for path, holder, name, value in traced.attributes:
+        yield _item(f"{_module(path)}.{holder}", name, value, constants)
+    for path, name, _ in traced.contents:
+        yield _item(f"{_module(path)}.__dict__", name, vars(at[path])[name], constants)
+    for path, holder, name in traced.present:
+        yield f"{_module(path)}.{holder}.get({name!r}) is not None"
+    for path, names in traced.children:
+        yield f"tuple({_module(path)}._modules) == {names!r}"
+
+
+def _module(path: str) -> str:
+    return "self" + "".join(f"._modules[{name!r}]" for name in path.split(".") if name)
+
+
+def _item(mapping: str, name: str, value: Any, constants: _Constants) -> str:
+    if value is MISSING:
+        return f"{name!r} not in {mapping}"
+    same = constants.same(f"{mapping}[{name!r}]", value)
+    return f"{name!r} in {mapping} and {same}"
+
+
+def _global(namespace: dict[str, Any], name: str, value: Any, constants: _Constants) -> str:
+    """A global variable; of a module, in whose place a namespace would be guarded as a whole."""
+    module = sys.modules.get(namespace.get("__name__", ""))
+    if module is None or vars(module) is not namespace:
+        return _item(constants.name(namespace), name, value, constants)
+    return _variable(constants.name(module), name, value, constants)
+
+
+def _variable(owner: str, name: str, value: Any, constants: _Constants) -> str:
+    if value is MISSING:
+        return f"not hasattr({owner}, {name!r})"
+    return constants.same(f"getattr({owner}, {name!r}, {constants.name(MISSING)})", value)
