@@ -9,7 +9,7 @@ import subprocess
 import sys
 import time
 from pathlib import Path
-from typing import NoReturn
+from typing import Any, NoReturn
 
 import pytest
 import torch
@@ -370,8 +370,8 @@ def test_a_program_is_verified_unless_told_otherwise(
 ) -> None:
     optimize = conjoin.optimize
 
-    def wrong(program: torch.export.ExportedProgram, *args: object) -> object:
-        fused = optimize(program, *args)
+    def wrong(program: torch.export.ExportedProgram, **limits: Any) -> object:
+        fused = optimize(program, **limits)
         next(iter(fused.state_dict.values())).data[0] += 1
         return fused
 
@@ -576,8 +576,8 @@ def test_streams_that_are_no_text_files(whole: str, monkeypatch: pytest.MonkeyPa
     ],
 )
 def test_sizes(text: str, size: float) -> None:
-    assert cli._budget(text) == size
-    assert type(cli._budget(text)) is type(size)
+    assert options.budget(text) == size
+    assert type(options.budget(text)) is type(size)
 
 
 def test_policy_and_budget(nets: str, capsys: Capture) -> None:

@@ -168,8 +168,9 @@ def write_out(
             continue
         held = lent[str(node.target)]
         with graph.inserting_before(node):
-            weight = graph.get_attr(held["weight"])
-            bias = graph.get_attr(held["bias"]) if "bias" in held else None
+            # `graph.get_attr` would warn, since the Parameters come back only after this.
+            weight = graph.create_node("get_attr", held["weight"])
+            bias = graph.create_node("get_attr", held["bias"]) if "bias" in held else None
             read = node.all_input_nodes[0], weight, bias
             proxies: list[Any] = [each and fx.Proxy(each, tracer) for each in read]
             written: Any = layer.written(*proxies)

@@ -48,11 +48,21 @@ def rewrite_all(model: nn.Module, merger: Merger) -> set[Wide]:
         The wide layers that the graphs call.
     """
     called: set[Wide] = set()
-    for _, module in list(graph_modules(model)):
-        separate(module)
-        with merging.of_graph(module, merger):
-            rewrite(module)
-        called |= _wides_called(module)
+    watch = merger.rewritten
+
+    def noted(module: fx.GraphModule) -> None:
+        called.update(_wides_called(module))
+        if watch is not None:  # Which may put another graph in the place of this one.
+            watch(module)
+
+    merger.rewritten = noted
+    try:
+        for _, module in list(graph_modules(model)):
+            separate(module)
+            with merging.of_graph(module, merger):
+                rewrite(module)
+    finally:
+        merger.rewritten = watch
     return called
 
 
