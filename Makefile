@@ -35,7 +35,7 @@ test: $(READY)-test $(READY)-examples
 	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 $(PYTEST_ARGS)
 
 zoo: $(READY)-test $(READY)-zoo
-	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 -m zoo $(PYTEST_ARGS)
+	OMP_NUM_THREADS=1 $(BIN)/python -m pytest -q -n auto --maxprocesses 4 --dist loadgroup -m zoo $(PYTEST_ARGS)
 
 lint: $(READY)-lint
 	$(BIN)/ruff check .
