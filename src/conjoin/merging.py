@@ -142,7 +142,7 @@ class Merger:
 
     def escapes(self, graph_module: fx.GraphModule) -> bool:
         """Whether the model's own code, beyond a graph, reads the graph's outputs."""
-        return self._escapes and self._model not in (graph_module, graph_module.meta.get(REGION))
+        return self._escapes and graph_module.meta.get(REGION) is not self._model
 
     def merge_products(self, found: Sequence[RawProduct], sites: Sequence[Site]) -> None:
         """Merges products with Parameters that read one tensor, and notes which stay as they are.
@@ -390,11 +390,11 @@ def of_graph(graph_module: fx.GraphModule, merger: Merger | None = None) -> Iter
     if isinstance(graph_module.meta.get(MERGER), Merger):
         yield
         return
-    graph_module.meta[MERGER] = merger or merger_of(graph_module)
+    graph_module.meta |= {MERGER: merger or merger_of(graph_module), REGION: graph_module}
     try:
         yield
     finally:
-        del graph_module.meta[MERGER]
+        del graph_module.meta[MERGER], graph_module.meta[REGION]
 
 
 def common_path(names: Sequence[str]) -> str:

@@ -466,3 +466,26 @@ def test_functions_that_are_left_apart_stay_the_very_nodes() -> None:
             assert there[node.name].target == node.target
             assert str(there[node.name].args) == str(node.args)
             assert str(there[node.name].meta) == str(node.meta)
+
+
+class Tied(nn.Module):
+    """Two heads, of which one has another name too, under which it is not called."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b, self.same = (nn.Linear(8, 4) for _ in range(3))
+        self.same.weight, self.same.bias = self.a.weight, self.a.bias
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        return self.a(x), self.b(x)
+
+
+@pytest.mark.parametrize("training", [True, False])
+def test_outputs_lie_in_memory_as_they_did_and_tied_names_stay(training: bool) -> None:
+    model, x = Tied().double().train(training), torch.randn(3, 8, dtype=torch.float64)
+    program = torch.export.export(model, (x,))
+    fused = conjoin.optimize(program)
+    assert len({*fused.parameters()}) < len({*program.parameters()})
+    assert [part.stride() for part in fused.module()(x)] == [(4, 1), (4, 1)]
+    assert conjoin.verify(program, fused, (x,))
+    assert_same(program, conjoin.unfuse(fused))

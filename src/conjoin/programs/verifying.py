@@ -75,10 +75,13 @@ def _tensors(
     part_gradients = originals(found, gradients) if found else {}
     wholes = {name: whole for name, (whole, *_) in found["tensors"].items()} if found else {}
     own = {name: tensor for name, tensor in held.items() if name not in {*wholes.values()}}
-    for name in sorted({*own, *parts}):
+    first: dict[str, str] = {}  # Of several names of one tensor a module tells the first.
+    for name in found["order"] if found else ():
+        first.setdefault(found["also"].get(name, name), name)
+    for told, name in sorted((first.get(name, name), name) for name in {*own, *parts}):
         if name in own:
-            yield name, own[name], own[name].grad, False
+            yield told, own[name], own[name].grad, False
             continue
         trains = isinstance(held[wholes[name]], nn.Parameter)
         part = nn.Parameter(parts[name]) if trains else parts[name]
-        yield name, part, part_gradients.get(name), True
+        yield told, part, part_gradients.get(name), True
