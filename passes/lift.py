@@ -14,6 +14,7 @@ from __future__ import annotations
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
+from conjoin.graph import edit
 from conjoin.graph.rewriting import Rewrite
 from conjoin.tracing.exported import raise_
 
@@ -24,7 +25,6 @@ class Lift(Rewrite):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Changes the graph in place, and puts layers where modules hold their tensors."""
         made = raise_(graph_module)
-        for node in reversed(graph_module.graph.nodes):
-            if node.op == "get_attr" and not node.users:
-                graph_module.graph.erase_node(node)
+        graph = graph_module.graph
+        edit.erase_unread(graph, [node for node in graph.nodes if node.op == "get_attr"])
         return PassResult(graph_module, bool(made))

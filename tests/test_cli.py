@@ -196,7 +196,7 @@ def test_version_and_help(capsys: Capture) -> None:
     ],
 )
 def test_example_inputs(text: str, shape: tuple[int, ...], dtype: torch.dtype) -> None:
-    made = [options.example(options.input_spec(text), torch.device("cpu")) for _ in range(2)]
+    made = [options.example(*options.input_specs([text]), torch.device("cpu")) for _ in range(2)]
     assert made[0].shape == shape
     assert made[0].dtype == dtype
     assert torch.equal(*made)
@@ -546,8 +546,8 @@ def test_an_interruption_leaves_nothing_behind(nets: str) -> None:
     Path("out.pt").write_text("precious")
     before = sorted(os.listdir())
     run = command("unfuse", f"{nets}:Slow", "-o", "out.pt", "--force")
-    assert run.stdout is not None
-    assert run.stdout.readline() == "saving\n"
+    assert run.stderr is not None
+    assert run.stderr.readline() == "saving\n"
     time.sleep(0.2)
     run.send_signal(signal.SIGINT)
     assert run.communicate()[1] == "conjoin: interrupted\n"
@@ -573,6 +573,7 @@ def test_streams_that_are_no_text_files(whole: str, monkeypatch: pytest.MonkeyPa
         ("0.5", 0.5),
         ("1.0", 1.0),
         ("7B", 7),
+        (".5", 0.5),
     ],
 )
 def test_sizes(text: str, size: float) -> None:
@@ -595,8 +596,10 @@ def test_policy_and_budget(nets: str, capsys: Capture) -> None:
         (["--policy", "never"], "invalid choice: 'never'"),
         (["--memory-budget", "much", "--input", "4x8"], "much is no size such as 8GiB"),
         (["--memory-budget", "8iB", "--input", "4x8"], "8iB is no size"),
-        (["--memory-budget", "2.5", "--input", "4x8"], "not 2.5"),
-        (["--memory-budget", "8GiB"], "Pass example_inputs"),
+        (["--memory-budget", "2.5", "--input", "4x8"], "2.5 is no size above 0, or no fraction"),
+        (["--memory-budget", "0", "--input", "4x8"], "0 is no size above 0"),
+        (["--memory-budget", "8GiB"], "--memory-budget needs --input"),
+        (["--input", "x=4x8", "--input", "x=2x8"], "--input x=... is given twice"),
     ],
 )
 def test_policies_and_budgets_that_are_none(
@@ -604,3 +607,18 @@ def test_policies_and_budgets_that_are_none(
 ) -> None:
     assert cli.main(["report", f"{nets}:Heads", *options]) == 2
     assert words in capsys.readouterr().err
+
+
+def test_what_a_model_prints_is_not_in_the_result(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: Capture
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "talking.py").write_text(
+        "from torch import nn\n\n\nclass Talking(nn.Linear):\n"
+        "    def forward(self, x):\n        print('hello')\n        return super().forward(x)\n"
+    )
+    command = ["report", "talking:Talking", "--arg", "8", "--arg", "2", "--input", "4x8"]
+    assert cli.main([*command, "--format", "json"]) == 0
+    told = capsys.readouterr()
+    assert "hello" in told.err
+    assert json.loads(told.out)["groups"] == []

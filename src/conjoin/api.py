@@ -5,32 +5,29 @@ from __future__ import annotations
 import contextlib
 import copy
 import dataclasses
-import functools
 import gc
-from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
+from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from conjoin import memory, programs
+from conjoin.applying import apply, restore
 from conjoin.budget import fit
 from conjoin.cost import Policy
-from conjoin.deciding import DECIDED, check_policy, decide, leave_apart, note, noted
-from conjoin.graph.depth import Chain, Depths
+from conjoin.counting import count, group_of, launches_of, on_copies, uncounted
+from conjoin.deciding import check_policy, decide, note, noted
 from conjoin.graph.siblings import Candidate, candidates, in_order
 from conjoin.graph.site import Sightings, Untraced
-from conjoin.launches import UNCOUNTED, Count, Counted, Launches
-from conjoin.layers import KINDS, PRODUCTS, Kind, activation, checked
-from conjoin.layers.owner import raw_parameters, reclaim
-from conjoin.layers.product import SUFFIX
-from conjoin.layers.wide import Wide, release, unmark, views, wides
+from conjoin.launches import Launches
+from conjoin.layers import KINDS, Kind, checked
+from conjoin.layers.wide import views
 from conjoin.legality import Reason
 from conjoin.memory import Memory
-from conjoin.merging import MERGER, Level, Merger
 from conjoin.reachable import remembering
 from conjoin.report import Group, Report
-from conjoin.tracing import graph_modules, regions
+from conjoin.tracing import graph_modules
 from conjoin.tracing.exported import lift
 from conjoin.tracing.observe import Call, Copy, UncopyableError, observe
 from conjoin.tracing.symbolic import trace
@@ -120,7 +117,7 @@ def optimize(
                 found = _fit(optimized, calls[0], found, sightings, kinds, limit)
             if optimized is model and not inplace:
                 optimized = _copy(model)
-            _, found = _merge(optimized, found, sightings, kinds)
+            _, found = apply(optimized, found, sightings, kinds)
             note(optimized, found)
     return optimized
 
@@ -145,15 +142,7 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
         return cast(Model, programs.unfuse(model))
     check_model(model)
     plain = model if inplace else _copy(model)
-    regions.uninstall(plain)
-    graph_modules.give_back(plain)
-    for _, view in list(views(plain)):
-        release(view)
-    for module in list(plain.modules()):
-        reclaim(module)
-        activation.forget(module)
-        unmark(module)
-        vars(module).pop(DECIDED, None)
+    restore(plain)
     return plain
 
 
@@ -206,11 +195,11 @@ def report(
         if limit is not None:
             found = _fit(model, calls[0], found, sightings, kinds, limit)
         if calls:
-            counts = _count(model, calls[0], found, sightings, kinds)
+            counts = count(model, calls[0], found, sightings, kinds)
         else:
-            counts = _uncounted(model, found, sightings, kinds)
+            counts = uncounted(model, found, sightings, kinds)
         groups = tuple(
-            _group(candidate, counts)
+            group_of(candidate, counts)
             for candidate in in_order(counts.groups(found), model, sightings)
         )
     launches = Launches(counts.plain.count, counts.optimized.count)
@@ -231,7 +220,8 @@ def _report_program(program: ExportedProgram, calls: list[Call], kinds: tuple[Ki
     groups = tuple(each for group in found.groups for each in _in_program(group, merged))
     if not calls:
         return dataclasses.replace(found, groups=groups)
-    before, after = (_launches(each, calls[0]) for each in (plain, fused))
+    modules = (each.module(check_guards=False) for each in (plain, fused))
+    before, after = (launches_of(each, calls[0]) for each in modules)
     return dataclasses.replace(found, groups=groups, launches=Launches(before, after))
 
 
@@ -254,17 +244,6 @@ def _some_of(group: Group, layers: Collection[str]) -> Group:
     pairs = zip(group.layers, group.widths, strict=True)
     names, widths = zip(*((name, width) for name, width in pairs if name in layers), strict=True)
     return dataclasses.replace(group, layers=names, widths=widths, launches=None, depth=())
-
-
-def _launches(program: ExportedProgram, call: Call) -> Count:
-    """The launches of a call of a program."""
-    module = program.module(check_guards=False)
-    with contextlib.suppress(UncopyableError):
-        try:
-            return Copy(module, fake=True).count(call, {}).count
-        except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
-            return Copy(module, fake=False).count(call, {}).count
-    return UNCOUNTED.count
 
 
 def _check_alone(
@@ -364,130 +343,6 @@ def _copy(model: Module) -> Module:
         ) from error
 
 
-def _find(
-    model: nn.Module, calls: list[Call], kinds: tuple[Kind, ...]
-) -> tuple[tuple[Candidate, ...], Sightings]:
-    # A lazy layer does not run on fake tensors; a trace shows which siblings it would have.
-    lazy = any(nn.parameter.is_lazy(parameter) for parameter in model.parameters())
-    try:
-        sightings = observe(model, calls, kinds) if calls and not lazy else trace(model, kinds)
-    except UncopyableError as error:
-        untraced = Untraced("", f"it was traced and not run, since it cannot be copied: {error}")
-        sightings = trace(model, kinds)
-        sightings = dataclasses.replace(sightings, untraced=(untraced, *sightings.untraced))
-    return candidates(model, sightings, kinds), sightings
-
-
-def _merge(
-    model: nn.Module,
-    found: Sequence[Candidate],
-    sightings: Sightings,
-    kinds: tuple[Kind, ...],
-    depths: Depths | None = None,
-) -> tuple[Merger, tuple[Candidate, ...]]:
-    """Merges what was found, and what the rewritten forwards can run at once beyond that.
-
-    Returns:
-        The merger, and what became of what was found.
-    """
-    merger = Merger(model, kinds, sightings, found)
-    if depths is not None:
-        merger.rewritten = depths.watch
-    if merger.merge_all(found):
-        regions.uninstall(model)  # They may know wide layers that are no more.
-    called = graph_modules.rewrite_all(model, merger)
-    while True:
-        regions.install(model, sightings.calls, {MERGER: merger})
-        running = regions.covered(model) | called
-        merger.give_back(running)
-        settled = leave_apart(model, found, running)
-        if settled == tuple(found):
-            return merger, settled
-        merger.leave(settled)
-        found = settled
-        regions.uninstall(model)  # They know views that are none any more.
-
-
-@dataclasses.dataclass(frozen=True)
-class _Depth:
-    """What is behind the siblings of a group.
-
-    Attributes:
-        chains: the chains of its branches.
-        levels: the layers behind them that are merged, by level.
-        launches: those of the chains before and after, but for layers.
-    """
-
-    chains: tuple[Chain, ...]
-    levels: tuple[tuple[str, ...], ...]
-    launches: tuple[int, int]
-
-
-@dataclasses.dataclass(frozen=True)
-class _Counts:
-    """The launches of a call of a model, plain and optimized.
-
-    Attributes:
-        plain: those of the plain model, also by layer.
-        optimized: those of the optimized model, also by wide layer, by the least name of a layer.
-        apart: those of layers whose wide layer did not run, without rewritten forwards.
-        levels: what was merged beyond what was found at first, or runs in a rewritten forward.
-        refused: products that read one tensor and stay as they are.
-        found: what became of what was found; None where nothing was merged.
-        depths: what is behind groups, by their layers.
-    """
-
-    plain: Counted = UNCOUNTED
-    optimized: Counted = UNCOUNTED
-    apart: Counted = UNCOUNTED
-    levels: tuple[Level, ...] = ()
-    depths: Mapping[frozenset[str], _Depth] = dataclasses.field(default_factory=dict)
-    refused: tuple[Candidate, ...] = ()
-    found: tuple[Candidate, ...] | None = None
-
-    def groups(self, found: Sequence[Candidate]) -> Iterator[Candidate]:
-        """What was found, and what was merged beyond, but for what is behind another group."""
-        found = found if self.found is None else self.found
-        known = {frozenset(names) for depth in self.depths.values() for names in depth.levels}
-        levels = [Candidate(level.kind, level.layers, level.widths) for level in self.levels]
-        told: set[str] = set()
-        for candidate in (*found, *levels):
-            told |= {*candidate.layers}
-            if frozenset(candidate.layers) not in known:
-                known.add(frozenset(candidate.layers))
-                yield candidate
-        # What one graph refuses another one may merge, or refuse for some other reason.
-        for candidate in self.refused:
-            if told.isdisjoint(candidate.layers):
-                told |= {*candidate.layers}
-                yield candidate
-
-    def chains(self, layers: tuple[str, ...]) -> tuple[Chain, ...]:
-        """The chains of a group's branches."""
-        depth = self.depths.get(frozenset(layers))
-        return () if depth is None else depth.chains
-
-    def of(self, layers: tuple[str, ...]) -> tuple[int, int] | None:
-        """The launches of a group before and after, with all that is behind it."""
-        if self.plain.by_layer is None or self.optimized.by_layer is None:
-            return None
-        depth = self.depths.get(frozenset(layers))
-        if depth is None:
-            return self._within(layers)
-        each = [depth.launches, *map(self._within, (layers, *depth.levels))]
-        return sum(before for before, _ in each), sum(after for _, after in each)
-
-    def _within(self, layers: tuple[str, ...]) -> tuple[int, int]:
-        """The launches within layers before and after."""
-        plain, optimized = self.plain.by_layer or {}, self.optimized.by_layer or {}
-        before = sum(plain.get(name, 0) for name in layers)
-        after = optimized.get(min(layers), 0)
-        if not after:  # They were called one by one, or left apart.
-            apart = self.apart.by_layer or {}
-            after = sum(apart.get(name, plain.get(name, 0)) for name in layers)
-        return before, after
-
-
 def _fit(
     model: nn.Module,
     call: Call,
@@ -501,16 +356,16 @@ def _fit(
     def fitted(copied: Callable[[], Copy]) -> tuple[Candidate, ...]:
         def peak(groups: Sequence[Candidate]) -> int:
             merged = copied()
-            _merge(merged.model, groups, sightings, kinds)
+            apply(merged.model, groups, sightings, kinds)
             return merged.count(call, {}).peak or 0
 
         plain = copied()
-        unfuse(plain.model, inplace=True)
+        restore(plain.model)
         merged = frozenset(name for name, _ in views(model))
         with undisturbed(plain.model):
             return fit(found, sightings, peak, plain.count(call, {}).peak or 0, limit, merged)
 
-    settled = _on_copies(model, fitted)
+    settled = on_copies(model, fitted)
     if settled is None:
         raise ValueError(
             "memory_budget was given, and how much memory the model needs is predicted on copies "
@@ -519,133 +374,15 @@ def _fit(
     return settled
 
 
-Result = TypeVar("Result")
-
-
-def _on_copies(model: nn.Module, work: Callable[[Callable[[], Copy]], Result]) -> Result | None:
-    """What comes of work on copies of a model, fake ones if they carry it; None without copies."""
-    with contextlib.suppress(UncopyableError):
-        try:
-            return work(functools.partial(Copy, model, fake=True))
-        except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
-            return work(functools.partial(Copy, model, fake=False))
-    return None
-
-
-def _count(
-    model: nn.Module,
-    call: Call,
-    found: Sequence[Candidate],
-    sightings: Sightings,
-    kinds: tuple[Kind, ...],
-) -> _Counts:
-    """The launches of a call of the model, plain and optimized."""
-    counted = _on_copies(model, lambda copied: _count_on(copied, call, found, sightings, kinds))
-    return counted or _Counts()
-
-
-def _uncounted(
-    model: nn.Module, found: Sequence[Candidate], sightings: Sightings, kinds: tuple[Kind, ...]
-) -> _Counts:
-    """What becomes of products with raw Parameters, which are found where a forward is traced."""
-    if any(True for _ in raw_parameters(model)):
-        with contextlib.suppress(UncopyableError), undisturbed(model):
-            merger, _ = _merge(Copy(model, fake=False).model, found, sightings, kinds)
-            levels = tuple(level for level in merger.levels if level.kind in PRODUCTS)
-            return _Counts(levels=levels, refused=tuple(merger.refused.values()))
-    return _Counts()
-
-
-def _count_on(
-    copied: Callable[[], Copy],
-    call: Call,
-    found: Sequence[Candidate],
-    sightings: Sightings,
-    kinds: tuple[Kind, ...],
-) -> _Counts:
-    """The launches, counted on copies of the model."""
-    plain, optimized = copied(), copied()
-    unfuse(plain.model, inplace=True)
-    depths = Depths(optimized.model)
-    merger, found = _merge(optimized.model, found, sightings, kinds, depths)
-    levels = _levels(optimized.model)
-    groups = [candidate.layers for candidate in (*found, *merger.refused.values())]
-    groups += [level.layers for level in levels.values()]
-    names = {name for layers in groups for name in layers}
-    with undisturbed(plain.model):
-        depths.noting = True
-        optimized.count(call, {})
-        depths.noting = False
-        fused = optimized.count(call, {min(level.layers): wide for wide, level in levels.items()})
-        launched = fused.by_layer or {}
-        idle = [level.layers for level in levels.values() if not launched.get(min(level.layers))]
-        return _Counts(
-            plain.count(call, _named(plain.model, names), _products(plain.model, names)),
-            fused,
-            _count_apart(copied(), call, found, sightings, kinds, idle) if idle else UNCOUNTED,
-            (*merger.levels, *map(levels.__getitem__, depths.roots)),
-            _depths(depths, optimized.model),
-            tuple(merger.refused.values()),
-            tuple(found),
-        )
-
-
-def _count_apart(
-    apart: Copy,
-    call: Call,
-    found: Sequence[Candidate],
-    sightings: Sightings,
-    kinds: tuple[Kind, ...],
-    groups: Sequence[tuple[str, ...]],
-) -> Counted:
-    """The launches where no forward is rewritten, within the layers of groups."""
-    Merger(apart.model, kinds, sightings, found).merge_all(found)
-    names = {name for layers in groups for name in layers}
-    counted = apart.count(call, _named(apart.model, names), _products(apart.model, names))
-    return Counted(counted.count, {**dict.fromkeys(names, 0), **(counted.by_layer or {})})
-
-
-def _named(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
-    """The layers of these names, but for products that are none in this model."""
-    return {name: module for name, module in model.named_modules() if name in names}
-
-
-def _products(model: nn.Module, names: Collection[str]) -> dict[str, nn.Parameter]:
-    """The weights of products, by the names of their layers."""
-    raw = (name for name in names if name.endswith(SUFFIX))
-    return {name: model.get_parameter(name.removesuffix(SUFFIX)) for name in raw}
-
-
-def _levels(model: nn.Module) -> dict[Wide, Level]:
-    """What is merged in a model, by wide layer."""
-    return {
-        wide: Level(wide.kind, tuple(name for name, _ in members), tuple(wide.widths))
-        for wide, members in wides(model).items()
-    }
-
-
-def _depths(depths: Depths, model: nn.Module) -> dict[frozenset[str], _Depth]:
-    """What is behind each group of a model."""
-    names = {wide: level.layers for wide, level in _levels(model).items()}
-    found: dict[frozenset[str], _Depth] = {}
-    for root in dict.fromkeys(depths.roots.values()):
-        behind = [names[wide] for wide, at in depths.roots.items() if at is root is not wide]
-        launches = depths.before[root], depths.after[root]
-        chains = depths.chains.get(root, ())
-        found[frozenset(names[root])] = _Depth(chains, tuple(behind), launches)
-    return found
-
-
-def _group(candidate: Candidate, counts: _Counts) -> Group:
-    refusal = candidate.refusal
-    return Group(
-        kind=candidate.kind.name,
-        layers=tuple(name.removesuffix(SUFFIX) for name in candidate.layers),
-        fused=refusal is None,
-        reason=None if refusal is None else refusal.reason,
-        detail=candidate.note if refusal is None else refusal.detail.replace(SUFFIX, ""),
-        widths=candidate.widths,
-        launches=counts.of(candidate.layers),
-        depth=counts.chains(candidate.layers),
-        figures=candidate.figures,
-    )
+def _find(
+    model: nn.Module, calls: list[Call], kinds: tuple[Kind, ...]
+) -> tuple[tuple[Candidate, ...], Sightings]:
+    # A lazy layer does not run on fake tensors; a trace shows which siblings it would have.
+    lazy = any(nn.parameter.is_lazy(parameter) for parameter in model.parameters())
+    try:
+        sightings = observe(model, calls, kinds) if calls and not lazy else trace(model, kinds)
+    except UncopyableError as error:
+        untraced = Untraced("", f"it was traced and not run, since it cannot be copied: {error}")
+        sightings = trace(model, kinds)
+        sightings = dataclasses.replace(sightings, untraced=(untraced, *sightings.untraced))
+    return candidates(model, sightings, kinds), sightings

@@ -13,7 +13,7 @@ import os
 import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, redirect_stdout, suppress
 from typing import NoReturn, get_args
 
 import torch
@@ -24,7 +24,7 @@ import conjoin
 from conjoin import exporting, saved
 from conjoin.cost import Policy
 from conjoin.foreign import SavedError
-from conjoin.options import UsageError, arguments, budget, example, input_spec
+from conjoin.options import UsageError, arguments, budget, example, input_specs
 
 _SAVED_HELP = (
     "a .pt2 file of torch.export.save, a model saved whole by torch.save "
@@ -62,7 +62,9 @@ def main(argv: Sequence[str] | None = None) -> int:
         options = _parser().parse_args(argv)
         run: Callable[[argparse.Namespace], str] = options.run
         with _current_folder_importable():
-            _emit(run(options))
+            with redirect_stdout(sys.stderr):  # What the model prints is not the result.
+                result = run(options)
+            _emit(result)
     except (UsageError, SavedError) as error:
         print(f"conjoin: error: {_one_line(str(error))}", file=sys.stderr)
         return 2
@@ -299,7 +301,9 @@ _Inputs = tuple[
 
 
 def _model_and_inputs(options: argparse.Namespace) -> _Inputs:
-    specs = [input_spec(text) for text in options.input]
+    specs = input_specs(options.input)
+    if not specs and getattr(options, "memory_budget", None) is not None:
+        raise UsageError("--memory-budget needs --input, which tells how large the tensors are")
     model = _load(options)
     if not specs:
         return model, None, None

@@ -34,7 +34,7 @@ _DTYPES = {
     )
 }
 _SHAPE = re.compile(r"scalar|[1-9]\d*(x[1-9]\d*)*")
-_SIZE = re.compile(r"(\d+(?:\.\d+)?) *(b|[kmgt]i?b)?", re.IGNORECASE)
+_SIZE = re.compile(r"(\d+(?:\.\d*)?|\.\d+) *(b|[kmgt]i?b)?", re.IGNORECASE)
 _UNITS = {
     "b": 1,
     **{f"{letter}b": 1000**power for power, letter in enumerate("kmgt", start=1)},
@@ -93,9 +93,13 @@ def budget(text: str) -> float:
             f"{text} is no size such as 8GiB, 500MB, 1000000 or 0.5, a fraction of the device's"
         )
     number, unit = match.groups()
-    if unit is None and "." in number:
-        return float(number)
-    return int(float(number) * _UNITS[(unit or "b").lower()])
+    fraction = unit is None and "." in number
+    size = float(number) if fraction else int(float(number) * _UNITS[(unit or "b").lower()])
+    if size <= 0 or (fraction and size > 1):
+        raise argparse.ArgumentTypeError(
+            f"{text} is no size above 0, or no fraction of the device's memory up to 1.0"
+        )
+    return size
 
 
 @dataclass(frozen=True)
@@ -108,7 +112,22 @@ class InputSpec:
     dtype: torch.dtype
 
 
-def input_spec(text: str) -> InputSpec:
+def input_specs(texts: Sequence[str]) -> list[InputSpec]:
+    """Reads example inputs, `[NAME=]SHAPE[:DTYPE]` each.
+
+    Raises:
+        UsageError: one does not parse, a name comes twice, or one asks for more memory than
+            `MAX_INPUT_BYTES`.
+    """
+    specs = [_input_spec(text) for text in texts]
+    names = [spec.name for spec in specs if spec.name is not None]
+    for name in names:
+        if names.count(name) > 1:
+            raise UsageError(f"--input {name}=... is given twice")
+    return specs
+
+
+def _input_spec(text: str) -> InputSpec:
     """Reads `[NAME=]SHAPE[:DTYPE]`.
 
     Raises:

@@ -328,3 +328,29 @@ def test_only_the_layer_whose_strides_are_read_is_copied():
     model = model_of(lambda m, x: (m.a(x).view(-1), m.b(x)), conv)
     optimized = conjoin.optimize(model, (IMAGE,))
     assert optimized.a.wide_layer.contiguous == {0}
+
+
+STEPS = torch.zeros(())
+AVERAGES = {"x": torch.zeros(4)}
+
+
+class Counting(nn.Module):
+    """A forward that changes tensors beside the model in place."""
+
+    seen = torch.zeros(2)
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        STEPS.add_(1)
+        torch.add(self.seen, 1, out=self.seen)
+        AVERAGES["x"].mul_(0.5).add_(x.detach().mean(0))
+        return self.a(x) + self.b(x)
+
+
+@pytest.mark.parametrize("look", [conjoin.optimize, conjoin.report])
+def test_tensors_beside_the_model_stay(look):
+    look(Counting(), (torch.ones(2, 4),))
+    assert [float(each.sum()) for each in (STEPS, Counting.seen, AVERAGES["x"])] == [0, 0, 0]

@@ -11,7 +11,7 @@ import copy
 import dataclasses
 import warnings
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
-from typing import Any
+from typing import Any, TypeVar
 
 from torch import Tensor, fx
 from torch.export import ExportedProgram
@@ -36,6 +36,8 @@ from conjoin.programs.fakes import VALUE
 from conjoin.programs.lowering import Lowering, LoweringError, Slice, called_apart, slices
 from conjoin.programs.raised import HELD, ROOT, Raised, aliases, held, raised
 from conjoin.programs.record import RECORD, Restoration, UnrecordableError
+
+Value = TypeVar("Value")
 
 CUSTOM = "custom"
 """The entry of a graph module's `meta` that `torch.export.save` writes."""
@@ -173,7 +175,7 @@ def _built(
     if custom:
         root.meta[CUSTOM] = dict(custom)
     # At once, so that tensors that are tied or share memory still do.
-    state, constants = copy.deepcopy((dict(state), dict(program.constants)))
+    state, constants = duplicate((dict(state), dict(program.constants)))
     return ExportedProgram(
         root=root,
         graph=graph,
@@ -183,7 +185,7 @@ def _built(
         ),
         state_dict=state,
         range_constraints=dict(program.range_constraints),
-        module_call_graph=copy.deepcopy(program.module_call_graph),
+        module_call_graph=duplicate(program.module_call_graph),
         example_inputs=program.example_inputs,
         constants=constants,
         verifiers=program.verifiers,
@@ -228,10 +230,17 @@ def _changed(program: ExportedProgram) -> Iterator[str]:
             yield str(spec.target)
 
 
+def duplicate(value: Value) -> Value:
+    """A deep copy, without what PyTorch remarks on its own tree specifications."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
+        return copy.deepcopy(value)
+
+
 def _refused(layers: Iterable[str]) -> Candidate:
     """Layers that are left apart."""
     names = tuple(sorted(layers))
-    reason = Reason.UNSUPPORTED_OPTION
+    reason = Reason.IN_PROGRAM
     return Candidate(KINDS[0], names, (0,) * len(names), Refusal(names, reason, ""))
 
 

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from conjoin import outcome
 from conjoin.outcome import Pieces
-from conjoin.programs.program import record_of
+from conjoin.programs.program import duplicate, record_of
 from conjoin.programs.record import originals
 from conjoin.tracing.observe import Call
 from conjoin.tracing.undisturbed import start_streams
@@ -36,7 +36,7 @@ def left_behind(
     Returns:
         The pieces, and what the forward pass raised.
     """
-    module = copy.deepcopy(program).module(check_guards=False)
+    module = duplicate(program).module(check_guards=False)
     args, kwargs = copy.deepcopy(call)
     start_streams(seed)
     output, failure = _attempt(lambda: module(*args, **kwargs))
@@ -76,8 +76,9 @@ def _tensors(
     wholes = {name: whole for name, (whole, *_) in found["tensors"].items()} if found else {}
     own = {name: tensor for name, tensor in held.items() if name not in {*wholes.values()}}
     first: dict[str, str] = {}  # Of several names of one tensor a module tells the first.
-    for name in found["order"] if found else ():
-        first.setdefault(found["also"].get(name, name), name)
+    if found:
+        for name in found["order"]:
+            first.setdefault(found["also"].get(name, name), name)
     for told, name in sorted((first.get(name, name), name) for name in {*own, *parts}):
         if name in own:
             yield told, own[name], own[name].grad, False

@@ -18,6 +18,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
+from conjoin.graph import edit
 from conjoin.layers.kind import TENSORS
 from conjoin.layers.owner import Held
 
@@ -128,9 +129,7 @@ def lift(module: fx.GraphModule) -> fx.GraphModule:
         it computes is the same.
     """
     raise_(module)
-    for node in reversed(module.graph.nodes):
-        if node.op == "get_attr" and not node.users:
-            module.graph.erase_node(node)
+    edit.erase_unread(module.graph, [node for node in module.graph.nodes if node.op == "get_attr"])
     module.recompile()
     return module
 

@@ -38,7 +38,7 @@ from conjoin.reachable import functions_of, words
 from conjoin.tracing import graph_modules, regions
 from conjoin.tracing.listings import Listings
 from conjoin.tracing.structures import Alike, Structure, alike, structure_of
-from conjoin.tracing.undisturbed import letting_go, start_streams, undisturbed
+from conjoin.tracing.undisturbed import KeepingTensors, letting_go, start_streams, undisturbed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of one call of the model."""
@@ -129,6 +129,8 @@ class Copy:
         self._mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
         self.model = self._copied(model)
         regions.uninstall(self.model)  # So that every view is called.
+        own = (*self.model.parameters(), *self.model.buffers())
+        self._own = frozenset(map(id, own))
         graph_modules.separate_all(self.model)
 
     def _copied(self, model: nn.Module) -> nn.Module:
@@ -164,9 +166,10 @@ class Copy:
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
         if self._mode is None:
-            yield
+            with KeepingTensors(self._own):
+                yield
             return
-        with self._mode, _NoMemory():
+        with self._mode, _NoMemory(), KeepingTensors(self._own):
             yield
 
     def _argument(self, tensor: Tensor) -> Tensor:

@@ -1,0 +1,67 @@
+"""What was found in a model and decided of it, done to the model; and the way back."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+from torch import nn
+
+from conjoin.deciding import DECIDED, leave_apart
+from conjoin.graph.depth import Depths
+from conjoin.graph.siblings import Candidate
+from conjoin.graph.site import Sightings
+from conjoin.layers import Kind, activation
+from conjoin.layers.owner import reclaim
+from conjoin.layers.wide import release, unmark, views
+from conjoin.merging import MERGER, Merger
+from conjoin.tracing import graph_modules, regions
+
+
+def apply(
+    model: nn.Module,
+    found: Sequence[Candidate],
+    sightings: Sightings,
+    kinds: tuple[Kind, ...],
+    depths: Depths | None = None,
+) -> tuple[Merger, tuple[Candidate, ...]]:
+    """Merges groups, and what the rewritten forwards can run at once beyond them.
+
+    Args:
+        model: the model, changed in place.
+        found: its groups and refusals.
+        sightings: what was seen of it.
+        kinds: the kinds of layer.
+        depths: what watches the rewritten graphs, for a report.
+
+    Returns:
+        The merger, and what became of what was found.
+    """
+    merger = Merger(model, kinds, sightings, found)
+    if depths is not None:
+        merger.rewritten = depths.watch
+    if merger.merge_all(found):
+        regions.uninstall(model)  # They may know wide layers that are no more.
+    called = graph_modules.rewrite_all(model, merger)
+    while True:
+        regions.install(model, sightings.calls, {MERGER: merger})
+        running = regions.covered(model) | called
+        merger.give_back(running)
+        settled = leave_apart(model, found, running)
+        if settled == tuple(found):
+            return merger, settled
+        merger.leave(settled)
+        found = settled
+        regions.uninstall(model)  # They know views that are none any more.
+
+
+def restore(model: nn.Module) -> None:
+    """Gives a model its own layers, classes and forwards back, with the values of now."""
+    regions.uninstall(model)
+    graph_modules.give_back(model)
+    for _, view in list(views(model)):
+        release(view)
+    for module in list(model.modules()):
+        reclaim(module)
+        activation.forget(module)
+        unmark(module)
+        vars(module).pop(DECIDED, None)
