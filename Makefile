@@ -29,6 +29,7 @@ demo: $(READY)-examples
 
 bench: $(READY)-bench
 	$(BIN)/python -m benchmarks.run --json benchmarks/results/cpu.json $(BENCH_ARGS)
+	$(BIN)/python -m benchmarks.memory --json benchmarks/results/memory-cpu.json
 	$(BIN)/python -m benchmarks.tables --write
 
 test: $(READY)-test $(READY)-examples

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import HealthCheck, settings
 from machines import STEADY
 
-from conjoin import machine
+from conjoin.policy import machine
 
 settings.register_profile(
     "ci",

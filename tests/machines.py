@@ -1,6 +1,6 @@
 """A machine that is the same everywhere, so that what a cost model decides is."""
 
-from conjoin.cost import Machine
+from conjoin.policy.cost import Machine
 
 MEGABYTE = 2**20
 

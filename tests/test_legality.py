@@ -7,8 +7,8 @@ import re
 import pytest
 from awkward import EXACT, HAZARDS
 
-from conjoin.deciding import CHOICES
 from conjoin.legality import Reason, Refusal
+from conjoin.policy.deciding import CHOICES
 
 REFUSAL = Refusal(("a.q", "a.k"), Reason.DIFFERENT_SETTINGS, "stride=2 where a.q has 1")
 

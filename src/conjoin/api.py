@@ -14,10 +14,7 @@ from torch.export import ExportedProgram
 
 from conjoin import memory, programs
 from conjoin.applying import apply, restore
-from conjoin.budget import fit
-from conjoin.cost import Policy
 from conjoin.counting import count, group_of, launches_of, on_copies, uncounted
-from conjoin.deciding import check_policy, decide, note, noted
 from conjoin.graph.siblings import Candidate, candidates, in_order
 from conjoin.graph.site import Sightings, Untraced
 from conjoin.launches import Launches
@@ -25,6 +22,9 @@ from conjoin.layers import KINDS, Kind, checked
 from conjoin.layers.wide import views
 from conjoin.legality import Reason
 from conjoin.memory import Memory
+from conjoin.policy.budget import fit
+from conjoin.policy.cost import Policy
+from conjoin.policy.deciding import check_policy, decide, note, noted
 from conjoin.reachable import remembering
 from conjoin.report import Group, Report
 from conjoin.tracing import graph_modules

@@ -6,7 +6,6 @@ from collections.abc import Sequence
 
 from torch import nn
 
-from conjoin.deciding import DECIDED, leave_apart
 from conjoin.graph.depth import Depths
 from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Sightings
@@ -14,6 +13,7 @@ from conjoin.layers import Kind, activation
 from conjoin.layers.owner import reclaim
 from conjoin.layers.wide import release, unmark, views
 from conjoin.merging import MERGER, Merger
+from conjoin.policy.deciding import DECIDED, leave_apart
 from conjoin.tracing import graph_modules, regions
 
 

@@ -22,9 +22,9 @@ from torch.export import ExportedProgram
 
 import conjoin
 from conjoin import exporting, saved
-from conjoin.cost import Policy
 from conjoin.foreign import SavedError
 from conjoin.options import UsageError, arguments, budget, example, input_specs
+from conjoin.policy.cost import Policy
 
 _SAVED_HELP = (
     "a .pt2 file of torch.export.save, a model saved whole by torch.save "

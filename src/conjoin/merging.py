@@ -116,7 +116,6 @@ class Merger:
         self.rewritten: Callable[[fx.GraphModule], None] | None = None
         self._model = model
         self._ordered: set[str] = set()
-        self._look_up()
         self._shared = overlaps(dict(model.named_modules()))
         self._sightings = sightings
         self._apart: set[str] = set()
@@ -226,7 +225,7 @@ class Merger:
     def leave(self, found: Iterable[Candidate]) -> None:
         """Leaves alone what has been refused since."""
         self._apart |= {name for c in found if c.refusal is not None for name in c.layers}
-        self._names = {module: name for name, module in self._model.named_modules()}
+        self._look_up()
 
     def kind_of(self, layer: nn.Module) -> Kind | None:
         """The kind of a layer or a normalization; None where it is of none."""

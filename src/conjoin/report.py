@@ -12,12 +12,12 @@ from dataclasses import dataclass
 
 from tabulate import tabulate
 
-from conjoin.cost import Figures
 from conjoin.graph.depth import Chain
 from conjoin.graph.site import Untraced
 from conjoin.launches import Launches
 from conjoin.legality import Reason
 from conjoin.memory import UNPREDICTED, Memory, told
+from conjoin.policy.cost import Figures
 
 # What the table keeps within, in characters. The layers take what the other columns leave.
 _COLUMNS = 118

@@ -15,12 +15,12 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from conjoin.cost import Figures
 from conjoin.graph.site import Sightings, Site
 from conjoin.layers import Kind, kind_of
 from conjoin.layers.kind import Verdict, common, tensors
 from conjoin.layers.wide import View, Wide, wides
 from conjoin.legality import Reason, Refusal
+from conjoin.policy.cost import Figures
 from conjoin.reachable import OF_MODULES, held_by
 
 DIFFERENCE = {

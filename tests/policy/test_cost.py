@@ -7,7 +7,7 @@ import random
 import pytest
 from machines import MEGABYTE, STEADY
 
-from conjoin.cost import (
+from conjoin.policy.cost import (
     MARGIN,
     Figures,
     Machine,

@@ -17,14 +17,14 @@ import torch
 from torch import Tensor, nn
 from torch._subclasses.fake_tensor import FakeTensor
 
-from conjoin import machine, race
-from conjoin.cost import Figures, Form, Machine, Policy, Setting, Work, choose, likely, pick
 from conjoin.graph.siblings import Candidate, activations
 from conjoin.graph.site import Shapes, Sightings
 from conjoin.layers import Kind
 from conjoin.layers.kind import common, tensors
 from conjoin.layers.wide import View, Wide, release
 from conjoin.legality import Reason, Refusal
+from conjoin.policy import machine, race
+from conjoin.policy.cost import Figures, Form, Machine, Policy, Setting, Work, choose, likely, pick
 
 DECIDED = "_conjoin_decided"
 """The attribute of an optimized model that holds the groups that were left alone by choice, and

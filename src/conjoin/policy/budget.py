@@ -12,12 +12,12 @@ import dataclasses
 import math
 from collections.abc import Callable, Sequence
 
-from conjoin.cost import Form, forms
-from conjoin.deciding import pieces
 from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Sightings
 from conjoin.legality import Reason, Refusal
 from conjoin.memory import told
+from conjoin.policy.cost import Form, forms
+from conjoin.policy.deciding import pieces
 
 Peak = Callable[[Sequence[Candidate]], int]
 """The predicted peak of the memory of a model in which such groups are merged, in bytes."""

@@ -11,8 +11,8 @@ import torch
 from machines import STEADY
 from torch._subclasses.fake_tensor import FakeTensorMode
 
-from conjoin import machine
-from conjoin.cost import Machine
+from conjoin.policy import machine
+from conjoin.policy.cost import Machine
 
 CPU = torch.device("cpu")
 KEY = ("a device", "cpu", "torch.float32")
@@ -29,7 +29,7 @@ def path(tmp_path):
 @pytest.fixture
 def constants():
     """The function itself, which the tests' machine stands for."""
-    spec = importlib.util.find_spec("conjoin.machine")
+    spec = importlib.util.find_spec("conjoin.policy.machine")
     fresh = importlib.util.module_from_spec(spec)
     spec.loader.exec_module(fresh)
     return fresh

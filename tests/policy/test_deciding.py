@@ -10,10 +10,10 @@ from machines import STEADY
 from torch import nn
 
 import conjoin
-from conjoin import deciding, machine, race
-from conjoin.cost import Machine
 from conjoin.layers.wide import wides
 from conjoin.legality import Reason
+from conjoin.policy import deciding, machine, race
+from conjoin.policy.cost import Machine
 
 SMALL = Machine(
     call=1e-6,

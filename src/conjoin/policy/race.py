@@ -16,10 +16,10 @@ from collections.abc import Callable, Sequence
 import torch
 from torch import Tensor, nn
 
-from conjoin.cost import Form
 from conjoin.layers import Kind
-from conjoin.machine import timed
 from conjoin.merging import Merger
+from conjoin.policy.cost import Form
+from conjoin.policy.machine import timed
 from conjoin.tracing import regions
 
 SECONDS = 0.3

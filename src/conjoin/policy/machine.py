@@ -25,7 +25,7 @@ import torch
 from torch.nn import functional as F
 from torch.optim.adam import adam
 
-from conjoin.cost import Machine
+from conjoin.policy.cost import Machine
 
 FORMAT = 1
 """The version of what is measured, and of the files that hold it."""

@@ -7,8 +7,8 @@ import torch
 from torch import nn
 
 import conjoin
-from conjoin import race
 from conjoin.layers.wide import wides
+from conjoin.policy import race
 
 
 def heads():

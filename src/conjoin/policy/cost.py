@@ -53,8 +53,8 @@ layers 27, 38, 37 and 53 ms, where the estimate was a few percent less than for 
 MARGIN = 0.02
 """By how much slower than the quickest form another may be and still be taken.
 
-It is what the project allows itself beside the plain model on any case. Near the edge one wide
-layer is taken: what is behind the layers may gain from it."""
+The constants are not exact to more. Near the edge one wide layer is taken: what is behind the
+layers may gain from it."""
 
 
 @dataclass(frozen=True, slots=True)

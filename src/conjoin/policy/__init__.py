@@ -1,0 +1,1 @@
+"""Which groups are merged, and how wide: what pays, and what fits."""
