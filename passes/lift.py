@@ -24,7 +24,7 @@ class Lift(Rewrite):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Changes the graph in place, and puts layers where modules hold their tensors."""
-        made = raise_(graph_module)
+        made = raise_(graph_module, fixed=False)
         graph = graph_module.graph
         edit.erase_unread(graph, [node for node in graph.nodes if node.op == "get_attr"])
         return PassResult(graph_module, bool(made))

@@ -4,6 +4,7 @@ What pays is the same on all machines here: no test depends on how fast the one 
 """
 
 import os
+import re
 
 import pytest
 from hypothesis import HealthCheck, settings
@@ -34,3 +35,20 @@ def _steady_machine():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "constants", lambda device, dtype: STEADY)
         yield
+
+
+@pytest.hookimpl(optionalhook=True)
+def pytest_xdist_make_scheduler(config, log):
+    """With `--dist loadgroup` the tests of one public model run in one worker, which makes it once.
+
+    xdist's own groups are names that it appends to those of the tests, which pytest 9 undoes.
+    """
+    if config.getvalue("dist") != "loadgroup":
+        return None
+    from xdist.scheduler import LoadScopeScheduling
+
+    class ByModel(LoadScopeScheduling):
+        def _split_scope(self, nodeid):
+            return re.sub(r".*test_zoo\.py::\w+\[(\w+).*", r"\1", nodeid)
+
+    return ByModel(config, log)

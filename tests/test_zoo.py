@@ -73,10 +73,7 @@ class Case:
 
 
 # Scope and parameter make pytest run all tests of one model in a row: each is made only once.
-# In one worker, too.
-@pytest.fixture(
-    scope="module", params=[pytest.param(name, marks=pytest.mark.xdist_group(name)) for name in ZOO]
-)
+@pytest.fixture(scope="module", params=ZOO)
 def case(request):
     pytest.importorskip(ZOO[request.param].package)
     threads = torch.get_num_threads()

@@ -14,7 +14,7 @@ from torch.export import ExportedProgram
 
 from conjoin import memory, programs
 from conjoin.applying import apply, restore
-from conjoin.counting import count, group_of, launches_of, on_copies, uncounted
+from conjoin.counting import count, counted, group_of, on_copies, uncounted
 from conjoin.graph.siblings import Candidate, candidates, in_order
 from conjoin.graph.site import Sightings, Untraced
 from conjoin.launches import Launches
@@ -22,7 +22,7 @@ from conjoin.layers import KINDS, Kind, checked
 from conjoin.layers.wide import views
 from conjoin.legality import Reason
 from conjoin.memory import Memory
-from conjoin.policy.budget import fit
+from conjoin.policy.budget import Need, fit
 from conjoin.policy.cost import Policy
 from conjoin.policy.deciding import check_policy, decide, note, noted
 from conjoin.reachable import remembering
@@ -221,8 +221,9 @@ def _report_program(program: ExportedProgram, calls: list[Call], kinds: tuple[Ki
     if not calls:
         return dataclasses.replace(found, groups=groups)
     modules = (each.module(check_guards=False) for each in (plain, fused))
-    before, after = (launches_of(each, calls[0]) for each in modules)
-    return dataclasses.replace(found, groups=groups, launches=Launches(before, after))
+    before, after = (counted(each, calls[0]) for each in modules)
+    launches, peaks = Launches(before.count, after.count), Memory(before.peak, after.peak)
+    return dataclasses.replace(found, groups=groups, launches=launches, memory=peaks)
 
 
 def _in_program(group: Group, merged: list[set[str]]) -> Iterator[Group]:
@@ -354,16 +355,17 @@ def _fit(
     """The groups with which a call stays within a limit of memory, predicted on copies."""
 
     def fitted(copied: Callable[[], Copy]) -> tuple[Candidate, ...]:
-        def peak(groups: Sequence[Candidate]) -> int:
+        def need(groups: Sequence[Candidate]) -> Need:
             merged = copied()
-            apply(merged.model, groups, sightings, kinds)
-            return merged.count(call, {}).peak or 0
+            levels = apply(merged.model, groups, sightings, kinds)[0].levels
+            behind = (Candidate(level.kind, level.layers, level.widths) for level in levels)
+            return Need(merged.count(call, {}).peak or 0, tuple(behind))
 
         plain = copied()
         restore(plain.model)
         merged = frozenset(name for name, _ in views(model))
         with undisturbed(plain.model):
-            return fit(found, sightings, peak, plain.count(call, {}).peak or 0, limit, merged)
+            return fit(found, sightings, need, plain.count(call, {}).peak or 0, limit, merged)
 
     settled = on_copies(model, fitted)
     if settled is None:

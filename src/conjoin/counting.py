@@ -17,7 +17,7 @@ from conjoin.applying import apply, restore
 from conjoin.graph.depth import Chain, Depths
 from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Sightings
-from conjoin.launches import UNCOUNTED, Count, Counted
+from conjoin.launches import UNCOUNTED, Counted
 from conjoin.layers import PRODUCTS, Kind
 from conjoin.layers.owner import raw_parameters
 from conjoin.layers.product import SUFFIX
@@ -120,10 +120,9 @@ class Counts:
         return before, after
 
 
-def launches_of(model: nn.Module, call: Call) -> Count:
-    """The launches of a call of a model as it is."""
-    counted = on_copies(model, lambda copied: copied().count(call, {}))
-    return (counted or UNCOUNTED).count
+def counted(model: nn.Module, call: Call) -> Counted:
+    """The launches and the memory of a call of a model as it is."""
+    return on_copies(model, lambda copied: copied().count(call, {})) or UNCOUNTED
 
 
 def count(

@@ -273,6 +273,7 @@ class _Given(TorchFunctionMode):
         super().__init__()
         self._counter = counter
         self._names = {id(weight): name for name, weight in weights.items()}
+        self._views: list[Tensor] = []  # Alive, so that no id is used twice.
 
     def __torch_function__(
         self,
@@ -281,10 +282,25 @@ class _Given(TorchFunctionMode):
         args: tuple[Any, ...] = (),
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
-        given = (self._names.get(id(each)) for each in args)
-        name = next(filter(None, given), None)
+        leaves = pytree.tree_leaves((args, kwargs))
+        weight = next((each for each in leaves if id(each) in self._names), None)
+        name = self._names.get(id(weight))
         with self._counter.scope(name) if name else contextlib.nullcontext():
-            return func(*args, **(kwargs or {}))
+            result = func(*args, **(kwargs or {}))
+        if (
+            weight is not None
+            and name
+            and isinstance(result, Tensor)
+            and _share_memory(result, weight)
+        ):
+            self._names[id(result)] = name  # The weight transposed, for one.
+            self._views.append(result)
+        return result
+
+
+def _share_memory(tensor: Tensor, other: Tensor) -> bool:
+    with torch._C.DisableTorchFunction():
+        return bool(tensor.untyped_storage()._cdata == other.untyped_storage()._cdata)
 
 
 def _within(

@@ -107,3 +107,31 @@ def test_a_model_that_cannot_be_copied(model, x):
 
     with pytest.raises(ValueError, match="which cannot be made"):
         conjoin.optimize(Uncopyable(2).double(), (x,), memory_budget=10**9, inplace=True)
+
+
+class Towers(nn.Module):
+    """Layers behind siblings, which take memory as stacks too."""
+
+    def __init__(self):
+        super().__init__()
+        self.towers = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 32), nn.LayerNorm(32), nn.ReLU(), nn.Linear(32, 32))
+            for _ in range(8)
+        )
+
+    def forward(self, x):
+        return sum(tower(x) for tower in self.towers)
+
+
+def test_what_is_behind_a_group_stays_within_the_budget():
+    torch.manual_seed(0)
+    model, x = Towers().double(), torch.randn(64, 32, dtype=torch.float64)
+    whole = conjoin.report(model, (x,)).memory
+    assert whole.after > whole.before
+    for budget in (whole.before, whole.before // 2, 1):
+        optimized, report = fused_to(budget, model, x)
+        assert report.memory.after <= whole.before
+        assert torch.allclose(optimized(x), model(x), rtol=1e-12, atol=1e-12)
+        left = [group for group in report.groups if group.reason is Reason.EXCEEDS_MEMORY]
+        assert {*left[0].layers} == {f"towers.{i}.0" for i in range(8)}
+        assert len(left) > 1

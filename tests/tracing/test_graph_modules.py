@@ -356,9 +356,16 @@ def test_exported_graphs(training: bool, guards: bool) -> None:
     model = Towers().double().train(training)
     plain = torch.export.export(model, (x(),)).module(check_guards=guards)
     fused = conjoin.optimize(plain)
-    assert wides(fused) == 3
+    assert wides(fused) == (not training)  # What is behind a normalization of a fixed mode stays.
     assert list(fused.state_dict()) == list(plain.state_dict())
     input = x()
+    if not guards:
+        other = [copy.deepcopy(each) for each in (plain, fused)]
+        for each in other:
+            each.training = not training
+            for inner in each.modules():
+                inner.training = not training  # Which the operations of the graph do not ask.
+        assert conjoin.verify(*other, (input,))
     expected, found = (m(input.requires_grad_()) for m in (copy.deepcopy(plain), fused))
     for name, value in expected.items():
         torch.testing.assert_close(found[name], value)
@@ -479,3 +486,26 @@ def test_in_a_pass_manager() -> None:
     assert_equivalent(result.graph_module, plain, (x(),))
     assert passes.Separate()(result.graph_module).modified
     assert_equivalent(result.graph_module, plain, (x(),))
+
+
+class Biased(nn.Module):
+    """Siblings of which some have a bias, and normalizations behind them."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(6, 6, bias=i > 0) for i in range(3))
+        self.norms = nn.ModuleList(nn.BatchNorm1d(6) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        return [norm(layer(x)) for layer, norm in zip(self.layers, self.norms, strict=True)]
+
+
+def test_a_rewritten_graph_is_traced_again() -> None:
+    model = Biased().double()
+    fused = conjoin.optimize(fx.symbolic_trace(model), (x(),), policy="always")
+    again = fx.symbolic_trace(fused)
+    assert [n.target for n in again.graph.nodes] == [n.target for n in fused.graph.nodes]
+    input = x()
+    for training in (True, False):
+        outputs = [each.train(training)(input) for each in (again, fused)]
+        torch.testing.assert_close(*outputs, rtol=0, atol=0)

@@ -17,6 +17,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from conjoin.layers.wide import views
+from conjoin.tracing.undisturbed import KeepingTensors
 
 VALUES = frozenset(
     "val tensor_meta example_value type tensor_dict unbacked_bindings original_aten from_node "
@@ -113,7 +114,8 @@ def _recompute(graph_module: fx.GraphModule) -> None:
     if mode is None or any(each is None for each in inputs):
         return
     try:
-        with torch.no_grad():
+        # Buffers are real: what changes one, and reads nothing else, would change it for real.
+        with torch.no_grad(), KeepingTensors(frozenset()):
             FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
     except Exception:  # noqa: BLE001 - Whatever fake tensors do not carry: the new nodes have none.
         return

@@ -258,6 +258,11 @@ class Wide(nn.Module):
             dim: the same, for a kind whose siblings keep the number of channels along it.
             sizes: the sizes of the parts along it, where they are not the siblings' widths.
         """
+        if isinstance(input, fx.Proxy):  # A trace of a rewritten graph does not look into it.
+            options = {"apart": apart, "dim": dim, "sizes": sizes}
+            given = {name: value for name, value in options.items() if value}
+            path = input.tracer.path_of_module(self)
+            return input.tracer.create_proxy("call_module", path, (input,), given)
         if apart:
             return self.kind.apart(self, input)
         if dim is not None:

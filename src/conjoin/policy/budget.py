@@ -8,9 +8,10 @@ as there is room, since it may not have been the one that mattered.
 
 from __future__ import annotations
 
+import bisect
 import dataclasses
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Sightings
@@ -19,50 +20,82 @@ from conjoin.memory import told
 from conjoin.policy.cost import Form, forms
 from conjoin.policy.deciding import pieces
 
-Peak = Callable[[Sequence[Candidate]], int]
-"""The predicted peak of the memory of a model in which such groups are merged, in bytes."""
+
+@dataclasses.dataclass(frozen=True, slots=True)
+class Need:
+    """What a model needs in which some groups are merged.
+
+    Attributes:
+        peak: the predicted peak of its memory in bytes.
+        behind: the layers behind the groups that are merged too.
+    """
+
+    peak: int
+    behind: tuple[Candidate, ...]
 
 
 def fit(
     found: Sequence[Candidate],
     sightings: Sightings,
-    peak: Peak,
+    need: Callable[[Sequence[Candidate]], Need],
     plain: int,
     limit: int,
     merged: frozenset[str],
 ) -> tuple[Candidate, ...]:
     """The groups as they are to be merged, so that the predicted peak is within a limit.
 
-    Where the plain model's is above it already, the groups are to add nothing to that.
+    Where the plain model's is above it already, the groups are to add nothing to that. Each
+    prediction runs the model on fake tensors once; there are some for each group that is narrowed.
 
     Args:
         found: the groups and refusals.
         sightings: what was seen of the model.
-        peak: predicts the peak.
+        need: predicts what it takes to merge such groups.
         plain: the predicted peak of the model as it was.
         limit: the limit in bytes.
         merged: the layers that were merged earlier, and stay so.
     """
     most = max(limit, plain)
-    if peak(found) <= most:
+    if need(found).peak <= most:
         return tuple(found)
-    choices = [_Choice.of(candidate, sightings, merged) for candidate in found]
-    while choices and (widest := max(choices, key=_Choice.size)).size():
-        choices[choices.index(widest)] = widest.narrowed()
-        if peak(_candidates(choices)) <= most:
-            break
+    steps = list(_narrower([_Choice.of(candidate, sightings, merged) for candidate in found]))
+    # The narrower the less, as a rule: so the first that is within the limit is found by halves.
+    within = bisect.bisect_left(steps, True, key=lambda step: need(_candidates(step)).peak <= most)
+    choices = steps[min(within, len(steps) - 1)]
+    apart: tuple[Candidate, ...] = ()
+    last = need(_candidates(choices))
+    while last.peak > most and last.behind:  # What is behind the groups takes memory as well.
+        apart += tuple(_refused(each, _detail(last.peak, limit)) for each in last.behind)
+        last = need((*_candidates(choices), *apart))
     for position, choice in enumerate(choices):
         for wider in range(choice.at):
             tried = [*choices]
             tried[position] = dataclasses.replace(choice, at=wider)
-            needed = peak(_candidates(tried))
+            needed = need((*_candidates(tried), *apart)).peak
             if needed <= most:
                 choices = tried
                 break
             if wider == 0:
-                detail = f"predicted: {told(needed)} with it, where {told(limit)} are allowed"
+                detail = _detail(needed, limit)
                 choice = choices[position] = dataclasses.replace(choice, detail=detail)
-    return _candidates(choices)
+    return (*_candidates(choices), *apart)
+
+
+def _detail(needed: int, limit: int) -> str:
+    return f"predicted: {told(needed)} with it, where {told(limit)} are allowed"
+
+
+def _refused(candidate: Candidate, detail: str) -> Candidate:
+    refusal = Refusal(candidate.layers, Reason.EXCEEDS_MEMORY, detail)
+    return dataclasses.replace(candidate, refusal=refusal, note="")
+
+
+def _narrower(choices: list[_Choice]) -> Iterator[list[_Choice]]:
+    """The forms of all groups, the one with the largest output narrowed in each step."""
+    yield choices
+    while choices and (widest := max(choices, key=_Choice.size)).size():
+        choices = [widest.narrowed() if each is widest else each for each in choices]
+        yield choices
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
@@ -117,8 +150,7 @@ class _Choice:
         if self.at == 0:
             return [self.candidate]
         if self.at == len(self.among) - 1:
-            refusal = Refusal(self.candidate.layers, Reason.EXCEEDS_MEMORY, self.detail)
-            return [dataclasses.replace(self.candidate, refusal=refusal, note="")]
+            return [_refused(self.candidate, self.detail)]
         count = f"one of {len(self.form)} for {len(self.candidate.layers)} layers"
         noted = dataclasses.replace(self.candidate, note=f"{count}, {self.detail}")
         return list(pieces(noted, self.form, self.sightings))

@@ -301,7 +301,9 @@ def noted(model: nn.Module, found: Iterable[Candidate], *, again: bool) -> Itera
         again: whether it is to be decided again what becomes of groups that were left alone.
     """
     known: tuple[Candidate, ...] = vars(model).get(DECIDED, ())
+    told: set[str] = set()
     for candidate in found:
+        told |= {*candidate.layers}
         within = [each for each in known if {*each.layers} <= {*candidate.layers}]
         whole = sum(len(each.layers) for each in within) == len(candidate.layers)
         stays = whole and not (again and any(each.refusal for each in within))
@@ -309,6 +311,9 @@ def noted(model: nn.Module, found: Iterable[Candidate], *, again: bool) -> Itera
             yield from within
         else:
             yield candidate
+    for each in () if again else known:  # What is behind groups, and was left alone.
+        if each.refusal is not None and told.isdisjoint(each.layers) and _holds(model, each):
+            yield each
 
 
 def _holds(model: nn.Module, decided: Candidate) -> bool:

@@ -117,6 +117,10 @@ Origins = dict[fx.Node, tuple[fx.Node, ...]]
 """For each node that was made, the nodes that it stands for, the one that gave its value last."""
 
 
+OF_A_MODE = (aten.batch_norm.default, aten.instance_norm.default, aten.dropout.default)
+"""Operations in which it is written whether they are in training mode."""
+
+
 def lift(module: fx.GraphModule) -> fx.GraphModule:
     """Turns operations on the parameters of a layer into calls of the layer.
 
@@ -134,8 +138,13 @@ def lift(module: fx.GraphModule) -> fx.GraphModule:
     return module
 
 
-def raise_(module: fx.GraphModule) -> Origins:
+def raise_(module: fx.GraphModule, *, fixed: bool = True) -> Origins:
     """What `lift` does, but for taking out what is read no more.
+
+    Args:
+        module: the graph.
+        fixed: whether its modules stay in the mode that it was exported in. Where somebody may set
+            another, which the operations do not follow, those that depend on it stay what they are.
 
     Returns:
         What the new nodes stand for; these nodes are in the graph no more.
@@ -144,7 +153,7 @@ def raise_(module: fx.GraphModule) -> Origins:
     calls: dict[str, tuple[Any, ...]] = {}
     counts = _counts(module)
     for node in list(module.graph.nodes):
-        if node.op != "call_function":
+        if node.op != "call_function" or (not fixed and node.target in OF_A_MODE):
             continue
         with module.graph.inserting_before(node):
             if name := _called_layer(module, node, calls, counts):

@@ -159,7 +159,7 @@ class KeepingTensors(TorchDispatchMode):
         """Puts them back."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         with torch._C._DisableTorchDispatch():
-            for value, before in self._kept.values():
+            for value, before in reversed(self._kept.values()):  # A view was noted after others.
                 value.detach().copy_(before)
 
 
