@@ -45,6 +45,15 @@ class Draws(Decides):
     def forward(self, x):
         return self.layer(x) + torch.randn(8).to(x)
 
+class Counts(Decides):
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("steps", torch.zeros(()))
+
+    def forward(self, x):
+        self.steps.add_(1)
+        return self.layer(x) * self.steps
+
 def double():
     return Decides().double()
 """
@@ -207,6 +216,22 @@ def test_what_draws_numbers_is_compared_with_the_same_ones(capsys: Capture, nets
     succeed(capsys, "export", f"{nets}:Draws", "-o", "out.pt2", "--input", "4x8")
     message = fail(capsys, "export", f"{nets}:Draws", "-o", "out.onnx", "--input", "4x8")
     assert "another function" in message
+
+
+@pytest.mark.parametrize("options", [[], ["--dynamic-batch"]])
+def test_what_trial_runs_change_is_not_in_the_file(
+    capsys: Capture, nets: str, options: list[str]
+) -> None:
+    succeed(capsys, "export", f"{nets}:Counts", "-o", "out.pt2", "--input", "4x8", *options)
+    assert torch.export.load("out.pt2").state_dict["steps"] == 0
+
+
+def test_a_program_in_training_mode_is_refused(capsys: Capture, nets: str) -> None:
+    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).train()
+    torch.export.save(torch.export.export(model, (torch.randn(3, 8),)), "trained.pt2")
+    message = fail(capsys, "export", "trained.pt2", "-o", "out.pt2")
+    assert "was exported in training mode" in message
+    assert not Path("out.pt2").exists()
 
 
 def test_an_existing_file_needs_force(capsys: Capture, whole: str) -> None:

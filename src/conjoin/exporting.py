@@ -24,7 +24,7 @@ from conjoin import outcome
 from conjoin.foreign import SavedError, foreign, quiet
 from conjoin.saved import placing
 from conjoin.tracing.observe import Call
-from conjoin.tracing.undisturbed import start_streams, undisturbed
+from conjoin.tracing.undisturbed import KeepingTensors, start_streams, undisturbed
 
 SEED = 20
 """Where the random streams start for each run, so that what draws numbers draws the same ones."""
@@ -78,12 +78,17 @@ def export(
 
     Raises:
         SavedError: the model does not run, cannot be exported or written, or the file gives
-            something else.
+            something else; or a program was exported in training mode.
     """
     if isinstance(model, ExportedProgram) and dynamic_batch:
         raise SavedError(
             "an exported program has its sizes already: export the model that it came from with "
             "--dynamic-batch"
+        )
+    if isinstance(model, ExportedProgram) and _is_training(model):
+        raise SavedError(
+            "the program was exported in training mode, which its operations say: export the model "
+            "in evaluation mode, after model.eval()"
         )
     calls = [call]
     batched = _batched(call) if dynamic_batch else []
@@ -115,6 +120,18 @@ def export(
     )
 
 
+def _is_training(program: ExportedProgram) -> bool:
+    """Whether an operation of a program is written as in training mode."""
+    for node in program.graph.nodes:
+        schema = getattr(node.target, "_schema", None)
+        for position, argument in enumerate(schema.arguments if schema is not None else ()):
+            if argument.name in ("training", "train"):
+                given = [*node.args[position : position + 1], node.kwargs.get(argument.name)]
+                if True in given:
+                    return True
+    return False
+
+
 def _merged(program: ExportedProgram, wide: ExportedProgram) -> str:
     """What was merged, as a line."""
     before, after = {*program.state_dict}, {*wide.state_dict}
@@ -130,7 +147,7 @@ Outputs = list[Tensor]
 def _run(function: Callable[..., Any], call: Call, model: nn.Module | None = None) -> Outputs:
     """The tensors that a call gives, on inputs of its own; the model stays as it is."""
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), call)
-    with undisturbed(model), torch.no_grad():
+    with undisturbed(model), torch.no_grad(), KeepingTensors(frozenset()):
         start_streams(SEED)
         return [t.detach().cpu().clone() for t in _tensors(function(*args, **kwargs))]
 

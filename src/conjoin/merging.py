@@ -167,6 +167,8 @@ class Merger:
             if candidate.refusal is not None:
                 self.refused.setdefault(frozenset(candidate.layers), candidate)
                 continue
+            if not self._apart.isdisjoint(candidate.layers):
+                continue
             for name in candidate.layers:
                 product = by_name[name]
                 lend(self._model.get_submodule(product.owner), product.layer, product.parameters)

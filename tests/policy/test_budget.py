@@ -135,3 +135,24 @@ def test_what_is_behind_a_group_stays_within_the_budget():
         left = [group for group in report.groups if group.reason is Reason.EXCEEDS_MEMORY]
         assert {*left[0].layers} == {f"towers.{i}.0" for i in range(8)}
         assert len(left) > 1
+
+
+class Raw(nn.Module):
+    """Products with raw Parameters, which are merged where the forward is rewritten."""
+
+    def __init__(self):
+        super().__init__()
+        self.weights = nn.ParameterList(nn.Parameter(torch.randn(64, 64)) for _ in range(8))
+
+    def forward(self, x):
+        return sum((x @ weight).relu() for weight in self.weights)
+
+
+def test_products_with_raw_parameters_stay_within_the_budget():
+    model, x = Raw().double(), torch.randn(500, 64, dtype=torch.float64)
+    with torch.no_grad():
+        whole = conjoin.report(model, (x,)).memory
+        assert whole.after > whole.before
+        _, report = fused_to(whole.before, model, x)
+    assert report.memory.after <= whole.before
+    assert [group.reason for group in report.groups] == [Reason.EXCEEDS_MEMORY]

@@ -318,7 +318,9 @@ def noted(model: nn.Module, found: Iterable[Candidate], *, again: bool) -> Itera
 
 def _holds(model: nn.Module, decided: Candidate) -> bool:
     """Whether layers are as it was decided that they be."""
-    layers = [model.get_submodule(name) for name in decided.layers]
+    modules = dict(model.named_modules())
+    # A product with raw Parameters is no layer as long as it is left alone.
+    layers = [modules[name] for name in decided.layers if name in modules]
     if decided.refusal is None:
         return _as_merged(layers) == (tuple(range(len(layers))),)
     return not any(isinstance(layer, View) for layer in layers)
