@@ -489,3 +489,34 @@ def test_outputs_lie_in_memory_as_they_did_and_tied_names_stay(training: bool) -
     assert [part.stride() for part in fused.module()(x)] == [(4, 1), (4, 1)]
     assert conjoin.verify(program, fused, (x,))
     assert_same(program, conjoin.unfuse(fused))
+
+
+class WiderHeads(nn.Module):
+    """Siblings of two widths, with what is done to them for any batch."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem, self.a, self.b, self.c = (nn.Linear(8, n) for n in (8, 4, 4, 6))
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        h = self.stem(x).relu()
+        return self.a(h).relu(), self.b(h).sigmoid() + self.c(h)[:, :4]
+
+
+@pytest.mark.parametrize("least", [0, 1, 2])
+def test_a_program_from_a_file_is_merged_like_the_one_in_memory(least: int) -> None:
+    model, x = WiderHeads().double().eval(), torch.randn(3, 8, dtype=torch.float64)
+    program = export(model, (x,), dynamic_shapes=({0: Dim("batch", min=least)},))
+    loaded = file_of(program)
+    fused = conjoin.optimize(loaded)
+    assert list(fused.state_dict) == list(conjoin.optimize(program).state_dict)
+    assert len(fused.state_dict) < len(program.state_dict)
+    again = file_of(fused)
+    assert str(fused.range_constraints) == str(again.range_constraints)
+    assert str(fused.range_constraints) == str(loaded.range_constraints)
+    for batch in (1, 2, 5):
+        if batch >= least:
+            input = torch.randn(batch, 8, dtype=torch.float64)
+            assert_close(list(again.module()(input)), list(model(input)))
+    assert conjoin.verify(program, again, (x,))
+    assert_same(file_of(program), conjoin.unfuse(again))

@@ -16,8 +16,10 @@ import torch
 from torch import Tensor, fx
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
+from torch.fx.experimental.symbolic_shapes import ShapeEnv
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
+from torch.utils._sympy.value_ranges import ValueRanges
 
 VALUE = "val"
 """The entry of a node's `meta` that holds its value."""
@@ -59,12 +61,31 @@ def nothing_new(mode: FakeTensorMode) -> Iterator[None]:
     level = log.level
     log.setLevel(logging.ERROR)  # It warns of what is told by the error.
     try:
-        with strict():
+        with strict(), _as_when_exported(env):
             yield
     finally:
         log.setLevel(level)
     if known != (len(env.guards), env.num_deferred_runtime_asserts):
         raise UnknownSizeError("it depends on a size that the program leaves open")
+
+
+@contextlib.contextmanager
+def _as_when_exported(env: ShapeEnv) -> Iterator[None]:
+    """Takes open sizes for 2 or more where the example's are, as `torch.export` does.
+
+    A program from a file only says which sizes it may be called with, 0 and 1 among them.
+    """
+    before = dict(env.var_to_range)
+    hints = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+    for symbol, known in before.items():
+        if known.lower < 2 and symbol in hints and hints[symbol] >= 2:
+            env.var_to_range[symbol] = ValueRanges(2, known.upper)
+    env._update_version_counter()
+    try:
+        yield
+    finally:
+        env.var_to_range.update(before)
+        env._update_version_counter()
 
 
 def operations(
