@@ -8,7 +8,6 @@ from __future__ import annotations
 import argparse
 import copy
 import io
-import logging
 import os
 import sys
 import warnings
@@ -324,10 +323,6 @@ def _device_of(model: nn.Module | ExportedProgram) -> torch.device:
 @contextmanager
 def _wrong_inputs() -> Iterator[None]:
     """The library says in one sentence what is wrong with a model or its inputs."""
-    # PyTorch logs the traceback of an operation that does not run, before it raises.
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
     try:
         with warnings.catch_warnings():
             # PyTorch's own remark on copying an exported program.
@@ -335,8 +330,6 @@ def _wrong_inputs() -> Iterator[None]:
             yield
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error
-    finally:
-        log.setLevel(level)
 
 
 # The process

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 import warnings
 from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
@@ -10,6 +11,8 @@ from io import StringIO
 
 # A foreign exception's text is quoted up to here: enough to recognise it, one line to read.
 MAX_QUOTE = 300
+
+COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
 
 class SavedError(ValueError):
@@ -33,7 +36,10 @@ def quote(error: BaseException) -> str:
     """What an exception says, in one line."""
     if isinstance(error, OSError) and error.strerror:
         return error.strerror.lower()
-    lines = [line.strip() for line in str(error).splitlines() if line.strip()]
+    if type(error).__module__.startswith("torch.onnx") and error.__cause__ is not None:
+        return quote(error.__cause__)  # The error itself only tells which step failed.
+    text = COLOURS.sub("", str(error))
+    lines = [line.strip() for line in text.splitlines() if line.strip()]
     return f"{type(error).__name__}: {lines[0][:MAX_QUOTE]}" if lines else type(error).__name__
 
 

@@ -14,6 +14,7 @@ import dataclasses
 import functools
 import inspect
 import itertools
+import logging
 import math
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from types import FunctionType, MappingProxyType
@@ -169,13 +170,25 @@ class Copy:
             with KeepingTensors(self._own):
                 yield
             return
-        with self._mode, _NoMemory(), KeepingTensors(self._own):
+        with self._mode, _NoMemory(), KeepingTensors(self._own), _unlogged():
             yield
 
     def _argument(self, tensor: Tensor) -> Tensor:
         if self._mode is not None:
             return self._mode.from_tensor(tensor, static_shapes=True)
         return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+@contextlib.contextmanager
+def _unlogged() -> Iterator[None]:
+    """Without PyTorch's log of the traceback of an operation that does not run, which it raises."""
+    log = logging.getLogger("torch._subclasses.fake_tensor")
+    level = log.level
+    log.setLevel(logging.CRITICAL)
+    try:
+        yield
+    finally:
+        log.setLevel(level)
 
 
 class _NoMemory(TorchFunctionMode):
