@@ -594,6 +594,7 @@ def test_policy_and_budget(nets: str, capsys: Capture) -> None:
     ("options", "words"),
     [
         (["--policy", "never"], "invalid choice: 'never'"),
+        (["--policy", "measure"], "--policy measure needs --input"),
         (["--memory-budget", "much", "--input", "4x8"], "much is no size such as 8GiB"),
         (["--memory-budget", "8iB", "--input", "4x8"], "8iB is no size"),
         (["--memory-budget", "2.5", "--input", "4x8"], "2.5 is no size above 0, or no fraction"),

@@ -85,9 +85,9 @@ def optimize(
         TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, `kinds` is
             no tuple of kinds, or `memory_budget` is no number.
         ValueError: the model cannot be copied, or does not run on the example inputs; two of the
-            kinds are for one class; there is no such policy; `memory_budget` is not above 0, is a
-            fraction above 1, or is given without example inputs; or anything but `kinds` is given
-            for an exported program.
+            kinds are for one class; there is no such policy, or no example inputs to measure with;
+            `memory_budget` is not above 0, is a fraction above 1, or is given without example
+            inputs; or anything but `kinds` is given for an exported program.
 
     Example:
         >>> import torch, conjoin
@@ -178,8 +178,9 @@ def report(
         TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, `kinds` is
             no tuple of kinds, or `memory_budget` is no number.
         ValueError: the model cannot be copied, or does not run on the example inputs; two of the
-            kinds are for one class; there is no such policy; or `memory_budget` is not above 0, is
-            a fraction above 1, or is given without example inputs.
+            kinds are for one class; there is no such policy, or no example inputs to measure with;
+            or `memory_budget` is not above 0, is a fraction above 1, or is given without example
+            inputs.
     """
     calls = example_calls(example_inputs, example_kwargs)
     kinds = checked(kinds)
@@ -312,6 +313,11 @@ def _limits(
 ) -> int | None:
     """Checks the policy and the budget, and gives the budget in bytes."""
     check_policy(policy)
+    if policy == "measure" and not calls:
+        raise ValueError(
+            "policy='measure' times groups on tensors like those of a call, and example_inputs "
+            "were not given. Pass example_inputs, the model's arguments as a tuple."
+        )
     if budget is None:
         return None
     check_model(model)

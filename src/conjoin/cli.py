@@ -303,6 +303,8 @@ def _model_and_inputs(options: argparse.Namespace) -> _Inputs:
     specs = input_specs(options.input)
     if not specs and getattr(options, "memory_budget", None) is not None:
         raise UsageError("--memory-budget needs --input, which tells how large the tensors are")
+    if not specs and getattr(options, "policy", None) == "measure":
+        raise UsageError("--policy measure needs --input, which tells what to time layers on")
     model = _load(options)
     if not specs:
         return model, None, None

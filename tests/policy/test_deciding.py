@@ -320,3 +320,9 @@ def test_a_race_that_cannot_be_run_merges_all(x, monkeypatch):
 
     monkeypatch.setattr(race, "run", run)
     assert len(wides(conjoin.optimize(heads(), (x,), policy="measure"))) == 1
+
+
+@pytest.mark.parametrize("look", [conjoin.optimize, conjoin.report])
+def test_nothing_is_measured_without_inputs(look):
+    with pytest.raises(ValueError, match="Pass example_inputs"):
+        look(Mixed(), policy="measure")

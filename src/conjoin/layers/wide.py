@@ -170,15 +170,24 @@ class Wide(nn.Module):
 
     def out_of_step(self) -> dict[int, nn.Module]:
         """The siblings by position, where the buffers or the mode of one are its own affair."""
+        if not self.running:
+            return {}
+        # A loop without functions in it: this runs on every call, and for every view.
+        compiling = torch.compiler.is_compiling()
+        places = {} if compiling else {name: _place(whole) for name, whole in self.running.items()}
         known: dict[int, nn.Module] = {}
         in_step = True
-        for index, reference in self._views.items() if self.running else ():
+        for index, reference in self._views.items():
             view = reference()
-            if view is not None:
-                known[index] = view
-                in_step &= view.training is self.training and _holds(view, self._lent[index])
+            if view is None:
+                continue
+            known[index] = view
+            in_step &= view.training is self.training
+            buffers = view._buffers
+            for name, held in self._lent[index].items():
+                in_step &= buffers.get(name) is held
                 # Where a buffer lies Dynamo does not know; see `borrowed`.
-                in_step &= torch.compiler.is_compiling() or self._is_lent(index)
+                in_step &= compiling or held.untyped_storage()._cdata == places[name]
         return {} if in_step else known
 
     def borrowed(self) -> dict[str, Tensor]:
@@ -202,10 +211,8 @@ class Wide(nn.Module):
 
     def _is_lent(self, index: int) -> bool:
         """Whether the buffers of a sibling lie where the running ones are, also after `.data =`."""
-        return all(
-            part.untyped_storage()._cdata == self.running[name].untyped_storage()._cdata
-            for name, part in self._lent[index].items()
-        )
+        lent = self._lent[index].items()
+        return all(_place(part) == _place(self.running[name]) for name, part in lent)
 
     def converted_running(self, view: nn.Module, index: int) -> dict[str, Tensor]:
         """The buffers for a sibling after a conversion; none where it had replaced one."""
@@ -1004,6 +1011,11 @@ def release(view: View) -> nn.Module:
     for part in lent:
         part.bound()
     return layer
+
+
+def _place(tensor: Tensor) -> int:
+    """The storage that a tensor lies in."""
+    return int(tensor.untyped_storage()._cdata)
 
 
 def _starts(sizes: Sequence[int]) -> list[int]:
