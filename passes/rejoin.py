@@ -20,6 +20,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
 from conjoin.graph import bundles, edit, elementwise, hazards, strides
+from conjoin.graph.meta import EXAMPLE
 from conjoin.graph.rewriting import Rewrite
 
 PRODUCTS: Mapping[Callable[..., Any], int] = {
@@ -130,7 +131,7 @@ def _elsewhere(graph: fx.Graph) -> Callable[[fx.Node], bool]:
 
     def is_elsewhere(node: fx.Node) -> bool:
         changed = node.all_input_nodes[0]
-        value = changed.meta.get("example_value")
+        value = changed.meta.get(EXAMPLE)
         whole = isinstance(value, Tensor) and value.dtype in WHOLE
         return whole and None not in read and _storage(changed) not in read
 
@@ -139,7 +140,7 @@ def _elsewhere(graph: fx.Graph) -> Callable[[fx.Node], bool]:
 
 def _storage(node: fx.Node) -> int | None:
     """What a node's value lies in; None where that is not known."""
-    value = node.meta.get("example_value")
+    value = node.meta.get(EXAMPLE)
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
@@ -178,7 +179,7 @@ def _follows(first: Product, second: Product) -> bool:
 
 def _memory_format(node: fx.Node) -> torch.memory_format | None:
     """How the value of a node lies in memory; None where that is not known."""
-    value = node.meta.get("example_value")
+    value = node.meta.get(EXAMPLE)
     if not isinstance(value, Tensor):
         return None
     ranks = {torch.channels_last: 4, torch.channels_last_3d: 5}
@@ -198,7 +199,7 @@ def _as_slices(
 ) -> Sequence[Product]:
     """The same products without copies, where nobody could tell a part from a tensor of its own."""
     formats = {product.copied for product in run}
-    example = run[0].node.meta.get(strides.VALUE)
+    example = run[0].node.meta.get(EXAMPLE)
     memory_format = run[0].copied
     if len(formats) > 1 or memory_format is None or not isinstance(example, Tensor):
         return run
@@ -213,7 +214,7 @@ def _as_slices(
     if found is None:
         return run
     for node, value in found.items():
-        node.meta[strides.VALUE] = value
+        node.meta[EXAMPLE] = value
     return [dataclasses.replace(product, copied=None) for product in run]
 
 
@@ -233,7 +234,7 @@ def _join(graph: fx.Graph, run: Sequence[Product]) -> None:
             part if product.copied is None else _copy(graph, part, product.copied)
             for part, product in zip(parts, run, strict=True)
         ]
-    whole.meta = {key: value for key, value in first.meta.items() if key != "example_value"}
+    whole.meta = {key: value for key, value in first.meta.items() if key != EXAMPLE}
     bundles.substitute(graph, nodes, outputs)
     for product in run:
         for slice in (product.weight, product.bias):
@@ -250,7 +251,7 @@ def _rows(graph: fx.Graph, slices: Sequence[Slice]) -> fx.Node:
     """The rows of slices that follow on one another; the tensor itself where that is all of it."""
     whole, start = slices[0].whole, slices[0].start
     size = sum(each.size for each in slices)
-    value = whole.meta.get("example_value")
+    value = whole.meta.get(EXAMPLE)
     if isinstance(value, Tensor) and value.shape[0] == size:
         return whole
     return graph.call_method("narrow", (whole, 0, start, size))

@@ -48,13 +48,17 @@ class Slow(torch.nn.Module):
 """
 
 
+def module_of(source: str, folder: Path, monkeypatch: pytest.MonkeyPatch) -> str:
+    """A module in a folder, which is the current one then, of a name that no other test uses."""
+    name = f"nets_{folder.name}"
+    (folder / f"{name}.py").write_text(source)
+    monkeypatch.chdir(folder)
+    return name
+
+
 @pytest.fixture
 def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    """A module in the current folder, of a name that no other test uses."""
-    name = f"nets_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(NETS)
-    monkeypatch.chdir(tmp_path)
-    return name
+    return module_of(NETS, tmp_path, monkeypatch)
 
 
 @pytest.fixture

@@ -7,7 +7,7 @@ from typing import Any
 import onnxruntime
 import pytest
 import torch
-from test_cli import Capture, fail, succeed
+from test_cli import Capture, fail, module_of, succeed
 from torch import nn
 
 import conjoin
@@ -61,10 +61,7 @@ def double():
 
 @pytest.fixture
 def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
-    name = f"exported_nets_{tmp_path.name}"
-    (tmp_path / f"{name}.py").write_text(NETS)
-    monkeypatch.chdir(tmp_path)
-    return name
+    return module_of(NETS, tmp_path, monkeypatch)
 
 
 @pytest.fixture
@@ -226,8 +223,28 @@ def test_what_trial_runs_change_is_not_in_the_file(
     assert torch.export.load("out.pt2").state_dict["steps"] == 0
 
 
-def test_a_program_in_training_mode_is_refused(capsys: Capture, nets: str) -> None:
-    model = nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)).train()
+class WithoutGradients(nn.Module):
+    """A normalization in a part of the program that runs in another mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.norm, self.layer = nn.BatchNorm1d(8), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        with torch.no_grad():
+            x = self.norm(x)
+        y: torch.Tensor = self.layer(x)
+        return y
+
+
+@pytest.mark.parametrize(
+    "model",
+    [nn.Sequential(nn.Linear(8, 4), nn.BatchNorm1d(4), nn.Dropout(0.5)), WithoutGradients()],
+    ids=["plainly", "within"],
+)
+def test_a_program_in_training_mode_is_refused(
+    capsys: Capture, nets: str, model: nn.Module
+) -> None:
     torch.export.save(torch.export.export(model, (torch.randn(3, 8),)), "trained.pt2")
     message = fail(capsys, "export", "trained.pt2", "-o", "out.pt2")
     assert "was exported in training mode" in message

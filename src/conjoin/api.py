@@ -216,7 +216,7 @@ def _report_program(program: ExportedProgram, calls: list[Call], kinds: tuple[Ki
         calls = [plain.example_inputs]
     inputs, kwargs = calls[0] if calls else (None, None)
     module = lift(plain.module(check_guards=False))
-    found = report(module, inputs, example_kwargs=kwargs, policy="always")
+    found = report(module, inputs, example_kwargs=kwargs, kinds=kinds, policy="always")
     merged = programs.merged_layers(fused)
     groups = tuple(each for group in found.groups for each in _in_program(group, merged))
     if not calls:

@@ -10,7 +10,6 @@ import copy
 import io
 import os
 import sys
-import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import NoReturn, get_args
@@ -21,7 +20,7 @@ from torch.export import ExportedProgram
 
 import conjoin
 from conjoin import exporting, saved
-from conjoin.foreign import SavedError
+from conjoin.foreign import SavedError, unremarked
 from conjoin.options import UsageError, arguments, budget, example, input_specs
 from conjoin.policy.cost import Policy
 
@@ -326,9 +325,7 @@ def _device_of(model: nn.Module | ExportedProgram) -> torch.device:
 def _wrong_inputs() -> Iterator[None]:
     """The library says in one sentence what is wrong with a model or its inputs."""
     try:
-        with warnings.catch_warnings():
-            # PyTorch's own remark on copying an exported program.
-            warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
+        with unremarked():
             yield
     except (ValueError, TypeError) as error:
         raise UsageError(str(error)) from error

@@ -133,8 +133,8 @@ def count(
     kinds: tuple[Kind, ...],
 ) -> Counts:
     """The launches of a call of the model, plain and optimized."""
-    counted = on_copies(model, lambda copied: _count_on(copied, call, found, sightings, kinds))
-    return counted or Counts()
+    counts = on_copies(model, lambda copied: _count_on(copied, call, found, sightings, kinds))
+    return counts or Counts()
 
 
 def uncounted(
@@ -194,8 +194,8 @@ def _count_apart(
     """The launches where no forward is rewritten, within the layers of groups."""
     Merger(apart.model, kinds, sightings, found).merge_all(found)
     names = {name for layers in groups for name in layers}
-    counted = apart.count(call, _named(apart.model, names), _products(apart.model, names))
-    return Counted(counted.count, {**dict.fromkeys(names, 0), **(counted.by_layer or {})})
+    made = apart.count(call, _named(apart.model, names), _products(apart.model, names))
+    return Counted(made.count, {**dict.fromkeys(names, 0), **(made.by_layer or {})})
 
 
 def _named(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:

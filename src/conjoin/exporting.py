@@ -15,7 +15,8 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor, fx, nn
+from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
@@ -23,6 +24,7 @@ import conjoin
 from conjoin import outcome
 from conjoin.foreign import SavedError, foreign, quiet
 from conjoin.saved import placing
+from conjoin.tracing.exported import arguments_by_schema
 from conjoin.tracing.observe import Call
 from conjoin.tracing.undisturbed import KeepingTensors, start_streams, undisturbed
 
@@ -122,14 +124,10 @@ def export(
 
 def _is_training(program: ExportedProgram) -> bool:
     """Whether an operation of a program is written as in training mode."""
-    for node in program.graph.nodes:
-        schema = getattr(node.target, "_schema", None)
-        for position, argument in enumerate(schema.arguments if schema is not None else ()):
-            if argument.name in ("training", "train"):
-                given = [*node.args[position : position + 1], node.kwargs.get(argument.name)]
-                if True in given:
-                    return True
-    return False
+    graphs = (m.graph for m in program.graph_module.modules() if isinstance(m, fx.GraphModule))
+    operations = (n for graph in graphs for n in graph.nodes if isinstance(n.target, OpOverload))
+    given = map(arguments_by_schema, operations)
+    return any(each.get("training") is True or each.get("train") is True for each in given)
 
 
 def _merged(program: ExportedProgram, wide: ExportedProgram) -> str:

@@ -61,3 +61,23 @@ def quiet(*, prints: bool = False) -> Iterator[None]:
             yield
     finally:
         logging.disable(before)
+
+
+@contextmanager
+def quieter(name: str, level: int) -> Iterator[None]:
+    """Hold back what one of PyTorch's loggers tells below a level: what we raise says it."""
+    log = logging.getLogger(name)
+    before = log.level
+    log.setLevel(level)
+    try:
+        yield
+    finally:
+        log.setLevel(before)
+
+
+@contextmanager
+def unremarked() -> Iterator[None]:
+    """Hold back PyTorch's remark on its own tree specifications, made when a program is copied."""
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
+        yield

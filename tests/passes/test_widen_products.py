@@ -244,12 +244,7 @@ def test_weights_with_a_row_for_each_output(name):
     widths = (4, 4) if name == "viewed" else (4, 3)  # What is viewed is one of a stack.
     model = pair(ROWS_FIRST[name], a=(widths[0], 6), b=(widths[1], 6))
     fused = assert_one_product(model, ROWS)
-    for wrong, x in WRONG.items():
-        ours, theirs = (outcome(each, x) for each in (fused, model))
-        if isinstance(theirs, str):
-            assert ours == theirs, wrong
-        else:
-            torch.testing.assert_close(ours, theirs)
+    assert_same_outcomes(fused, model, WRONG)
 
 
 class Quartet(Pair):
@@ -276,12 +271,7 @@ def test_addmm():
 
     model = Own((6, 4), (6, 4), (4,), (4,))
     fused = assert_one_product(model, ROWS)
-    for wrong, x in WRONG.items():
-        ours, theirs = (outcome(each, x) for each in (fused, model))
-        if isinstance(theirs, str):
-            assert ours == theirs, wrong
-        else:
-            torch.testing.assert_close(ours, theirs)
+    assert_same_outcomes(fused, model, WRONG)
 
 
 def test_addmm_with_a_bias_that_is_broadcast():
@@ -300,12 +290,8 @@ def test_convolutions(name):
     x, forward, a, b = CONVOLUTIONS[name]
     model = pair(forward, a=a, b=b)
     fused = assert_one_product(model, x)
-    for wrong in (x[:, :2], x[0], x[0, 0], x.float(), x[..., :1], x[:0]):
-        ours, theirs = (outcome(each, wrong) for each in (fused, model))
-        if isinstance(theirs, str):
-            assert ours == theirs
-        else:
-            torch.testing.assert_close(ours, theirs)
+    wrong = x[:, :2], x[0], x[0, 0], x.float(), x[..., :1], x[:0]
+    assert_same_outcomes(fused, model, dict(enumerate(wrong)))
 
 
 def test_convolutions_go_on_together():
@@ -555,12 +541,7 @@ def test_other_inputs_give_what_they_gave(forward):
     model = pair({**FORWARDS, **LINEAR}[forward], **shapes)
     fused = conjoin.optimize(model, (X,))
     assert is_fused(fused)
-    for name, x in WRONG.items():
-        ours, theirs = (outcome(each, x) for each in (fused, model))
-        if isinstance(theirs, str):
-            assert ours == theirs, name
-        else:
-            torch.testing.assert_close(ours, theirs)
+    assert_same_outcomes(fused, model, WRONG)
 
 
 def outcome(model, x):
@@ -569,6 +550,16 @@ def outcome(model, x):
         return [part.detach() for part in model(x)]
     except Exception as error:  # noqa: BLE001 - Whatever PyTorch raises, it is the same.
         return f"{type(error)}: {error}"
+
+
+def assert_same_outcomes(fused, model, inputs):
+    """For each of some inputs the same values, or the same error."""
+    for name, x in inputs.items():
+        ours, theirs = (outcome(each, x) for each in (fused, model))
+        if isinstance(theirs, str):
+            assert ours == theirs, name
+        else:
+            torch.testing.assert_close(ours, theirs)
 
 
 @pytest.mark.parametrize("forward", ["matmul", "mm", "tensordot", "einsum", "linear"])

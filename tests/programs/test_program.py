@@ -520,3 +520,10 @@ def test_a_program_from_a_file_is_merged_like_the_one_in_memory(least: int) -> N
             assert_close(list(again.module()(input)), list(model(input)))
     assert conjoin.verify(program, again, (x,))
     assert_same(file_of(program), conjoin.unfuse(again))
+
+
+def test_a_report_of_a_program_looks_for_the_kinds_that_it_is_given() -> None:
+    program = export(WiderHeads(), (torch.randn(3, 8),))
+    convolutions = tuple(kind for kind in conjoin.KINDS if "Conv" in kind.name)
+    assert conjoin.report(program).groups
+    assert not conjoin.report(program, kinds=convolutions).groups

@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
+from conjoin.graph.meta import VALUE
 from conjoin.layers.kind import FORWARDS
 from conjoin.layers.product import Product
 from conjoin.layers.wide import View, Wide
@@ -424,7 +425,7 @@ def _cuts_behind(node: fx.Node, view: fx.Node, dim: int) -> bool:
 
     What lies along that one and behind it lies together, also in a slice.
     """
-    before, after = node.meta.get("val"), view.meta.get("val")
+    before, after = node.meta.get(VALUE), view.meta.get(VALUE)
     if called(view) != "view" or not (isinstance(before, Tensor) and isinstance(after, Tensor)):
         return False
     front = before.dim() + dim

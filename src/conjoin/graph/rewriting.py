@@ -16,6 +16,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
+from conjoin.graph.meta import VALUE
 from conjoin.layers.wide import views
 from conjoin.tracing.undisturbed import KeepingTensors
 
@@ -109,7 +110,7 @@ def finish(graph_module: fx.GraphModule, before: Collection[fx.Node]) -> None:
 
 def _recompute(graph_module: fx.GraphModule) -> None:
     """Computes the fake values of all nodes, if the inputs have any."""
-    inputs = [n.meta.get("val") for n in graph_module.graph.nodes if n.op == "placeholder"]
+    inputs = [n.meta.get(VALUE) for n in graph_module.graph.nodes if n.op == "placeholder"]
     mode = next((each.fake_mode for each in inputs if isinstance(each, FakeTensor)), None)
     if mode is None or any(each is None for each in inputs):
         return

@@ -19,9 +19,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from conjoin.graph import hazards
-
-VALUE = "example_value"
-"""The entry of a node's `meta` in which Dynamo holds a fake tensor."""
+from conjoin.graph.meta import EXAMPLE
 
 
 def followed(
@@ -49,12 +47,12 @@ def followed(
         if node.op == "call_function" and not hazards.of_torch(node.target):
             return None
         value = _computed(node, found)
-        if value is None or not _is_alike(value, node.meta[VALUE]):
+        if value is None or not _is_alike(value, node.meta[EXAMPLE]):
             return None
         shared = _aliases(value, found, inputs)
-        if shared != _aliases(node.meta[VALUE], {}, inputs):
+        if shared != _aliases(node.meta[EXAMPLE], {}, inputs):
             return None
-        if any(shared) or _layout(value) != _layout(node.meta[VALUE]):
+        if any(shared) or _layout(value) != _layout(node.meta[EXAMPLE]):
             found[node] = value
     return found
 
@@ -72,10 +70,10 @@ def quietly(value: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _computed(node: fx.Node, found: Mapping[fx.Node, Any]) -> Any:
     """What a node gives for the values as they lie now; None where that is not known."""
-    if VALUE not in node.meta or any(VALUE not in n.meta for n in node.all_input_nodes):
+    if EXAMPLE not in node.meta or any(EXAMPLE not in n.meta for n in node.all_input_nodes):
         return None
     args, kwargs = map_arg(
-        (node.args, node.kwargs), lambda input: found.get(input, input.meta[VALUE])
+        (node.args, node.kwargs), lambda input: found.get(input, input.meta[EXAMPLE])
     )
     try:
         if node.op == "call_method":
@@ -106,6 +104,6 @@ def _aliases(value: Any, found: Mapping[fx.Node, Any], inputs: list[fx.Node]) ->
     held = {
         tensor.untyped_storage()._cdata
         for input in inputs
-        for tensor in _tensors(found.get(input, input.meta[VALUE]))
+        for tensor in _tensors(found.get(input, input.meta[EXAMPLE]))
     }
     return [tensor.untyped_storage()._cdata in held for tensor in _tensors(value)]

@@ -21,8 +21,8 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges
 
-VALUE = "val"
-"""The entry of a node's `meta` that holds its value."""
+from conjoin.foreign import quieter
+from conjoin.graph.meta import VALUE
 
 
 class UnknownSizeError(ValueError):
@@ -57,14 +57,10 @@ def nothing_new(mode: FakeTensorMode) -> Iterator[None]:
         return
     known = len(env.guards), env.num_deferred_runtime_asserts
     strict = getattr(env, "error_on_new_guards", contextlib.nullcontext)  # Of PyTorch 2.13.
-    log = logging.getLogger("torch.fx.experimental.symbolic_shapes")
-    level = log.level
-    log.setLevel(logging.ERROR)  # It warns of what is told by the error.
-    try:
-        with strict(), _as_when_exported(env):
-            yield
-    finally:
-        log.setLevel(level)
+    # It warns of what is told by the error.
+    unlogged = quieter("torch.fx.experimental.symbolic_shapes", logging.ERROR)
+    with strict(), _as_when_exported(env), unlogged:
+        yield
     if known != (len(env.guards), env.num_deferred_runtime_asserts):
         raise UnknownSizeError("it depends on a size that the program leaves open")
 

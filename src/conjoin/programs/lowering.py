@@ -23,6 +23,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from conjoin.graph import edit
+from conjoin.graph.meta import VALUE
 from conjoin.layers.kind import TENSORS
 from conjoin.layers.owner import Owner
 from conjoin.layers.product import SUFFIX
@@ -165,7 +166,7 @@ class Lowering:
             elif slice.whole not in self.wholes:
                 name = re.sub(r"\W", "_", f"{node.name[:2]}{slice.whole}").lower()
                 self.wholes[slice.whole] = made = self.graph.placeholder(self._fresh(name))
-                made.meta[fakes.VALUE] = fakes.faked(self._mode, slice.tensor)
+                made.meta[VALUE] = fakes.faked(self._mode, slice.tensor)
 
     def _stays(self, node: fx.Node) -> bool:
         """Whether a node is one of the program's."""
@@ -192,14 +193,14 @@ class Lowering:
 
     def _look_at(self, node: fx.Node, origin: fx.Node) -> None:
         """Computes the value of a node anew that reads what lies in another way than it did."""
-        before = [fakes.layout(each.meta.get(fakes.VALUE)) for each in origin.all_input_nodes]
-        after = [fakes.layout(each.meta.get(fakes.VALUE)) for each in node.all_input_nodes]
+        before = [fakes.layout(each.meta.get(VALUE)) for each in origin.all_input_nodes]
+        after = [fakes.layout(each.meta.get(VALUE)) for each in node.all_input_nodes]
         simple = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
         if before == after or not simple or "unbacked_bindings" in node.meta:
             return
         try:
             with fakes.nothing_new(self._mode):
-                node.meta[fakes.VALUE] = fakes.computed(self._mode, node)
+                node.meta[VALUE] = fakes.computed(self._mode, node)
         except Exception as error:
             raise LoweringError(self._behind(node), f"{node} would fail: {error}") from error
 
@@ -258,7 +259,7 @@ class Lowering:
             filled = [known[each] if isinstance(each, fx.Node) else each for each in leaves]
             return function(*pytree.tree_unflatten(filled, structure))
 
-        traced = fakes.operations(self._mode, run, [each.meta[fakes.VALUE] for each in read])
+        traced = fakes.operations(self._mode, run, [each.meta[VALUE] for each in read])
         inputs = iter(read)
         at: dict[fx.Node, fx.Node] = {}
         result: Any = None

@@ -23,8 +23,10 @@ from torch.export.graph_signature import (
     TensorArgument,
 )
 
+from conjoin.foreign import unremarked
 from conjoin.graph import edit
 from conjoin.graph.congruence import INPUTS, Inputs
+from conjoin.graph.meta import VALUE
 from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Sightings
 from conjoin.layers import KINDS, Kind
@@ -32,7 +34,6 @@ from conjoin.legality import Reason, Refusal
 from conjoin.merging import MERGER, Merger
 from conjoin.passes import rewrite_traced
 from conjoin.programs import fakes, record
-from conjoin.programs.fakes import VALUE
 from conjoin.programs.lowering import Lowering, LoweringError, Slice, called_apart, slices
 from conjoin.programs.raised import HELD, ROOT, Raised, aliases, held, raised
 from conjoin.programs.record import RECORD, Restoration, UnrecordableError
@@ -232,8 +233,7 @@ def _changed(program: ExportedProgram) -> Iterator[str]:
 
 def duplicate(value: Value) -> Value:
     """A deep copy, without what PyTorch remarks on its own tree specifications."""
-    with warnings.catch_warnings():
-        warnings.filterwarnings("ignore", r"`isinstance\(treespec", FutureWarning)
+    with unremarked():
         return copy.deepcopy(value)
 
 

@@ -23,6 +23,7 @@ from torch.export.graph_signature import InputKind, InputSpec, TensorArgument
 from torch.fx.node import map_arg
 
 from conjoin.graph import edit
+from conjoin.graph.meta import VALUE
 from conjoin.programs import fakes
 from conjoin.programs.lowering import Slice
 from conjoin.programs.raised import aliases, held
@@ -268,9 +269,7 @@ class Restoration:
         name, target = node["name"], node["target"]
         made = self._nodes[name] = self.graph.placeholder(name)
         made.meta = _known(node["meta"])
-        made.meta[fakes.VALUE] = fakes.faked(
-            self._mode, self.tensors[self._also.get(target, target)]
-        )
+        made.meta[VALUE] = fakes.faked(self._mode, self.tensors[self._also.get(target, target)])
         kind = InputKind[node["kind"]]
         spec = InputSpec(kind, TensorArgument(name), target, node["persistent"])
         self.specs.append(spec)
@@ -281,7 +280,7 @@ class Restoration:
         made = self.graph.call_function(target, args, kwargs)
         made.name = node["name"]
         made.meta = _known(node["meta"])
-        made.meta[fakes.VALUE] = fakes.computed(self._mode, made)
+        made.meta[VALUE] = fakes.computed(self._mode, made)
         self._nodes[node["name"]] = made
 
 

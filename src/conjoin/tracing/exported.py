@@ -19,6 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from conjoin.graph import edit
+from conjoin.graph.meta import VALUE
 from conjoin.layers.kind import TENSORS
 from conjoin.layers.owner import Held
 
@@ -116,9 +117,8 @@ OPERATORS: Mapping[Any, Callable[..., Any]] = {
 Origins = dict[fx.Node, tuple[fx.Node, ...]]
 """For each node that was made, the nodes that it stands for, the one that gave its value last."""
 
-
-OF_A_MODE = (aten.batch_norm.default, aten.instance_norm.default, aten.dropout.default)
-"""Operations in which it is written whether they are in training mode."""
+OF_A_MODE = (aten.batch_norm.default, aten.instance_norm.default)
+"""Operations of layers in which it is written whether they are in training mode."""
 
 
 def lift(module: fx.GraphModule) -> fx.GraphModule:
@@ -157,7 +157,7 @@ def raise_(module: fx.GraphModule, *, fixed: bool = True) -> Origins:
             continue
         with module.graph.inserting_before(node):
             if name := _called_layer(module, node, calls, counts):
-                made = module.graph.call_module(name, (_input(_arguments(node)),))
+                made = module.graph.call_module(name, (_input(arguments_by_schema(node)),))
             elif found := _function(node):
                 made = module.graph.call_function(*found)
             else:
@@ -178,7 +178,7 @@ def _function(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[
     if node.target in OPERATORS:
         return None if node.kwargs else (OPERATORS[node.target], node.args, {})
     if node.target in (aten.layer_norm.default, aten.rms_norm.default):
-        given = _arguments(node)
+        given = arguments_by_schema(node)
         if given["weight"] is not None or given.get("bias") is not None:
             return None
         function = F.layer_norm if "bias" in given else F.rms_norm
@@ -203,11 +203,11 @@ def _called_layer(
     cls = LAYERS.get(operation) or TRACKING.get(operation, {}).get(_rank(node))
     if cls is None:
         return ""
-    arguments = _arguments(node)
-    name = _owner(module, arguments)
+    given = arguments_by_schema(node)
+    name = _owner(module, given)
     if not name or (_trains(node) and not counts.get(name)):
         return ""
-    settings = _settings(arguments)
+    settings = _settings(given)
     if name not in calls and type(module.get_submodule(name)) not in HOLDERS:
         return ""
     if name not in calls:
@@ -218,13 +218,13 @@ def _called_layer(
 
 def _rank(node: fx.Node) -> int:
     """The number of dimensions of a node's value; 0 where it is not known."""
-    value = node.meta.get("val")
+    value = node.meta.get(VALUE)
     return value.dim() if isinstance(value, Tensor) else 0
 
 
 def _trains(node: fx.Node) -> bool:
     """Whether a node is a BatchNorm in training, which counts its calls."""
-    return node.target is aten.batch_norm.default and bool(_arguments(node)["training"])
+    return node.target is aten.batch_norm.default and bool(arguments_by_schema(node)["training"])
 
 
 def _counts(module: fx.GraphModule) -> dict[str, list[fx.Node]]:
@@ -240,9 +240,8 @@ def _counts(module: fx.GraphModule) -> dict[str, list[fx.Node]]:
                 counting.setdefault(name, []).append(node)
             read |= {name} if node.users else set()
         elif node.op == "call_function" and _trains(node):
-            running[
-                str(getattr(_arguments(node)["weight"], "target", "")).removesuffix(".weight")
-            ] += 1
+            weight = getattr(arguments_by_schema(node)["weight"], "target", "")
+            running[str(weight).removesuffix(".weight")] += 1
     return {
         name: sorted(nodes)
         for name, nodes in counting.items()
@@ -254,7 +253,7 @@ def _counts_one(node: fx.Node, counter: fx.Node) -> bool:
     return node.target is aten.add_.Tensor and node.args == (counter, 1) and not node.kwargs
 
 
-def _arguments(node: fx.Node) -> dict[str, Any]:
+def arguments_by_schema(node: fx.Node) -> dict[str, Any]:
     """The arguments of an operation by name, with the defaults of its schema."""
     schema = OF_TORCH.get(node.target, node.target)._schema
     given = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)}

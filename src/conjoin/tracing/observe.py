@@ -27,6 +27,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMo
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from conjoin.foreign import quieter
 from conjoin.graph import hazards
 from conjoin.graph.site import Shapes, Sightings, Site, Untraced
 from conjoin.launches import Counted, count_layers
@@ -170,25 +171,15 @@ class Copy:
             with KeepingTensors(self._own):
                 yield
             return
-        with self._mode, _NoMemory(), KeepingTensors(self._own), _unlogged():
+        # PyTorch logs the traceback of an operation that does not run, before it raises.
+        unlogged = quieter("torch._subclasses.fake_tensor", logging.CRITICAL)
+        with self._mode, _NoMemory(), KeepingTensors(self._own), unlogged:
             yield
 
     def _argument(self, tensor: Tensor) -> Tensor:
         if self._mode is not None:
             return self._mode.from_tensor(tensor, static_shapes=True)
         return tensor.detach().clone().requires_grad_(tensor.requires_grad)
-
-
-@contextlib.contextmanager
-def _unlogged() -> Iterator[None]:
-    """Without PyTorch's log of the traceback of an operation that does not run, which it raises."""
-    log = logging.getLogger("torch._subclasses.fake_tensor")
-    level = log.level
-    log.setLevel(logging.CRITICAL)
-    try:
-        yield
-    finally:
-        log.setLevel(level)
 
 
 class _NoMemory(TorchFunctionMode):
