@@ -410,8 +410,14 @@ def _whole(module: nn.Module) -> set[Wide]:
 
 
 def covered(module: nn.Module) -> set[Wide]:
-    """Those among them that are in a region within the module."""
-    return set().union(*map(_whole, _regions(module)))
+    """The wide layers that a rewritten forward of a region within the module runs."""
+    return {
+        cast(Wide, region.get_submodule(path))
+        for region in _regions(module)
+        for variants in vars(region)[PLAN].variants.values()
+        for variant in variants
+        for path in variant.traced.wide
+    }
 
 
 def _structures(calls: Mapping[str, Mapping[Structure, Alike]] | None, name: str) -> _Structures:
