@@ -20,7 +20,10 @@ from conjoin.graph.bundles import batched
 from conjoin.graph.parts import Separation
 from conjoin.graph.rewriting import Rewrite
 from conjoin.layers import activation
-from conjoin.layers.wide import View, Wide, release, unmark, wides
+from conjoin.layers.enclosing import unmark
+from conjoin.layers.releasing import release
+from conjoin.layers.view import View, wides
+from conjoin.layers.wide import Wide
 
 
 class Separate(Rewrite):
@@ -53,4 +56,4 @@ def _release(graph_module: fx.GraphModule, wide: Wide, names: Iterable[str]) -> 
         if isinstance(view, View):
             release(view)
     for module in graph_module.modules():
-        unmark(module, wide)
+        unmark(module, wide.identity)

@@ -20,7 +20,8 @@ from conjoin.graph import bundles, channelwise, edit, elementwise, hazards
 from conjoin.graph.bundles import Bundle
 from conjoin.graph.rewriting import Rewrite
 from conjoin.layers import norm_of
-from conjoin.layers.wide import WIDE, View, Wide
+from conjoin.layers.view import View
+from conjoin.layers.wide import WIDE, Wide
 from conjoin.merging import Merger, merger_of, norm_key
 
 

@@ -27,7 +27,8 @@ from conjoin.graph import bundles, congruence, edit, hazards, joints, order
 from conjoin.graph.bundles import Bundle
 from conjoin.graph.rewriting import Rewrite
 from conjoin.layers import Kind, Norm
-from conjoin.layers.wide import WIDE, View
+from conjoin.layers.view import View
+from conjoin.layers.wide import WIDE
 from conjoin.merging import Merger, layer_key, merger_of, norm_key
 
 

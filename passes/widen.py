@@ -21,7 +21,8 @@ from conjoin.graph.siblings import among
 from conjoin.graph.site import Sightings, Site
 from conjoin.layers import kind_of
 from conjoin.layers.product import SUFFIX
-from conjoin.layers.wide import WIDE, View, Wide
+from conjoin.layers.view import View
+from conjoin.layers.wide import WIDE, Wide
 from conjoin.merging import Merger, layer_key, merger_of, norm_key
 
 FORESIGHT = 8

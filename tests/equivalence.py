@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from conjoin.layers.product import Product
-from conjoin.layers.wide import views
+from conjoin.layers.view import views
 
 TOLERANCE = {
     torch.float64: 1e-9,

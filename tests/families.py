@@ -10,7 +10,8 @@ import torch
 from torch import Tensor, nn
 
 from conjoin.layers import kind_of
-from conjoin.layers.wide import Wide, fuse
+from conjoin.layers.fusing import fuse
+from conjoin.layers.wide import Wide
 
 WIDTHS = {"two": (3, 3), "three": (2, 5, 1), "four": (2, 2, 2, 2), "five": (2, 3, 1, 4, 2)}
 """How many siblings of which widths: equal and different, odd and even in number."""

@@ -8,7 +8,8 @@ import torch
 from equivalence import assert_close, assert_same_state, assert_same_step, step
 from torch import Tensor, fx, nn
 
-from conjoin.layers.wide import release, views
+from conjoin.layers.releasing import release
+from conjoin.layers.view import views
 from conjoin.passes import rewrite
 
 NAMES = "abc"

@@ -16,7 +16,7 @@ from families import wide_runs
 from torch import nn
 
 import conjoin
-from conjoin.layers.wide import View, views
+from conjoin.layers.view import View, views
 
 
 class VAE(nn.Module):

@@ -245,7 +245,7 @@ def test_nothing_moves_into_another_mode(mode):
     plain = Modes(mode)
     x = torch.randn(3, 4)
     fused = copy.deepcopy(plain)
-    conjoin.layers.wide.fuse(conjoin.layers.kind_of(fused.a), [fused.a, fused.b], fused)
+    conjoin.layers.fusing.fuse(conjoin.layers.kind_of(fused.a), [fused.a, fused.b], fused)
     inner = Inner("eager")
     compiled = compiled_by(fused, inner)
     for ours, theirs in zip(compiled(x), plain(x), strict=True):
@@ -412,7 +412,7 @@ def test_parts_are_copied_only_where_somebody_could_tell(read, copies):
     model = Read(read).double()
     calls = [(torch.randn(n, 4).double(),) for n in (3, 5, 7)]
     fused = copy.deepcopy(model)
-    conjoin.layers.wide.fuse(conjoin.layers.kind_of(fused.a), [fused.a, fused.b], fused)
+    conjoin.layers.fusing.fuse(conjoin.layers.kind_of(fused.a), [fused.a, fused.b], fused)
     inner = Inner()
     compiled = compiled_by(fused, inner, fullgraph=True)
     for args in calls:

@@ -8,7 +8,7 @@ from equivalence import assert_close
 from torch import distributed, nn
 
 import conjoin
-from conjoin.layers.wide import wides
+from conjoin.layers.view import wides
 
 pytestmark = pytest.mark.skipif(not distributed.is_available(), reason="no torch.distributed")
 

@@ -31,7 +31,8 @@ from torch import Tensor, nn
 
 import conjoin
 from conjoin.layers import KINDS, lockstep
-from conjoin.layers.wide import Wide, views
+from conjoin.layers.view import views
+from conjoin.layers.wide import Wide
 from conjoin.tracing.regions import Region
 
 pytestmark = pytest.mark.filterwarnings("ignore")

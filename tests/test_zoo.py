@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from zoo import FILES, ZOO, Specimen
 
 import conjoin
-from conjoin.layers.wide import views
+from conjoin.layers.view import views
 
 pytestmark = pytest.mark.zoo
 

@@ -19,7 +19,7 @@ from conjoin.graph.siblings import Candidate, candidates, in_order
 from conjoin.graph.site import Sightings, Untraced
 from conjoin.launches import Launches
 from conjoin.layers import KINDS, Kind, checked
-from conjoin.layers.wide import views
+from conjoin.layers.view import views
 from conjoin.legality import Reason
 from conjoin.memory import Memory
 from conjoin.policy.budget import Need, fit

@@ -10,8 +10,10 @@ from conjoin.graph.depth import Depths
 from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Sightings
 from conjoin.layers import Kind, activation
+from conjoin.layers.enclosing import unmark
 from conjoin.layers.owner import reclaim
-from conjoin.layers.wide import release, unmark, views
+from conjoin.layers.releasing import release
+from conjoin.layers.view import views
 from conjoin.merging import MERGER, Merger
 from conjoin.policy.deciding import DECIDED, leave_apart
 from conjoin.tracing import graph_modules, regions

@@ -21,8 +21,10 @@ from torch.optim import Optimizer
 
 from conjoin.layers.kind import TENSORS
 from conjoin.layers.owner import lender
+from conjoin.layers.part import Part
 from conjoin.layers.product import Product
-from conjoin.layers.wide import Part, View, Wide
+from conjoin.layers.view import View
+from conjoin.layers.wide import Wide
 
 _Slot = tuple[nn.Parameter, "tuple[Wide, str, int] | None"]
 """A plain model's parameter: the Parameter that holds it, and which part of a wide one it is."""

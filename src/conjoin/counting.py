@@ -21,7 +21,8 @@ from conjoin.launches import UNCOUNTED, Counted
 from conjoin.layers import PRODUCTS, Kind
 from conjoin.layers.owner import raw_parameters
 from conjoin.layers.product import SUFFIX
-from conjoin.layers.wide import Wide, wides
+from conjoin.layers.view import wides
+from conjoin.layers.wide import Wide
 from conjoin.merging import Level, Merger
 from conjoin.report import Group
 from conjoin.tracing.observe import Call, Copy, UncopyableError

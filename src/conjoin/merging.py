@@ -17,10 +17,13 @@ from conjoin.graph.products import Call
 from conjoin.graph.siblings import Candidate, among, held_elsewhere, overlaps
 from conjoin.graph.site import Shapes, Sightings, Site
 from conjoin.layers import KINDS, NORMS, PRODUCTS, Kind, Norm, activation, kind_of, norm_of
+from conjoin.layers.fusing import fuse
 from conjoin.layers.kind import TENSORS, common, tensors
 from conjoin.layers.owner import lend, may_lend, reclaim
 from conjoin.layers.product import SUFFIX, Product
-from conjoin.layers.wide import View, Wide, fuse, release, wides
+from conjoin.layers.releasing import release
+from conjoin.layers.view import View, wides
+from conjoin.layers.wide import Wide
 from conjoin.reachable import functions_of, words
 
 MERGER = "conjoin_merger"

@@ -22,8 +22,9 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
+from conjoin.layers.part import Part
 from conjoin.layers.product import Product
-from conjoin.layers.wide import Part, Wide
+from conjoin.layers.wide import Wide
 
 TOLERANCE = {
     torch.float64: 1e-9,

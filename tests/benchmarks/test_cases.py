@@ -8,7 +8,7 @@ from benchmarks.cases import CASES, loss_of
 from equivalence import assert_close
 
 import conjoin
-from conjoin.layers.wide import wides
+from conjoin.layers.view import wides
 
 NOTHING_TO_MERGE = {"dlrm"}
 """Cases that are measured although no two of their layers read the same tensor."""

@@ -14,7 +14,8 @@ from torch import nn
 import conjoin
 from conjoin import checkpoints
 from conjoin.launches import count_step
-from conjoin.layers.wide import View, release, views
+from conjoin.layers.releasing import release
+from conjoin.layers.view import View, views
 from conjoin.legality import Reason
 
 CASES = {name: case for name, case in EVERY_KIND.items() if name != "Embedding"}

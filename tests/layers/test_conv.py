@@ -8,7 +8,7 @@ from families import EVERY_KIND, WIDTHS, Family, assert_runs_once, case, fused, 
 from torch import nn
 
 import conjoin
-from conjoin.layers.wide import wides
+from conjoin.layers.view import wides
 from conjoin.legality import Reason
 
 CONVOLUTIONS = {

@@ -11,7 +11,8 @@ from scripted import randn
 from torch import nn
 
 from conjoin.layers import NORMS, kind_of
-from conjoin.layers.wide import fuse, release
+from conjoin.layers.fusing import fuse
+from conjoin.layers.releasing import release
 
 CASES = {
     "BatchNorm1d": (lambda width: nn.BatchNorm1d(width), ()),

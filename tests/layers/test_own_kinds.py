@@ -15,7 +15,7 @@ from torch import nn
 
 import conjoin
 from conjoin.layers import KINDS, Kind, kind_of
-from conjoin.layers.wide import View, views
+from conjoin.layers.view import View, views
 from conjoin.legality import Reason
 
 PAIRS = {("a", "b"), ("c", "d"), ("e", "f")}

@@ -16,7 +16,7 @@ from torch.nn.utils import parametrize, prune, weight_norm
 import conjoin
 from conjoin import checkpoints
 from conjoin.layers.owner import Owner
-from conjoin.layers.wide import Part
+from conjoin.layers.part import Part
 
 EACH = ("AutoInt", "CrossAttention", "MMoE", "Heads", "Nested")
 each_model = pytest.mark.parametrize("name", EACH)

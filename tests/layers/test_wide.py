@@ -18,7 +18,8 @@ from equivalence import (
 from families import EVERY_KIND, Family, assert_runs_once, fused, merge
 from torch import nn
 
-from conjoin.layers.wide import View, release, views, wides
+from conjoin.layers.releasing import release
+from conjoin.layers.view import View, views, wides
 
 CASES = {
     f"{name} {'+'.join(map(str, widths))}": (case, widths)

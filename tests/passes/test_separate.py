@@ -9,8 +9,9 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.nn import functional as F
 
+from conjoin.layers.fusing import fuse
 from conjoin.layers.linear import Linear
-from conjoin.layers.wide import View, fuse, views, wides
+from conjoin.layers.view import View, views, wides
 from conjoin.passes import PIPELINE, Separate, rewrite
 
 

@@ -5,7 +5,7 @@ import torch
 from families import merge
 from torch import fx, nn
 
-from conjoin.layers.wide import View
+from conjoin.layers.view import View
 from conjoin.passes import PIPELINE, Widen
 
 

@@ -10,7 +10,7 @@ from machines import STEADY
 from torch import nn
 
 import conjoin
-from conjoin.layers.wide import wides
+from conjoin.layers.view import wides
 from conjoin.legality import Reason
 from conjoin.policy import deciding, machine, race
 from conjoin.policy.cost import Machine

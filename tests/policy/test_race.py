@@ -7,7 +7,7 @@ import torch
 from torch import nn
 
 import conjoin
-from conjoin.layers.wide import wides
+from conjoin.layers.view import wides
 from conjoin.policy import race
 
 

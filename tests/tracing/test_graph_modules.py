@@ -18,7 +18,7 @@ from torch.nn import functional as F
 
 import conjoin
 from conjoin import passes
-from conjoin.layers.wide import View
+from conjoin.layers.view import View
 
 
 class Towers(nn.Module):

@@ -19,7 +19,7 @@ from torch.nn.utils import parametrizations, parametrize, prune
 
 import conjoin
 from conjoin.launches import count_step
-from conjoin.layers.wide import wides
+from conjoin.layers.view import wides
 from conjoin.nn import Parallel, Split, Unite
 from conjoin.tracing.regions import PLAN, Region, install, uninstall
 

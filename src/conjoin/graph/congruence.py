@@ -15,7 +15,8 @@ from torch import Tensor, fx, nn
 
 from conjoin.graph import channelwise, elementwise, hazards
 from conjoin.layers import KINDS, NORMS, kind_of
-from conjoin.layers.wide import View, Wide
+from conjoin.layers.view import View
+from conjoin.layers.wide import Wide
 
 NAMES = elementwise.NAMES | frozenset(
     "view reshape flatten unflatten permute transpose t movedim squeeze unsqueeze expand "

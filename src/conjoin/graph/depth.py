@@ -19,7 +19,8 @@ from torch import fx, nn
 from conjoin.graph import channelwise, parts
 from conjoin.graph.parts import Parts, Separation
 from conjoin.launches import LaunchCounter
-from conjoin.layers.wide import View, Wide
+from conjoin.layers.view import View
+from conjoin.layers.wide import Wide
 
 
 @dataclass(frozen=True, slots=True)

@@ -15,7 +15,8 @@ from torch.nn import functional as F
 from conjoin.graph.meta import VALUE
 from conjoin.layers.kind import FORWARDS
 from conjoin.layers.product import Product
-from conjoin.layers.wide import View, Wide
+from conjoin.layers.view import View
+from conjoin.layers.wide import Wide
 
 VIEW_METHODS = frozenset(
     "view view_as expand expand_as permute transpose t swapaxes swapdims movedim moveaxis squeeze "

@@ -12,7 +12,8 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import fx, nn
 
 from conjoin.graph import hazards
-from conjoin.layers.wide import View, Wide
+from conjoin.layers.view import View
+from conjoin.layers.wide import Wide
 
 RANDOM = tuple(
     "rand dropout bernoulli multinomial binomial normal poisson attention gumbel uniform "

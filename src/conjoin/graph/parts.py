@@ -27,7 +27,8 @@ from torch.nn import functional as F
 from conjoin.graph import channelwise, edit, elementwise, hazards, samplewise
 from conjoin.graph.bundles import batched, beside, rejoined
 from conjoin.layers.embedding import unstack
-from conjoin.layers.wide import Wide, wides
+from conjoin.layers.view import wides
+from conjoin.layers.wide import Wide
 
 
 @dataclass(frozen=True, slots=True)

@@ -17,7 +17,7 @@ from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from conjoin.graph.meta import VALUE
-from conjoin.layers.wide import views
+from conjoin.layers.view import views
 from conjoin.tracing.undisturbed import KeepingTensors
 
 VALUES = frozenset(

@@ -12,7 +12,7 @@ from torch import Tensor, fx, nn
 
 from conjoin.graph import edit, elementwise, hazards
 from conjoin.layers import kind_of
-from conjoin.layers.wide import View
+from conjoin.layers.view import View
 
 NORMS: frozenset[type[nn.Module]] = frozenset({nn.LayerNorm, nn.RMSNorm})
 """Normalizations of the last dimensions."""

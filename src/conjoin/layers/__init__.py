@@ -20,7 +20,7 @@ from conjoin.layers.kind import Kind
 from conjoin.layers.linear import Linear
 from conjoin.layers.norm import NORMALIZATIONS, Norm
 from conjoin.layers.prelu import PReLU
-from conjoin.layers.wide import View
+from conjoin.layers.view import View
 
 KINDS: tuple[Kind, ...] = (
     Linear(),

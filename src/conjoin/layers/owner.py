@@ -19,8 +19,10 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 
 from conjoin.layers.kind import tensors
+from conjoin.layers.part import unshared
 from conjoin.layers.product import SUFFIX, Product
-from conjoin.layers.wide import DATA_PARALLEL, View, take_out, unshared
+from conjoin.layers.releasing import take_out
+from conjoin.layers.view import DATA_PARALLEL, View
 
 LENT = "conjoin_lent"
 """The attribute of an owner: for each name of a Parameter that it lent, to whom and as what."""
@@ -148,7 +150,7 @@ def lent(owner: nn.Module, name: str, *, slices: bool = False) -> Any:
     key, tensor = vars(owner)[LENT][name]
     product = owner._modules[key]
     if slices and isinstance(product, View):
-        return product._slice(tensor)
+        return product.slice_of(tensor)
     return getattr(product, tensor)
 
 

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from conjoin.layers.embedding import unstack
 from conjoin.layers.kind import Kind
-from conjoin.layers.wide import View
+from conjoin.layers.view import View
 
 if TYPE_CHECKING:
     from conjoin.layers.wide import Wide

@@ -1,48 +1,53 @@
-"""The wide layer, and the views that stand at the siblings' old names.
+"""The wide layer, and what it knows of the siblings that are its parts.
 
-Fusing changes no module of the user's: each sibling stays the same object under the same name
-with the same hooks and attributes, and only its class becomes a subclass that reads its slice of
-the wide layer. The wide layer is a child of every one of its views, so that
-
-- no container of the user's has a child more than before,
-- replacing, deleting or copying one sibling leaves the others whole.
-
-`parameters()` of a module that holds all the siblings yields the wide layer's, and of one that
-holds only some of them, each one's own part, which acts as the Parameter that it was.
+It owns the siblings' weights as contiguous blocks, and their running buffers. `view.py` is what
+becomes of a sibling, `part.py` what stands for its Parameters, and `fusing.py` and `releasing.py`
+are the way there and back.
 """
 
 from __future__ import annotations
 
 import contextlib
 import copy
-import functools
 import inspect
 import itertools
-import operator
-import threading
 import uuid
-import warnings
 import weakref
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from types import FrameType
-from typing import Any, cast
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx, nn
-from torch.utils import _pytree as pytree
 
-from conjoin.layers import lockstep
+from conjoin.layers.enclosing import encloses
 from conjoin.layers.kind import TENSORS, Kind, memory_format, tensors
-from conjoin.layers.lockstep import in_transform
 
-DATA_PARALLEL = "torch.nn.parallel.distributed"
-"""The module of `DistributedDataParallel`, which must find each parameter at one module only."""
+if TYPE_CHECKING:
+    from conjoin.layers.part import Part
 
 WIDE = "wide"
 """The name of the wide layer among its view's children."""
 
-ENCLOSES = "_conjoin_encloses"
-"""The attribute of a module in which it is noted which wide layers' siblings it encloses."""
+
+class Sibling(nn.Module):
+    """What all views have in common, see `view.py`: a part of a wide layer."""
+
+    conjoin_base: type[nn.Module]
+    conjoin_index: int
+    conjoin_leads: bool
+
+    @property
+    def wide_layer(self) -> Wide:
+        """The wide layer that holds this sibling's weight."""
+        return cast(Wide, self._modules[WIDE])
+
+    def slice_of(self, name: str) -> Tensor | None:
+        """A plain view of this sibling's part of the wide `weight` or `bias`, or None."""
+        wide = self.wide_layer
+        tensor: Tensor | None = getattr(wide, name)
+        held = tensor is not None and wide.holds(name, self.conjoin_index)
+        return wide.part(name, tensor, self.conjoin_index) if tensor is not None and held else None
 
 
 class Wide(nn.Module):
@@ -111,15 +116,15 @@ class Wide(nn.Module):
 
     def _forget(self) -> None:
         self._converted: tuple[Any, set[int]] = None, set()
-        self._enclosing: weakref.ref[nn.Module] | None = None
-        self._parts: weakref.WeakValueDictionary[tuple[int, str], Part]
-        self._parts = weakref.WeakValueDictionary()
+        self.enclosing: weakref.ref[nn.Module] | None = None
+        self.handed_out: weakref.WeakValueDictionary[tuple[int, str], Part]
+        self.handed_out = weakref.WeakValueDictionary()
         self._lent_before: list[dict[str, Tensor]] = []
-        self._views: dict[int, weakref.ref[nn.Module]] = {}
+        self.known: dict[int, weakref.ref[nn.Module]] = {}
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what concerns this one's own surroundings, or what is going on."""
-        passing = ("_enclosing", "_parts", "_converted", "_lent_before", "_views")
+        passing = ("enclosing", "handed_out", "_converted", "_lent_before", "known")
         state = {name: value for name, value in vars(self).items() if name not in passing}
         state["_parted"] = {index for index in range(len(self.widths)) if not self._is_lent(index)}
         return state
@@ -159,13 +164,13 @@ class Wide(nn.Module):
 
     def meet(self, view: nn.Module, index: int) -> None:
         """Makes a view known, which is asked before the running buffers are used."""
-        known = self._views.get(index)
+        known = self.known.get(index)
         if known is None or known() is None:
-            self._views[index] = weakref.ref(view)
+            self.known[index] = weakref.ref(view)
 
     def is_whole(self) -> bool:
         """Whether all siblings are views of it still, as far as is known."""
-        found = [reference() for reference in self._views.values()]
+        found = [reference() for reference in self.known.values()]
         return len(found) == len(self.widths) and None not in found
 
     def out_of_step(self) -> dict[int, nn.Module]:
@@ -177,7 +182,7 @@ class Wide(nn.Module):
         places = {} if compiling else {name: _place(whole) for name, whole in self.running.items()}
         known: dict[int, nn.Module] = {}
         in_step = True
-        for index, reference in self._views.items():
+        for index, reference in self.known.items():
             view = reference()
             if view is None:
                 continue
@@ -228,12 +233,12 @@ class Wide(nn.Module):
 
     def is_enclosed(self, modules: set[nn.Module]) -> bool:
         """Whether one of `modules` encloses all siblings."""
-        known = self._enclosing and self._enclosing()
+        known = self.enclosing and self.enclosing()
         if known in modules:
             return True
         for module in modules:
-            if _encloses(module, self):
-                self._enclosing = weakref.ref(module)
+            if encloses(module, self.identity):
+                self.enclosing = weakref.ref(module)
                 return True
         return False
 
@@ -243,7 +248,7 @@ class Wide(nn.Module):
         if not held:
             return None
         values = [parameter.detach() for parameter in held]
-        merged = _like(self.kind.merge(self, name, values), held[0])
+        merged = like(self.kind.merge(self, name, values), held[0])
         if any(parameter.grad is not None for parameter in held):
             grads = [torch.zeros_like(p) if p.grad is None else p.grad for p in held]
             merged.grad = self.kind.merge(self, name, grads)
@@ -316,7 +321,7 @@ class Wide(nn.Module):
     def zeros_beside(self, bias: Tensor) -> Tensor:
         """As many zeros as the longest gap between biases, as a tensor that goes with `bias`."""
         zeros = self._zeros
-        if zeros is not None and _fits(zeros, bias):
+        if zeros is not None and fits(zeros, bias):
             return zeros
         return bias.new_zeros(max(size for held, size in self.bias_runs if not held))
 
@@ -338,17 +343,9 @@ class Wide(nn.Module):
             blocks[index] = tensor.detach()
             if len(blocks) == sum(self.holds(name, i) for i in range(len(self.widths))):
                 merged = self.kind.merge(self, name, [blocks[i] for i in sorted(blocks)])
-                setattr(self, name, _like(merged, getattr(self, name)))
+                setattr(self, name, like(merged, getattr(self, name)))
                 self._zeros = self._new_zeros()
                 del self._collected[name]
-
-    def lend(self, view: View, name: str) -> Part:
-        """A view's own part of the `weight` or `bias`: one object as long as somebody has it."""
-        key = view.conjoin_index, name
-        part = self._parts.get(key)
-        if part is None or part.conjoin_view is not view or part.conjoin_whole is not part.whole():
-            part = self._parts[key] = Part.of(view, name)
-        return part.bound()
 
     def convert(self, fn: Any, index: int) -> None:
         """Applies `fn` once, though every view is asked to."""
@@ -362,7 +359,7 @@ class Wide(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._zeros = self._new_zeros()  # Not converted: `to_empty` makes them anything.
-        for part in list(self._parts.values()):
+        for part in list(self.handed_out.values()):
             part.bound()
         self.running = {name: fn(whole) for name, whole in self.running.items()}
         self._lent_before, self._lent = self._lent, self._lendable()
@@ -414,603 +411,7 @@ def _is_orphan(frame: FrameType | None, function: str, name: str) -> bool:
         return False
     parent = frame.f_locals.get(name)
     of_torch = frame.f_globals.get("__name__") == nn.Module.__module__
-    return of_torch and isinstance(parent, nn.Module) and not isinstance(parent, View)
-
-
-class _Whole:
-    """`view.wide`, by which the graph of a GraphModule calls the wide layer for all its siblings.
-
-    It has no `__set__`, so that an attribute of that name in a layer of the user's comes first.
-    """
-
-    def __get__(self, view: View | None, owner: type[View]) -> Any:
-        if view is None:
-            return self
-        wide = view.wide_layer
-        if not torch.compiler.is_compiling() and not wide.is_whole():
-            raise RuntimeError(
-                f"a graph runs {view!r} and its siblings at once, and one of them was replaced or "
-                "taken out. Change layers before conjoin.optimize, or conjoin.unfuse the "
-                "GraphModule first."
-            )
-        return wide
-
-
-class View(nn.Module):
-    """A sibling after fusing; always together with the sibling's own class, see `view_class`."""
-
-    conjoin_base: type[nn.Module]
-    conjoin_index: int
-    conjoin_leads: bool
-    wide = _Whole()
-
-    def __init_subclass__(cls, **kwargs: Any) -> None:
-        """Not the user's: a view is no new class of theirs."""
-
-    @property
-    def wide_layer(self) -> Wide:
-        """The wide layer that holds this sibling's weight."""
-        return cast(Wide, self._modules[WIDE])
-
-    @property
-    def weight(self) -> Tensor | None:
-        """This sibling's slice of the wide weight; it acts as the Parameter that it was."""
-        return self._part("weight")
-
-    @property
-    def bias(self) -> Tensor | None:
-        """This sibling's slice of the wide bias, or None."""
-        return self._part("bias")
-
-    def _part(self, name: str) -> Tensor | None:
-        wide = self.wide_layer
-        whole = getattr(wide, name)
-        if whole is None or not wide.holds(name, self.conjoin_index):
-            return None
-        if type(whole) is not nn.Parameter or torch.compiler.is_compiling() or in_transform():
-            return self._slice(name)
-        return wide.lend(self, name)
-
-    def _slice(self, name: str) -> Tensor | None:
-        wide = self.wide_layer
-        tensor: Tensor | None = getattr(wide, name)
-        held = tensor is not None and wide.holds(name, self.conjoin_index)
-        return wide.part(name, tensor, self.conjoin_index) if tensor is not None and held else None
-
-    def __new__(cls, *args: Any, **kwargs: Any) -> Any:
-        """A layer of the sibling's own class, where somebody makes another one like it."""
-        return cls.conjoin_base(*args, **kwargs) if args or kwargs else super().__new__(cls)
-
-    def __setattr__(self, name: str, value: Any) -> None:
-        """Changing a parameter, a setting or a method makes this sibling a plain layer again."""
-        if name in TENSORS and self._parameters.get(name) is not None:
-            self._parameters[name] = value  # Slices are there while a checkpoint is loaded.
-        elif self._is_own(name, value):
-            if name in TENSORS and not (value is None or isinstance(value, nn.Parameter)):
-                raise TypeError(
-                    f"cannot assign '{torch.typename(value)}' as parameter '{name}' "
-                    "(torch.nn.Parameter or None expected)"
-                )
-            setattr(take_out(self), name, unshared(value))
-        else:
-            super().__setattr__(name, value)
-            if name == "training":  # `train` comes by the wide layer only through its views.
-                self.wide_layer.training = value
-
-    def __delattr__(self, name: str) -> None:
-        """Deleting a parameter makes this sibling a plain layer again."""
-        if name in TENSORS and self._slice(name) is not None:
-            delattr(take_out(self), name)
-        else:
-            super().__delattr__(name)
-
-    def register_parameter(self, name: str, param: nn.Parameter | None) -> None:
-        """A parameter of the sibling's own, which for its weight or bias makes it a plain layer."""
-        if name in TENSORS:
-            self = cast(View, take_out(self))
-        nn.Module.register_parameter(self, name, param)
-
-    def _is_own(self, name: str, value: Any) -> bool:
-        if name.startswith("__") or name == "training":
-            return False
-        if not name.startswith("_") and name in vars(self):
-            held = vars(self)[name]
-            same = held is value or (isinstance(held, (int, float, str)) and held == value)
-            return not same
-        return name in TENSORS or callable(getattr(type(self), name, None))
-
-    def named_parameters(
-        self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Parameter]]:
-        """This sibling's own; the wide layer's are yielded by a module that holds siblings."""
-        dot = f"{prefix}." if prefix else ""
-        # All at once: what is done to the first may make this a plain layer.
-        own = [(dot + name, part) for name in TENSORS if (part := self._part(name)) is not None]
-        frame = inspect.currentframe()
-        caller = frame.f_back if frame is not None else None
-        if caller is not None and caller.f_globals.get("__name__") == DATA_PARALLEL:
-            own = []  # It goes through all modules, and meets the wide layer's by itself.
-        others = super().named_parameters(prefix, recurse, remove_duplicate)
-        own += [(name, p) for name, p in others if not name.startswith(f"{dot}{WIDE}.")]
-        yield from cast("list[tuple[str, nn.Parameter]]", own)
-
-    def named_modules(
-        self, memo: set[nn.Module] | None = None, prefix: str = "", remove_duplicate: bool = True
-    ) -> Iterator[tuple[str, nn.Module]]:
-        """The wide layer among them; where not all siblings are listed, the view's own part.
-
-        With duplicates, the wide layer is listed below its first view only: `functional_call`
-        restores a parameter that it meets at two names to what it put there.
-        """
-        memo = set() if memo is None else memo
-        apart = remove_duplicate and not self.wide_layer.is_enclosed(memo)
-        for name, module in super().named_modules(memo, prefix, remove_duplicate):
-            if not isinstance(module, Wide):
-                yield name, module
-            elif apart:
-                memo.discard(module)  # The next of its views has its own part.
-                yield name, Own(self)
-            elif remove_duplicate or self.conjoin_leads:
-                yield name, module
-
-    def named_children(self) -> Iterator[tuple[str, nn.Module]]:
-        """The sibling's own children, so that `apply` comes by the wide weight once a sibling."""
-        return ((name, child) for name, child in super().named_children() if name != WIDE)
-
-    def _apply(self, fn: Any, recurse: bool = True) -> Any:
-        """With its siblings where all are converted; otherwise it becomes a plain layer."""
-        if not _conversion.concerns_all(self.wide_layer, fn):
-            return take_out(self)._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self.wide_layer.convert(fn, self.conjoin_index)
-        running = self.wide_layer.converted_running(self, self.conjoin_index)
-        for name in running:
-            del self._buffers[name]
-        super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
-        self._buffers.update(running)
-        return self
-
-    def __repr__(self) -> str:
-        wide = self.wide_layer
-        part = f"part {self.conjoin_index} of {len(wide.widths)}"
-        return f"{self.conjoin_base.__name__}({self.extra_repr()}, {part})"
-
-    def __setstate__(self, state: dict[str, Any]) -> None:
-        super().__setstate__(state)  # type: ignore[no-untyped-call]
-        self.wide_layer.meet(self, self.conjoin_index)
-
-    def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
-        return _new_view, (self.conjoin_base,), self.__dict__.copy()
-
-    def _save_to_state_dict(self, destination: Any, prefix: str, keep_vars: bool) -> None:
-        for name in TENSORS:
-            tensor = self._part(name) if keep_vars else self._slice(name)
-            if tensor is not None:
-                destination[prefix + name] = tensor if keep_vars else tensor.detach()
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-
-    def _load_from_state_dict(self, *args: Any, **kwargs: Any) -> None:
-        """PyTorch's own loading, on Parameters that are slices of the wide layer's."""
-        slices = self.slices()
-        self._parameters.update(slices)
-        try:
-            super()._load_from_state_dict(*args, **kwargs)
-        finally:
-            loaded = {name: self._parameters.pop(name) for name in slices}
-        self.settle(loaded)
-
-    def slices(self) -> dict[str, nn.Parameter]:
-        """Parameters that are slices of the wide layer's, to load into."""
-        return {
-            name: _like(tensor.detach(), getattr(self.wide_layer, name))
-            for name in TENSORS
-            if (tensor := self._slice(name)) is not None
-        }
-
-    def settle(self, loaded: Mapping[str, nn.Parameter | None]) -> None:
-        """Takes over what loading has put in the place of slices."""
-        wide = self.wide_layer
-        replaced = {n: t for n, t in loaded.items() if t is not None and not _within(t, wide, n)}
-        if replaced:
-            _adopt(self, replaced)
-
-
-class _Conversion(threading.local):
-    """The conversion of a module, such as `half()`, that is going on."""
-
-    fn: object = None
-    modules: frozenset[int] = frozenset()
-
-    def concerns_all(self, wide: Wide, fn: object) -> bool:
-        """Whether `fn` is being applied to a module that encloses all siblings."""
-        if self.fn is not fn:
-            self.fn = fn
-            self.modules = frozenset(map(id, _converted_module().modules()))
-        # Going through the modules has shown each wide layer the one that encloses its siblings.
-        enclosing = wide._enclosing and wide._enclosing()
-        return enclosing is not None and id(enclosing) in self.modules
-
-
-_conversion = _Conversion()
-
-
-def _converted_module() -> nn.Module:
-    """The module on which the innermost chain of `_apply` began, which the call stack tells."""
-    found: nn.Module | None = None
-    frame = inspect.currentframe()
-    while frame is not None and (found is None or frame.f_code.co_name == "_apply"):
-        if frame.f_code.co_name == "_apply":
-            found = frame.f_locals["self"]
-        frame = frame.f_back
-    assert found is not None  # It is called by the `_apply` of a view.
-    return found
-
-
-class Own(nn.Module):
-    """A view's own parameters, where a module is listed that holds not all of its siblings."""
-
-    def __init__(self, view: View) -> None:
-        """Holds the parts of `view`."""
-        super().__init__()
-        self._parameters.update(cast(Any, {name: view._part(name) for name in TENSORS}))
-
-
-_view_classes: dict[type, type[View]] = {}
-
-
-def view_class(base: type[nn.Module]) -> type[View]:
-    """The class of views of `base` layers: a subclass of `base` that goes by its name."""
-    if base not in _view_classes:
-        names = {
-            "conjoin_base": base,
-            "forward": _forward(base),
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-        }
-        view = getattr(base, "conjoin_view", View)
-        _view_classes[base] = cast("type[View]", type(base.__name__, (view, base), names))
-    return _view_classes[base]
-
-
-def _forward(base: type[nn.Module]) -> Callable[..., Any]:
-    """A forward that gives what the forward of `base` gives.
-
-    Siblings that are called with the same tensor share one call of the wide layer.
-    """
-    known = base.forward
-
-    @functools.wraps(known)
-    def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
-        input = args[0] if args else kwargs.get("input")
-        plain = len(args) + len(kwargs) == 1 and base.forward is known
-        # It is no view for a bound method that was kept.
-        if plain and isinstance(self, View) and self.wide_layer.together:
-            shared = lockstep.take(self.wide_layer, self.conjoin_index, input)
-            if shared is not None:
-                return shared
-        return base.forward(self, *args, **kwargs)
-
-    return forward
-
-
-def _new_view(base: type[nn.Module]) -> View:
-    cls = view_class(base)
-    return cast(View, cls.__new__(cls))
-
-
-def fuse(
-    kind: Kind,
-    layers: Sequence[nn.Module],
-    enclosing: nn.Module,
-    contiguous: frozenset[int] = frozenset(),
-    leader: int = 0,
-    *,
-    together: bool = True,
-) -> Wide:
-    """Merges layers that were checked to go together; their old storage is given up at once.
-
-    Args:
-        kind: the kind that the layers are of.
-        layers: two or more; each becomes a view in place.
-        enclosing: the smallest module that holds them all.
-        contiguous: the positions of the layers whose output is handed out contiguous.
-        leader: the position of the layer that comes first among the model's modules.
-        together: whether they are called on one tensor, and so can share a run.
-
-    Returns:
-        The wide layer.
-    """
-    wide = Wide(kind, layers, contiguous, together).train(layers[0].training)
-    for index, layer in enumerate(layers):
-        for name in tensors(layer):
-            del layer._parameters[name]
-        layer.__class__ = view_class(type(layer))
-        layer._modules[WIDE] = wide
-        layer.__dict__["conjoin_index"] = index
-        layer.__dict__["conjoin_leads"] = index == leader
-        wide.lend_running(layer, index)
-    for held in _holders(enclosing):
-        held[ENCLOSES] = held.get(ENCLOSES, set()) | {wide.identity}
-    wide._enclosing = weakref.ref(enclosing)
-    return wide
-
-
-def _holders(module: nn.Module) -> Iterator[dict[str, Any]]:
-    """Where it is noted which wide layers' siblings a module encloses.
-
-    A copy of a GraphModule keeps its `meta` and not its attributes, and one that comes out of a
-    pickle the reverse.
-    """
-    yield vars(module)
-    if isinstance(module, fx.GraphModule):
-        yield module.meta
-
-
-def _encloses(module: nn.Module, wide: Wide) -> bool:
-    """Whether it is noted that a module encloses the siblings of a wide layer."""
-    if not isinstance(module, fx.GraphModule):
-        return wide.identity in vars(module).get(ENCLOSES, ())
-    holders = list(_holders(module))
-    found = set().union(*(held.get(ENCLOSES, ()) for held in holders))
-    for held in holders if found else ():
-        held[ENCLOSES] = found
-    return wide.identity in found
-
-
-def unmark(module: nn.Module, wide: Wide | None = None) -> None:
-    """Forgets that a module encloses the siblings of a wide layer, or of any."""
-    for held in _holders(module):
-        left = held.get(ENCLOSES, set()) - {wide.identity} if wide is not None else set()
-        held[ENCLOSES] = left
-        if not left:
-            del held[ENCLOSES]
-
-
-def _alone(name: str) -> Callable[..., Any]:
-    """A method of a module, for one sibling alone: it becomes a plain layer first."""
-
-    def method(self: View, *args: Any, **kwargs: Any) -> Any:
-        changes = _changes(self, name, args, kwargs)
-        return getattr(take_out(self), name)(*args, **kwargs) if changes else self
-
-    method.__name__ = name
-    return method
-
-
-def _changes(view: View, name: str, args: tuple[Any, ...], kwargs: dict[str, Any]) -> bool:
-    """Whether a method of a module changes a view's parameters, tried on empty ones."""
-    if name == "to_empty" or kwargs.get("memory_format") is not None:
-        return True
-    held = [p for key in TENSORS if (p := getattr(view.wide_layer, key)) is not None]
-    empty = [nn.Parameter(p.new_empty(0), p.requires_grad) for p in held]
-    getattr(nn.ParameterList(empty), name)(*args, **kwargs)
-    facts = operator.attrgetter("dtype", "device", "requires_grad")
-    return [*map(facts, held)] != [*map(facts, empty)]
-
-
-for _name in (
-    *("to", "cpu", "cuda", "to_empty", "type", "half", "float", "double", "bfloat16"),
-    "requires_grad_",
-):
-    setattr(View, _name, _alone(_name))
-
-
-class Part(Tensor):
-    """A view's `weight` or `bias`: acts as the Parameter that it was, and stays a slice.
-
-    What goes for the values and the gradient goes through to the wide layer. What one wide
-    parameter cannot have for one part only, such as a hook or `requires_grad`, makes the sibling
-    a plain layer; from then on this is another name for the plain layer's parameter.
-    """
-
-    conjoin_view: nn.Module
-    conjoin_name: str
-    conjoin_whole: nn.Parameter
-    conjoin_address: int
-    _is_param = True  # What isinstance(..., nn.Parameter) looks at.
-
-    @classmethod
-    def __torch_function__(
-        cls, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
-    ) -> Any:
-        """A plain tensor's function; gradients with respect to a part are parts of the whole's."""
-        kwargs = kwargs or {}
-        if func is torch.autograd.grad:
-            with torch._C.DisableTorchFunctionSubclass():
-                return _gradients(*args, **kwargs)
-        if any(each not in (cls, Tensor, nn.Parameter) for each in types):
-            # Another class of tensor has the say, and has never heard of this one.
-            plain = functools.partial(Tensor.as_subclass, cls=Tensor)
-            args, kwargs = pytree.tree_map_only(cls, plain, (args, kwargs))
-            return func(*args, **kwargs)
-        with torch._C.DisableTorchFunctionSubclass():
-            return func(*args, **kwargs)
-
-    @classmethod
-    def of(cls, view: View, name: str) -> Part:
-        """The part of a view, on the graph of the wide layer's parameter in any mode."""
-        with torch.inference_mode(False), torch.enable_grad():
-            part = cast(Tensor, view._slice(name)).as_subclass(cls)
-        part.conjoin_view, part.conjoin_name = view, name
-        part.conjoin_whole = part.whole()
-        vars(part).update(vars(part.conjoin_whole))
-        part.conjoin_address = part.conjoin_whole.data_ptr()
-        return part
-
-    def whole(self) -> nn.Parameter:
-        """The Parameter that holds it."""
-        layer = self.conjoin_view
-        holder = layer.wide_layer if isinstance(layer, View) else layer
-        return cast(nn.Parameter, holder._parameters[self.conjoin_name])
-
-    def bound(self) -> Part:
-        """Itself, on the memory where the values are now."""
-        whole = self.whole()
-        if whole.data_ptr() != self.conjoin_address:
-            Tensor.data.__set__(self, self.data)  # type: ignore[attr-defined]
-            self.conjoin_address = whole.data_ptr()
-        return self
-
-    def _of(self, tensor: Tensor) -> Tensor:
-        view = self.conjoin_view
-        if not isinstance(view, View):
-            return tensor
-        return view.wide_layer.part(self.conjoin_name, tensor, view.conjoin_index)
-
-    def _alone(self) -> nn.Parameter:
-        if isinstance(self.conjoin_view, View):
-            take_out(self.conjoin_view)
-        return self.whole()
-
-    @property
-    def is_leaf(self) -> bool:  # type: ignore[override]
-        """True, as of the Parameter that it was."""
-        return True
-
-    @property
-    def grad_fn(self) -> None:  # type: ignore[override]
-        """None, as of the Parameter that it was."""
-        return None
-
-    @property
-    def data(self) -> Tensor:
-        """The values; writing to them, or assigning others, changes the wide layer."""
-        return self._of(self.whole().data)
-
-    @data.setter
-    def data(self, values: Tensor) -> None:
-        own = self.data
-        if (values.shape, values.dtype, values.device) == (own.shape, own.dtype, own.device):
-            own.copy_(values)
-        else:
-            self._alone().data = values
-            self.bound()
-
-    @property
-    def grad(self) -> Tensor | None:
-        """The slice of the wide gradient."""
-        gradient = self.whole().grad
-        return None if gradient is None else self._of(gradient)
-
-    @grad.setter
-    def grad(self, gradient: Tensor | None) -> None:
-        whole = self.whole()
-        if not isinstance(self.conjoin_view, View):
-            whole.grad = gradient
-            return
-        self.data.grad = gradient  # Raises what PyTorch says of a gradient that does not fit.
-        if whole.grad is None:
-            whole.grad = torch.zeros_like(whole)
-        with torch.no_grad():
-            part = self._of(whole.grad)
-            part.zero_() if gradient is None else part.copy_(gradient)
-
-    @property
-    def requires_grad(self) -> bool:
-        """Whether it trains; assigning makes the sibling a plain layer."""
-        return self.whole().requires_grad
-
-    @requires_grad.setter
-    def requires_grad(self, value: bool) -> None:
-        if value != self.requires_grad:
-            self._alone().requires_grad = value
-
-    def requires_grad_(self, requires_grad: bool = True) -> Any:
-        """Freezes or thaws this parameter alone."""
-        self.requires_grad = requires_grad
-        return getattr(self.conjoin_view, self.conjoin_name)
-
-    def set_(self, *args: Any, **kwargs: Any) -> Any:
-        """Makes the sibling a plain layer, and gives its parameter other memory."""
-        self._alone().set_(*args, **kwargs)
-        return self.bound()
-
-    def register_hook(self, hook: Any) -> Any:
-        """Makes the sibling a plain layer, and registers the hook on its parameter."""
-        return self._alone().register_hook(hook)  # type: ignore[no-untyped-call]
-
-    def register_post_accumulate_grad_hook(self, hook: Any) -> Any:
-        """Makes the sibling a plain layer, and registers the hook on its parameter."""
-        return self._alone().register_post_accumulate_grad_hook(hook)  # type: ignore[no-untyped-call]
-
-    def __deepcopy__(self, memo: dict[int, Any]) -> nn.Parameter:
-        return nn.Parameter(self.data.clone(), requires_grad=self.requires_grad)
-
-    def __reduce_ex__(self, protocol: Any) -> Any:
-        own = nn.Parameter(self.data.clone(), self.requires_grad)
-        return own.__reduce_ex__(protocol)  # type: ignore[no-untyped-call]
-
-    def __repr__(self) -> str:  # type: ignore[override]
-        return f"Parameter containing:\n{self.data!r}"
-
-
-def _gradients(outputs: Any, inputs: Any, *args: Any, **kwargs: Any) -> tuple[Any, ...]:
-    """`torch.autograd.grad` with respect to `inputs`, some of which are parts."""
-    inputs = (inputs,) if isinstance(inputs, Tensor) else tuple(inputs)
-    wholes = [each.whole() if isinstance(each, Part) else each for each in inputs]
-    distinct = list({id(whole): whole for whole in wholes}.values())
-    found = torch.autograd.grad(outputs, distinct, *args, **kwargs)
-    gradients = {id(whole): grad for whole, grad in zip(distinct, found, strict=True)}
-    pairs = [(each, gradients[id(whole)]) for each, whole in zip(inputs, wholes, strict=True)]
-    return tuple(
-        each._of(grad) if isinstance(each, Part) and grad is not None else grad
-        for each, grad in pairs
-    )
-
-
-def take_out(view: View) -> nn.Module:
-    """Releases a view because of something that somebody does to it alone."""
-    warnings.warn(
-        f"{view!r} is taken out of its wide layer by a change that concerns it alone. Its "
-        "parameters are new objects: build the optimizer after this, or change it before "
-        "conjoin.optimize.",
-        stacklevel=3,
-    )
-    return release(view)
-
-
-def unshared(value: Any) -> Any:
-    """A value that is to be kept in a module: of a part, the Parameter of a plain layer."""
-    return value._alone() if isinstance(value, Part) else value
-
-
-def _registered(module: nn.Module, name: str, value: Any) -> Any:
-    return unshared(value)
-
-
-nn.modules.module.register_module_parameter_registration_hook(_registered)
-
-
-def release(view: View) -> nn.Module:
-    """Makes one view a plain layer again, with its own copy of its slice; the others stay.
-
-    Returns:
-        The same object, now of its own class.
-    """
-    wide = view.wide_layer
-    wide._views.pop(view.conjoin_index, None)
-    lent = [part for part in wide._parts.values() if part.conjoin_view is view]
-    restored: dict[str, nn.Parameter | None] = {}
-    for name, source in wide.named_parameters(recurse=False):
-        if not wide.holds(name, view.conjoin_index):
-            continue
-        restored[name] = own = _like(
-            wide.part(name, source, view.conjoin_index).detach().clone(), source
-        )
-        if source.grad is not None:
-            own.grad = wide.part(name, source.grad, view.conjoin_index).clone()
-    del view.__dict__["conjoin_index"], view.__dict__["conjoin_leads"]
-    # A dictionary of its own: somebody may be going through the view's modules right now.
-    view.__dict__["_modules"] = {k: child for k, child in view._modules.items() if k != WIDE}
-    layer: nn.Module = view
-    layer.__class__ = view.conjoin_base
-    layer.__dict__["_parameters"] = {**restored, **layer._parameters}
-    for name in wide.running:
-        held = layer._buffers.get(name)
-        layer._buffers[name] = None if held is None else held.clone()
-    for part in lent:
-        part.bound()
-    return layer
+    return of_torch and isinstance(parent, nn.Module) and not isinstance(parent, Sibling)
 
 
 def _place(tensor: Tensor) -> int:
@@ -1031,52 +432,13 @@ def _row(tensors: Sequence[Tensor | None]) -> Tensor:
     return torch.cat([tensor.detach().reshape(-1) for tensor in tensors if tensor is not None])
 
 
-def _like(tensor: Tensor, parameter: nn.Parameter) -> nn.Parameter:
+def like(tensor: Tensor, parameter: nn.Parameter) -> nn.Parameter:
     """`tensor` as a Parameter that trains, and carries the attributes, as `parameter` does."""
     made = nn.Parameter(tensor, requires_grad=parameter.requires_grad)
     vars(made).update(vars(parameter))
     return made
 
 
-def _within(tensor: Tensor, wide: Wide, name: str) -> bool:
-    whole: Tensor = getattr(wide, name)
-    return bool(tensor.untyped_storage()._cdata == whole.untyped_storage()._cdata)
-
-
-def _adopt(view: View, replaced: dict[str, nn.Parameter]) -> None:
-    """Takes over tensors that `load_state_dict(assign=True)` put in place of the slices.
-
-    They are copied into the wide layer where they fit it. Where the wide layer is on the meta
-    device they are collected until all parts are there. A tensor of another dtype or device is
-    for this sibling alone, which becomes a plain layer.
-    """
-    wide = view.wide_layer
-    if all(_fits(tensor, getattr(wide, name)) for name, tensor in replaced.items()):
-        with torch.no_grad():
-            for name, tensor in replaced.items():
-                wide.part(name, getattr(wide, name), view.conjoin_index).copy_(tensor)
-    elif wide.weight.is_meta:
-        wide.collect(view.conjoin_index, replaced)
-    else:
-        layer = take_out(view)
-        for name, tensor in replaced.items():
-            setattr(layer, name, tensor)
-
-
-def _fits(tensor: Tensor, whole: Tensor) -> bool:
+def fits(tensor: Tensor, whole: Tensor) -> bool:
+    """Whether a tensor is of the dtype and on the device of another."""
     return tensor.dtype == whole.dtype and tensor.device == whole.device
-
-
-def views(model: nn.Module) -> Iterator[tuple[str, View]]:
-    """The views in `model` with their names; one that stands at several names comes once."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, View))
-
-
-def wides(model: nn.Module) -> dict[Wide, list[tuple[str, View]]]:
-    """The wide layers in `model`, each with its views by name, in the order of the parts."""
-    found: dict[Wide, list[tuple[str, View]]] = {}
-    for name, view in views(model):
-        found.setdefault(view.wide_layer, []).append((name, view))
-    return {
-        wide: sorted(members, key=lambda m: m[1].conjoin_index) for wide, members in found.items()
-    }

@@ -21,7 +21,9 @@ from conjoin.graph.siblings import Candidate, activations
 from conjoin.graph.site import Shapes, Sightings
 from conjoin.layers import Kind
 from conjoin.layers.kind import common, tensors
-from conjoin.layers.wide import View, Wide, release
+from conjoin.layers.releasing import release
+from conjoin.layers.view import View
+from conjoin.layers.wide import Wide
 from conjoin.legality import Reason, Refusal
 from conjoin.policy import machine, race
 from conjoin.policy.cost import Figures, Form, Machine, Policy, Setting, Work, choose, likely, pick

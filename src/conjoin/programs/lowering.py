@@ -27,7 +27,8 @@ from conjoin.graph.meta import VALUE
 from conjoin.layers.kind import TENSORS
 from conjoin.layers.owner import Owner
 from conjoin.layers.product import SUFFIX
-from conjoin.layers.wide import WIDE, View, Wide, wides
+from conjoin.layers.view import View, wides
+from conjoin.layers.wide import WIDE, Wide
 from conjoin.merging import common_path
 from conjoin.programs import fakes
 from conjoin.programs.raised import Raised, aliases, held, within

@@ -17,7 +17,8 @@ from conjoin import merging
 from conjoin.graph import parts, products, rewriting
 from conjoin.graph.parts import Separation
 from conjoin.layers.owner import lent_to
-from conjoin.layers.wide import View, Wide
+from conjoin.layers.view import View
+from conjoin.layers.wide import Wide
 from conjoin.merging import Merger
 from conjoin.passes import Lift, rewrite
 

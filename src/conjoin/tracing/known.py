@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from conjoin.layers.wide import View
+from conjoin.layers.view import View
 from conjoin.tracing.proxies import unpack
 
 SEVERAL = frozenset(

@@ -12,7 +12,9 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from conjoin.layers.wide import ENCLOSES, View, Wide
+from conjoin.layers.enclosing import ENCLOSES
+from conjoin.layers.view import View
+from conjoin.layers.wide import Wide
 from conjoin.tracing.proxies import UnsoundError
 from conjoin.tracing.sandbox import frozen
 

@@ -27,7 +27,8 @@ from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.lockstep import in_transform
 from conjoin.layers.owner import Owner, copies_itself, owner_class, raw_parameters
-from conjoin.layers.wide import View, Wide, views
+from conjoin.layers.view import View, views
+from conjoin.layers.wide import Wide
 from conjoin.merging import MERGER, Merger
 from conjoin.nn import Split, Unite
 from conjoin.passes import rewrite_traced

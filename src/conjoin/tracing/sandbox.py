@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.overrides import get_overridable_functions
 
 from conjoin.layers.owner import LENT
-from conjoin.layers.wide import View
+from conjoin.layers.view import View
 from conjoin.reachable import OF_MODULES, TRUSTED
 from conjoin.tracing import bytecode
 from conjoin.tracing.known import is_tensor

@@ -34,7 +34,7 @@ from conjoin import merging
 from conjoin.graph import channelwise, edit, elementwise, products
 from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.hazards import CALL_HOOKS
-from conjoin.layers.wide import View
+from conjoin.layers.view import View
 from conjoin.merging import REGION
 from conjoin.nn import Parallel, Split, Unite
 from conjoin.reachable import words

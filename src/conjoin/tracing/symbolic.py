@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from conjoin.graph import hazards
 from conjoin.graph.site import Sightings, Site, Untraced
 from conjoin.layers import Kind, activation, kind_of
-from conjoin.layers.wide import Part
+from conjoin.layers.part import Part
 from conjoin.reachable import functions_of, words
 from conjoin.tracing import graph_modules, regions
 from conjoin.tracing.listings import listed_by_code
