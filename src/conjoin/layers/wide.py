@@ -121,10 +121,11 @@ class Wide(nn.Module):
         self.handed_out = weakref.WeakValueDictionary()
         self._lent_before: list[dict[str, Tensor]] = []
         self.known: dict[int, weakref.ref[nn.Module]] = {}
+        self.cut: tuple[object, dict[int, dict[str, Tensor | None]]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what concerns this one's own surroundings, or what is going on."""
-        passing = ("enclosing", "handed_out", "_converted", "_lent_before", "known")
+        passing = ("enclosing", "handed_out", "_converted", "_lent_before", "known", "cut")
         state = {name: value for name, value in vars(self).items() if name not in passing}
         state["_parted"] = {index for index in range(len(self.widths)) if not self._is_lent(index)}
         return state
