@@ -117,20 +117,20 @@ def _width(stack: fx.Node, modules: Mapping[str, nn.Module]) -> int:
     return 0
 
 
-def _called_between(
+def _overtakes(
     split: fx.Node,
     users: Sequence[fx.Node],
     layers: Sequence[nn.Module],
     modules: Mapping[str, nn.Module],
 ) -> bool:
-    """Whether layers are also called where their calls would be moved past."""
-    same = {*layers, *(layer.wide_layer for layer in layers if isinstance(layer, View))}
-    between = split.next
-    while between is not max(users):
-        called = between.op == "call_module" and between not in users
-        if called and modules[str(between.target)] in same:
-            return True
-        between = between.next
+    """Whether a call of a layer would be moved, up to a split, past another call of that layer."""
+    for user, layer in zip(users, layers, strict=True):
+        same = {layer, layer.wide_layer} if isinstance(layer, View) else {layer}
+        between = split.next
+        while between is not user:
+            if between.op == "call_module" and modules[str(between.target)] in same:
+                return True
+            between = between.next
     return False
 
 
@@ -154,7 +154,7 @@ def _merge(
     spreads = kind.spreads(layers[0]) and all(sizes)
     if widths != sizes and not spreads:
         return None
-    if kind.running and _called_between(bundle.split, users, layers, modules):
+    if kind.running and _overtakes(bundle.split, users, layers, modules):
         return None
     if merger.wide(kind, layers, together=False) is None:
         return None

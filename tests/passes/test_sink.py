@@ -381,6 +381,32 @@ def test_a_normalization_called_twice(script):
     assert_same(traced, plain, randn(3, 4), randn(5, 4))
 
 
+def level_by_level(m, x):
+    return [m.an(m.a(y)).sin() + m.bn(m.b(y)).sin() + m.cn(m.c(y)).sin() for y in (x, x * 3)]
+
+
+def branch_by_branch(m, x):
+    """As in detectors, whose heads look at all levels one after another."""
+    levels = x, x * 3
+    return [[m.get_submodule(f"{n}n")(m.get_submodule(n)(y)).sin() for y in levels] for n in "abc"]
+
+
+def levels_turned(m, x):
+    """The first level's normalizations cannot move up past the second's."""
+    read = [[(n, m.get_submodule(n)(y)) for n in "abc"] for y in (x, x * 3)]
+    return [[m.get_submodule(f"{n}n")(h).sin() for n, h in level] for level in read[::-1]]
+
+
+@pytest.mark.parametrize("script", [level_by_level, branch_by_branch, levels_turned])
+def test_normalizations_of_several_levels(script):
+    model = Scripted(script, **linears(), **layers(lambda: nn.BatchNorm1d(4), "n"))
+    traced, plain = both(model)
+    runs = targets(traced).count("an.wide")
+    assert runs == (1 if script is levels_turned else 2)
+    assert_same(traced, plain, randn(3, 4), randn(5, 4))
+    assert_trains_alike(traced, plain, randn(5, 4))
+
+
 @pytest.mark.parametrize("after", [lambda h: h.view(-1), lambda h: h], ids=["view", "returned"])
 def test_a_stack_is_not_laid_side_by_side_where_it_matters(after):
     steps = (step(F.relu), called("2"), called("n"), step(after))
