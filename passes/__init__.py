@@ -43,6 +43,8 @@ def rewrite(graph_module: fx.GraphModule) -> bool:
     before = {*graph_module.graph.nodes}
     with merging.of_graph(graph_module), rewriting.in_training(graph_module):
         changed = rewrite_traced(graph_module)
+        if changed:
+            merging.tell(graph_module)
     if changed:
         rewriting.finish(graph_module, before)
     return changed
@@ -50,11 +52,7 @@ def rewrite(graph_module: fx.GraphModule) -> bool:
 
 def rewrite_traced(graph_module: fx.GraphModule) -> bool:
     """The same for a graph that was traced just now, in the mode that it was traced in."""
-    changed = run_all(graph_module, PIPELINE)
-    watch = merging.merger_of(graph_module).rewritten
-    if changed and watch is not None:
-        watch(graph_module)
-    return changed
+    return run_all(graph_module, PIPELINE)
 
 
 def run_all(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> bool:

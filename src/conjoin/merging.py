@@ -388,6 +388,19 @@ def merger_of(graph_module: fx.GraphModule) -> Merger:
     return Merger(graph_module, sightings=Sightings((), {}), escapes=False)
 
 
+def wides_called(graph_module: fx.GraphModule) -> dict[str, Wide]:
+    """The wide layers that a graph calls, by target."""
+    called = edit.called_modules(graph_module).items()
+    return {target: module for target, module in called if isinstance(module, Wide)}
+
+
+def tell(graph_module: fx.GraphModule) -> None:
+    """Tells whoever watches that all passes are through with a graph, which they have changed."""
+    watch = merger_of(graph_module).rewritten
+    if watch is not None:
+        watch(graph_module)
+
+
 @contextlib.contextmanager
 def of_graph(graph_module: fx.GraphModule, merger: Merger | None = None) -> Iterator[None]:
     """Has all passes over a graph use one merger for a while: that one, or one of its own."""

@@ -11,6 +11,7 @@ from pathlib import Path
 
 import pytest
 import torch
+from counting import count as counted
 from equivalence import assert_close, assert_equivalent, assert_same_state, tensors
 from families import wide_runs
 from torch import nn
@@ -679,4 +680,39 @@ def test_a_copy_made_past_the_regions_own_copying():
     assert isinstance(optimized, Region)
     parametrize.register_parametrization(optimized, "scale", nn.Tanh())
     for ours, theirs in zip(copy.deepcopy(optimized)(x), optimized(x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
+class Level(nn.Module):
+    """Experts that read tensors which one caller may give as one, as in a PLE."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 5), nn.ReLU(), nn.Linear(5, 4)) for _ in range(4)
+        )
+
+    def forward(self, inputs):
+        return [expert(inputs[position // 2]) for position, expert in enumerate(self.experts)]
+
+
+class TwoLevels(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.level, self.out = Level(), nn.Linear(4, 2)
+
+    def forward(self, x):
+        return self.out(sum(self.level([x, x])))
+
+
+@pytest.mark.parametrize("calls", [1, 0])
+def test_a_tensor_handed_over_twice_is_one(calls):
+    """Seen from within the level, its experts read two tensors, and run two and two."""
+    model = TwoLevels().double()
+    x = torch.randn(3, 6, dtype=torch.float64)
+    fused = conjoin.optimize(model, *[(x,)] * calls)
+    assert counted(fused, (x,)).matmuls == 3
+    assert_equivalent(fused, model, (x,))
+    inputs = [x, x + 1]
+    for ours, theirs in zip(fused.level(inputs), model.level(inputs), strict=True):
         torch.testing.assert_close(ours, theirs)

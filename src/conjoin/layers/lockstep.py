@@ -215,22 +215,31 @@ def _state(
 ) -> tuple[object, ...]:
     """All that a call's result depends on besides the values of tensors that nobody changed."""
     device = input.device.type
-    held: dict[str, Any] = wide._parameters  # Much quicker than as attributes.
-    # The replicas of data parallelism hold no Parameters.
-    weight, bias = (held["weight"], held["bias"]) if held else (wide.weight, wide.bias)
     autocast = device != "meta" and torch.is_autocast_enabled(device)
     return (
         source._version,
         steps,
         input.requires_grad,
+        autocast and torch.get_autocast_dtype(device),
+        *state_of(wide),
+    )
+
+
+def state_of(wide: Wide) -> tuple[object, ...]:
+    """All that a graph on the weight and the bias depends on, likewise."""
+    held: dict[str, Any] = wide._parameters  # Much quicker than as attributes.
+    # The replicas of data parallelism hold no Parameters.
+    weight, bias = (held["weight"], held["bias"]) if held else (wide.weight, wide.bias)
+    return (
         id(weight),
         _version(weight),
         weight.data_ptr() if type(weight) in REAL_TENSORS else None,
         id(bias),
         None if bias is None else _version(bias),
+        weight.requires_grad,
+        None if bias is None else bias.requires_grad,
         torch.is_grad_enabled(),
         torch.is_inference_mode_enabled(),
-        autocast and torch.get_autocast_dtype(device),
         torch._C._autograd._top_saved_tensors_default_hooks(False),
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),

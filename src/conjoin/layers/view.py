@@ -22,7 +22,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 
-from conjoin.layers import lockstep
+from conjoin.layers import lockstep, slices
 from conjoin.layers.conversion import CONVERSION
 from conjoin.layers.kind import TENSORS
 from conjoin.layers.lockstep import in_transform
@@ -72,6 +72,9 @@ class View(Sibling):
         return self._part("bias")
 
     def _part(self, name: str) -> Tensor | None:
+        running, slice = slices.read(self, name)
+        if running:
+            return slice
         wide = self.wide_layer
         whole = getattr(wide, name)
         if whole is None or not wide.holds(name, self.conjoin_index):
@@ -256,10 +259,14 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
         input = args[0] if args else kwargs.get("input")
         plain = len(args) + len(kwargs) == 1 and base.forward is known
         # It is no view for a bound method that was kept.
-        if plain and isinstance(self, View) and self.wide_layer.together:
-            shared = lockstep.take(self.wide_layer, self.conjoin_index, input)
-            if shared is not None:
-                return shared
+        if not plain or not isinstance(self, View):
+            return base.forward(self, *args, **kwargs)
+        wide = self.wide_layer
+        shared = lockstep.take(wide, self.conjoin_index, input) if wide.together else None
+        if shared is not None:
+            return shared
+        if known is wide.kind.layer.forward and slices.may_run():
+            return slices.run(self, known, *args, **kwargs)
         return base.forward(self, *args, **kwargs)
 
     return forward

@@ -126,11 +126,12 @@ class Wide(nn.Module):
         self.handed_out = weakref.WeakValueDictionary()
         self._lent_before: list[dict[str, Tensor]] = []
         self.known: dict[int, weakref.ref[nn.Module]] = {}
+        self.cut: tuple[object, dict[int, dict[str, Tensor | None]]] | None = None
         self._noted: tuple[tuple[Any, ...], list[Tensor], list[int]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what concerns this one's own surroundings, or what is going on."""
-        passing = ("enclosing", "handed_out", "_converted", "_lent_before", "known", "_noted")
+        passing = "enclosing handed_out _converted _lent_before known cut _noted".split()
         state = {name: value for name, value in vars(self).items() if name not in passing}
         state["_parted"] = {index for index in range(len(self.widths)) if not self._is_lent(index)}
         return state

@@ -52,7 +52,7 @@ def rewrite_all(model: nn.Module, merger: Merger) -> set[Wide]:
     watch = merger.rewritten
 
     def noted(module: fx.GraphModule) -> None:
-        called.update(_wides_called(module))
+        called.update(merging.wides_called(module).values())
         if watch is not None:  # Which may put another graph in the place of this one.
             watch(module)
 
@@ -150,10 +150,4 @@ def lifted(model: nn.Module) -> Iterator[None]:
 
 
 def _calls_wide(module: fx.GraphModule) -> bool:
-    return bool(_wides_called(module))
-
-
-def _wides_called(module: fx.GraphModule) -> set[Wide]:
-    modules = parts.reachable(module)
-    called = {modules[str(n.target)] for n in module.graph.nodes if n.op == "call_module"}
-    return {each for each in called if isinstance(each, Wide)}
+    return bool(merging.wides_called(module))

@@ -26,7 +26,7 @@ from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.lockstep import in_transform
 from conjoin.layers.owner import Owner, copies_itself, owner_class, raw_parameters
-from conjoin.layers.view import View, views, wides
+from conjoin.layers.view import View, views
 from conjoin.layers.wide import Wide
 from conjoin.merging import MERGER, Merger
 from conjoin.nn import Split, Unite
@@ -275,7 +275,8 @@ class Region(nn.Module):
         if not isinstance(held, list):
             self.__class__ = self.conjoin_base  # type: ignore[assignment]
             with putting_back(self):
-                _install(self, held or {None: ()}, {MERGER: Merger(self, frozen=True)}, {})
+                meta = {MERGER: Merger(self, frozen=True)}
+                _become(self, _trace(self, held or {None: ()}, meta, {})[0])
             return
         try:
             vars(self)[PLAN] = _bind(self, held)
@@ -340,18 +341,23 @@ def install(
     meta = {**(meta or {}), MERGER: merger}
     names = {module: name for name, module in model.named_modules()}
     within = {inner for region in _regions(model) for inner in region.modules()}
-    found = [module for module in dict.fromkeys(_enclosing(model)) if module in names]
-    unsound: set[nn.Module] = set()
+    found = {module for module in _enclosing(model) if module in names} - within
     known: _Known = {}
-    # The inner ones first: their class is then what it will be when an outer one is traced.
     with putting_back(model):
-        for module in sorted(found, key=lambda m: -len(names[m].split("."))):
-            if module in within:
+        # The outer ones are traced first: seen from within, one tensor that is handed over twice
+        # is two, and what is merged then cannot be merged further.
+        beyond = {} if merger.frozen else _trace_beyond(model, calls, meta, known)
+        # The inner ones are installed first: an outer one is bound to the classes they have then.
+        both = [each for each in names if each in found or each in beyond]
+        for module in sorted(both, key=lambda m: (-names[m].count("."), names[m] == "")):
+            if not _may_be_region(module):
                 continue
-            if not _install(module, _structures(calls, names[module]), meta, known):
-                unsound.add(module)
-        if not merger.frozen:
-            _install_beyond(model, calls, meta, unsound, known)
+            traced, state, merged = beyond.get(module, ([], None, False))
+            if state != _state(module):
+                traced, _ = _trace(module, _structures(calls, names[module]), meta, known)
+            # Without calls that were seen, nobody knows whether a region within is ever run.
+            if module in found or not calls or merged or _brings_more(module, traced):
+                _become(module, traced)
 
 
 def _regions(module: nn.Module) -> list[Region]:
@@ -359,14 +365,15 @@ def _regions(module: nn.Module) -> list[Region]:
     return [inner for inner in module.modules() if isinstance(inner, Region)]
 
 
-def _whole(module: nn.Module) -> set[Wide]:
-    """The wide layers all of whose views are in a module."""
-    return {wide for wide, held in wides(module).items() if len(held) == len(wide.widths)}
-
-
 def covered(module: nn.Module) -> set[Wide]:
-    """Those among them that are in a region within the module."""
-    return set().union(*map(_whole, _regions(module)))
+    """The wide layers that a rewritten forward of a region within the module runs."""
+    return {
+        cast(Wide, region.get_submodule(path))
+        for region in _regions(module)
+        for variants in vars(region)[PLAN].variants.values()
+        for variant in variants
+        for path in variant.traced.wide
+    }
 
 
 def _structures(calls: Mapping[str, Mapping[Structure, Alike]] | None, name: str) -> _Structures:
@@ -374,41 +381,51 @@ def _structures(calls: Mapping[str, Mapping[Structure, Alike]] | None, name: str
     return found or {None: ()}
 
 
-def _install_beyond(
+def _trace_beyond(
     model: nn.Module,
     calls: Mapping[str, Mapping[Structure, Alike]] | None,
     meta: dict[str, Any],
-    unsound: set[nn.Module],
     known: _Known,
-) -> None:
-    """Rewrites forwards around wide layers that no region runs once yet, the largest first.
+) -> dict[nn.Module, tuple[list[Traced], _State | None, bool]]:
+    """Traces the largest modules that are traced soundly, whatever they hold.
 
-    Tracing them may show more to merge: siblings behind equal operations, and equal towers on
-    different inputs. And the smallest module around a wide layer may be one that is not traced.
-    Where a module is not traced soundly, as those in `unsound` are known not to be, its children
-    are looked at.
+    That may show more to merge than siblings: what follows them, siblings behind equal operations,
+    and equal towers on different inputs. Where a module is not traced soundly, its children are
+    looked at.
+
+    Returns:
+        What was traced of each module that was looked at, the state that it was in, and whether
+        more was merged for that.
     """
     merger: Merger = meta[MERGER]
     pending = [("", model)]
+    found: dict[nn.Module, tuple[list[Traced], _State | None, bool]] = {}
     while pending:
         name, module = pending.pop()
         layers = (m for m in module.modules() if merger.kind_of(m) is not None)
-        found = itertools.chain(layers, raw_parameters(module))
-        if isinstance(module, (View, Region)) or len([*itertools.islice(found, 2)]) < 2:
+        held = itertools.chain(layers, raw_parameters(module))
+        if isinstance(module, (View, Region)) or len([*itertools.islice(held, 2)]) < 2:
             continue
         is_sound = False
         has_forward = not isinstance(module, WITHOUT_FORWARD)
         runs = has_forward and (not calls or bool(calls.get(name)))
-        runs &= not _is_chain(name, module, calls)
-        if runs and module not in unsound and _may_be_region(module):
-            before = covered(module)  # A region knows nothing of what is merged from here on.
+        if runs and not _is_chain(name, module, calls) and _may_be_region(module):
+            before = _state(module)
             traced, is_sound = _trace(module, _structures(calls, name), meta, known)
-            batched = any(each.most is not None for each in traced)
-            if batched or _whole(module) - before:
-                _become(module, traced)
+            after = _state(module)
+            found[module] = traced, after, after != before
         if not is_sound:
             prefix = f"{name}." if name else ""
-            pending += [(prefix + child, inner) for child, inner in module.named_children()]
+            inner = [(prefix + child, each) for child, each in module.named_children()]
+            pending += reversed(inner)
+    return found
+
+
+def _brings_more(module: nn.Module, traced: Sequence[Traced]) -> bool:
+    """Whether the rewritten forwards of a module run at once what no region within it does."""
+    batched = any(each.most is not None for each in traced)
+    wide = {module.get_submodule(path) for each in traced for path in each.wide}
+    return batched or not wide <= covered(module)
 
 
 def _is_chain(
@@ -449,17 +466,6 @@ def suspended(model: nn.Module) -> Iterator[None]:
             module.__class__ = cls
 
 
-def _install(
-    module: nn.Module, structures: _Structures, meta: dict[str, Any], known: _Known
-) -> bool:
-    """Rewrites a forward where that is sound; whether a trace of it was."""
-    if not _may_be_region(module):
-        return False
-    traced, is_sound = _trace(module, structures, meta, known)
-    _become(module, traced)
-    return is_sound
-
-
 def _may_be_region(module: nn.Module) -> bool:
     return not copies_itself(plain_class(module))
 
@@ -479,6 +485,9 @@ def _become(module: nn.Module, traced: list[Traced]) -> None:
 
 _Traces = tuple[list[Traced], bool]
 """What was traced of a module, and whether any trace of it was sound."""
+
+_State = list[tuple[type, str]]
+"""What merging changes of a module."""
 
 _Known = dict[Hashable, _Traces]
 """The same by what decides it, for modules like one that was traced."""
@@ -534,10 +543,10 @@ def _holder(module: nn.Module, name: str) -> Mapping[str, Any]:
     return found
 
 
-def _state(module: nn.Module) -> list[tuple[type, str]]:
+def _state(module: nn.Module) -> _State:
     """The classes of the modules, and which wide layers hold their parameters."""
     return [
-        (type(inner), inner.wide_layer.identity if isinstance(inner, View) else "")
+        (plain_class(inner), inner.wide_layer.identity if isinstance(inner, View) else "")
         for inner in module.modules()
     ]
 

@@ -30,6 +30,7 @@ from torch.fx.graph import _format_target
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from conjoin import merging
 from conjoin.graph import channelwise, edit, elementwise, products
 from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.hazards import CALL_HOOKS
@@ -82,6 +83,7 @@ class Traced:
         alike: for each tensor of a call a number, equal for those that must be of one shape.
         most: how many elements they may have all together; None where that does not matter, nor
             which are alike.
+        wide: paths of the wide layers that it runs.
     """
 
     function: Callable[..., Any]
@@ -98,6 +100,7 @@ class Traced:
     shared: tuple[tuple[Any, tuple[Any, ...]], ...]
     alike: Alike
     most: int | None
+    wide: tuple[str, ...]
 
 
 class _Tracer(fx.Tracer):
@@ -255,6 +258,8 @@ def trace(
         if asked is not None:
             asked.update(sandbox.modes)
         return None
+    wide = tuple(merging.wides_called(graph_module))
+    merging.tell(graph_module)
     return Traced(
         *_compile(graph_module.graph),
         structure,
@@ -269,6 +274,7 @@ def trace(
         tuple(pair for value, _ in sandbox.shared.values() for pair in snapshots(value)),
         inputs.alike if inputs is not None else (),
         inputs.most if inputs is not None else None,
+        wide,
     )
 
 
