@@ -281,3 +281,35 @@ def test_a_model_is_freed_at_once():
     regions.uninstall(optimized)
     del optimized
     assert wide() is None
+
+
+class Unflattened(nn.Module):
+    """Everything that somebody may call unflattening."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(5, 4), nn.Linear(5, 4)
+
+    def forward(self, x):
+        a, b = self.a(x), self.b(x)
+        named = a.unflatten(dim=1, sizes=[2, 2]) + torch.unflatten(b, -1, (2, -1))
+        return named + nn.functional.relu(a).unflatten(-1, (2, -1)) * b.unflatten(-1, (-1, 2))
+
+
+def test_unflattening_of_all_sorts():
+    plain, x = Unflattened().double(), torch.randn(6, 5, dtype=torch.float64)
+    assert_equivalent(conjoin.optimize(plain, (x,), policy="always"), plain, (x,))
+
+
+def test_somebody_else_calls_the_modules(monkeypatch):
+    plain, optimized, x = made()
+    optimized(x), plain(x)
+    called, call = [], nn.Module.__call__
+
+    def noted(module, *args, **kwargs):
+        called.append(module)
+        return call(module, *args, **kwargs)
+
+    monkeypatch.setattr(nn.Module, "__call__", noted)
+    assert_close(optimized(x), plain(x))
+    assert {*wides(optimized)} < {*called}

@@ -126,3 +126,16 @@ def test_the_device_of_a_fake_tensor():
     assert device_of(asked, (fake,)) == torch.device("cpu")
     assert device_of(asked, (torch.ones(2),)) is None
     assert device_of(torch.ops.aten.add.Tensor, (fake, fake)) is None
+
+
+def test_defaults_that_change_in_between():
+    mode = RepeatingFakeTensorMode()
+    before = torch.get_default_dtype()
+    try:
+        for dtype in (torch.float32, torch.float64):
+            torch.set_default_dtype(dtype)
+            with mode:
+                assert torch.zeros(3).dtype is torch.full((3,), 0.5).dtype is dtype
+                assert torch.scalar_tensor(0.5).dtype is dtype
+    finally:
+        torch.set_default_dtype(before)

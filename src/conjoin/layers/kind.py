@@ -52,6 +52,9 @@ TENSORS = ("weight", "bias")
 """The parameters that are merged; all others of a layer stay where they are."""
 
 
+OF_DIRECT = frozenset({"run", "apart", "joined", "biases"})
+"""The methods of a kind that its `direct` stands for."""
+
 FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {}
 """The forwards of the classes of layers, as they were when the kinds were defined."""
 
@@ -132,6 +135,8 @@ class Kind(ABC):
             FORWARDS.setdefault(layer, layer.forward)
         if "run" in vars(cls) and "apart" not in vars(cls):
             cls.stacked = None  # What a base class does with several inputs is something else.
+        if not OF_DIRECT.isdisjoint(vars(cls)) and "direct" not in vars(cls):
+            cls.direct = Kind.direct  # type: ignore[method-assign]  # So is what it does directly.
 
     def __eq__(self, other: object) -> bool:
         """Whether it is of the same class with the same attributes, as a copy is."""

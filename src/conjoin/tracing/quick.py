@@ -35,8 +35,11 @@ PLAIN_MAPPINGS = (dict, OrderedDict)
 UNFLATTEN = "conjoin_unflatten"
 """The name of the method of that name without what PyTorch has in Python in front of it."""
 
-UNFLATTENED = re.compile(r"\b(\w+)\.unflatten\(")
-"""How torch.fx writes a call of it."""
+UNFLATTENED = re.compile(r"\b(\w+)\.unflatten\((-1, \(\d+, -1\))\)")
+"""How torch.fx writes the calls of it that the passes make."""
+
+MODULE_CALL = nn.Module.__call__
+"""What calls of modules do; tools put something else there for a while."""
 
 CALL = "conjoin_call_"
 """What the names of modules in the source begin with."""
@@ -180,7 +183,7 @@ class Written:
         ways: dict[str, set[str]] = {}
         for found in CALLS.finditer(self.source):
             ways.setdefault(found[1], set()).add(found[2])
-        modules = [region.get_submodule(path) for _, path in self.called]
+        modules = [_at(region, path) for _, path in self.called]
         apart: set[str] = set()
         for (name, _), module in zip(self.called, modules, strict=True):
             if type(module) is Wide and len(ways.get(name, ())) == 1:
@@ -194,7 +197,7 @@ class Written:
             self.source,
         )
         names[UNFLATTEN] = torch._C.TensorBase.unflatten
-        source = UNFLATTENED.sub(rf"{UNFLATTEN}(\1, ", source)
+        source = UNFLATTENED.sub(rf"{UNFLATTEN}(\1, \2)", source)
         function = names.define(source, "forward")
         return restoring_mode(function) if self.restores else function, _usual(modules)
 
@@ -212,6 +215,14 @@ def restoring_mode(function: Callable[..., Any]) -> Callable[..., Any]:
     return restoring
 
 
+def _at(region: nn.Module, path: str) -> nn.Module:
+    """The module at a path, past what views have by the name of their wide layer."""
+    found: Any = region
+    for name in path.split("."):
+        found = found._modules[name]
+    return cast(nn.Module, found)
+
+
 def _called(module: nn.Module) -> Callable[..., Any]:
     """What a call of a module without hooks comes to."""
     cls = plain_class(module)
@@ -225,7 +236,7 @@ def _usual(modules: Iterable[nn.Module]) -> Callable[[], bool]:
     """A function that tells whether nothing stands between a call of a module and its forward."""
     names = Names()
     hooks: list[dict[int, Any]] = []
-    facts: list[str] = []
+    facts = [f"{names.name(nn.Module)}.__call__ is {names.name(MODULE_CALL)}"]
     for module in dict.fromkeys(modules):
         own = vars(module)
         hooks += [own[kind] for kind in CALL_HOOKS]

@@ -61,6 +61,8 @@ class RepeatingFakeTensorMode(FakeTensorMode):  # type: ignore[no-untyped-call]
     def _key(self, func: OpOverload, args: Sequence[object]) -> _Key | None:
         """What decides what the output is like; None where more does."""
         key: list[Hashable] = [func]
+        if not args or type(args[0]) is not FakeTensor:
+            return None  # What is made of numbers alone depends on defaults.
         for value in args:
             if type(value) is FakeTensor and value.fake_mode is self and _is_plain(value):
                 key.append(_described(value))
