@@ -5,6 +5,7 @@ import copy
 import dataclasses
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any
+from unittest import mock
 
 import torch
 from torch import Tensor, nn
@@ -12,6 +13,7 @@ from torch import Tensor, nn
 from conjoin.layers import kind_of
 from conjoin.layers.fusing import fuse
 from conjoin.layers.wide import Wide
+from conjoin.tracing import regions
 
 WIDTHS = {"two": (3, 3), "three": (2, 5, 1), "four": (2, 2, 2, 2), "five": (2, 3, 1, 4, 2)}
 """How many siblings of which widths: equal and different, odd and even in number."""
@@ -97,7 +99,10 @@ def merge(
 
 @contextlib.contextmanager
 def wide_runs() -> Iterator[list[Wide]]:
-    """Notes the runs of wide layers, in the list that it gives."""
+    """Notes the runs of wide layers, in the list that it gives.
+
+    As if `torch.jit.trace` were going on: rewritten forwards call them as modules then.
+    """
     runs: list[Wide] = []
     forward = Wide.forward
 
@@ -107,7 +112,8 @@ def wide_runs() -> Iterator[list[Wide]]:
 
     Wide.forward = noted
     try:
-        yield runs
+        with mock.patch.object(regions, "_get_tracing_state", return_value=runs):
+            yield runs
     finally:
         Wide.forward = forward
 

@@ -265,3 +265,26 @@ def test_the_example_in_the_docstring_runs():
     result = doctest.testmod(sys.modules[Kind.__module__])
     assert result.attempted > 0
     assert result.failed == 0
+
+
+class Doubled(nn.Linear):
+    def forward(self, x):
+        return super().forward(x) * 2
+
+
+class OfDoubled(type(kind_of(nn.Linear(1, 1)))):
+    """What is derived from a kind that conjoin knows."""
+
+    layer = Doubled
+
+    def run(self, wide, input):
+        return super().run(wide, input) * 2
+
+
+def test_a_kind_that_is_derived_from_one_of_conjoins(x):
+    plain = conjoin.nn.Parallel(Doubled(6, 2), Doubled(6, 3)).double()
+    fused = conjoin.optimize(plain, (x,), kinds=(OfDoubled(),))
+    assert_equivalent(fused, plain, (x,))
+    with wide_runs() as runs:
+        fused(x)
+    assert len(runs) == 1

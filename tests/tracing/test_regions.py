@@ -115,7 +115,7 @@ def test_golden_source(name):
     model = conjoin.optimize(build(name), (input_of(build(name)),))
     text = "\n".join(
         f"# {region or 'the model'}: {type(module).__name__}\n"
-        f"{next(iter(vars(module)[PLAN].variants.values()))[0].function.__conjoin_source__.strip()}\n"
+        f"{next(iter(vars(module)[PLAN].variants.values()))[0].traced.function.__conjoin_source__.strip()}\n"
         for region, module in regions(model).items()
     )
     path = GOLDEN / f"forward_{name}.txt"
@@ -600,7 +600,7 @@ def test_inner_modules_are_traced_where_that_is_sound():
     optimized = conjoin.optimize(model, (x,))
     assert_equivalent(optimized, model, (x,))
     [training, evaluation] = vars(optimized)[PLAN].variants[1]
-    source = training.function.__conjoin_source__
+    source = training.traced.function.__conjoin_source__
     assert "self._modules['one']._modules['norm'](" in source
     assert "two" not in source
     assert "self._modules['counts'](" in source

@@ -145,6 +145,17 @@ class _Conv(_Convolution):
             return self.apart(wide, _repeated(input, self.output_dim, number))
         return self._convolve(wide, input, 1)
 
+    def direct(self, wide: Wide, *, apart: bool = False) -> Callable[[Tensor], Tensor]:
+        """Both, where there are no groups, nothing is padded and no zeros fill gaps."""
+        settings: dict[str, Any] = wide.settings
+        plain = settings["padding_mode"] == "zeros" and not _grouped(settings["groups"])
+        if not plain or len({*wide.biased}) > 1:
+            return super().direct(wide, apart=apart)
+        held: dict[str, Any] = wide._parameters
+        function, groups = type(self).function, len(wide.widths) if apart else 1
+        rest = *(settings[name] for name in ("stride", "padding", "dilation")), groups
+        return lambda input: function(input, held["weight"], held["bias"], *rest)
+
     def check_together(
         self, layers: Sequence[nn.Module], copies: int, shape: Sequence[int] | None
     ) -> Verdict | None:

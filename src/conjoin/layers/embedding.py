@@ -86,8 +86,9 @@ def unstack(stack: Tensor, count: int) -> Sequence[Tensor]:
     """
     if has_torch_function_unary(stack):  # A graph that is traced again keeps the call.
         return handle_torch_function(unstack, (stack,), stack, count)
-    sized = not isinstance(stack.numel(), torch.SymInt)  # As it is in an export, and may be 0.
-    if stack.dim() > 1 and sized and stack.numel() and stack.is_contiguous():
+    number = stack.numel()
+    sized = not isinstance(number, torch.SymInt)  # As it is in an export, and may be 0.
+    if sized and number and stack.dim() > 1 and stack.is_contiguous():
         # Not an operation for each.
         return torch.unsafe_split(stack.flatten(0, 1), stack.shape[1], 0)
     return [torch.ops.aten._unsafe_view(p, p.shape[1:]) for p in torch.unsafe_split(stack, 1, 0)]

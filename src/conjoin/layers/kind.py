@@ -10,6 +10,7 @@ contiguous is what lets `state_dict()` hand out views that safetensors accepts.
 
 from __future__ import annotations
 
+import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Mapping, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -50,6 +51,9 @@ PLAIN = (Tensor, FakeTensor)
 TENSORS = ("weight", "bias")
 """The parameters that are merged; all others of a layer stay where they are."""
 
+
+OF_DIRECT = frozenset({"run", "apart", "joined", "biases"})
+"""The methods of a kind that its `direct` stands for."""
 
 FORWARDS: dict[type[nn.Module], Callable[..., Any]] = {}
 """The forwards of the classes of layers, as they were when the kinds were defined."""
@@ -131,6 +135,8 @@ class Kind(ABC):
             FORWARDS.setdefault(layer, layer.forward)
         if "run" in vars(cls) and "apart" not in vars(cls):
             cls.stacked = None  # What a base class does with several inputs is something else.
+        if not OF_DIRECT.isdisjoint(vars(cls)) and "direct" not in vars(cls):
+            cls.direct = Kind.direct  # type: ignore[method-assign]  # So is what it does directly.
 
     def __eq__(self, other: object) -> bool:
         """Whether it is of the same class with the same attributes, as a copy is."""
@@ -311,6 +317,13 @@ class Kind(ABC):
                 side along `output_dim`. So is the output.
         """
         raise NotImplementedError(f"{self.name} does not run on different inputs")
+
+    def direct(self, wide: Wide, *, apart: bool = False) -> Callable[[Tensor], Tensor]:
+        """`run` for one wide layer, or `apart`: with what never changes looked up beforehand.
+
+        Quick models spend most of a call in look-ups.
+        """
+        return functools.partial(self.apart if apart else self.run, wide)
 
 
 def tensors(layer: nn.Module) -> dict[str, nn.Parameter]:

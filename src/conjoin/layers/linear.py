@@ -9,7 +9,8 @@ are one batched product: y (n, ..., out) = x (n, ..., in) W^T + b.
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from collections.abc import Callable
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor, nn
@@ -35,13 +36,27 @@ class Linear(Kind):
 
     def apart(self, wide: Wide, input: Tensor) -> Tensor:
         """(n, ..., in) -> (n, ..., out)."""
-        count, (out, width) = len(wide.widths), wide.shapes[0]
-        flat = input.dim() == 3
-        rows = input if flat else input.reshape(count, -1, width)
-        weight = wide.weight.view(count, out, width).transpose(1, 2)
-        bias = self.biases(wide)
-        if bias is None:
-            product = torch.bmm(rows, weight)
-        else:
-            product = torch.baddbmm(bias.view(count, 1, out), rows, weight)
-        return product if flat else product.view(*input.shape[:-1], out)
+        return _batched(input, wide.weight, self.biases(wide), (len(wide.widths), *wide.shapes[0]))
+
+    def direct(self, wide: Wide, *, apart: bool = False) -> Callable[[Tensor], Tensor]:
+        """Both, where no zeros fill gaps between biases."""
+        if len({*wide.biased}) > 1:
+            return super().direct(wide, apart=apart)
+        held: dict[str, Any] = wide._parameters
+        linear, shape = F.linear, (len(wide.widths), *wide.shapes[0])
+        if apart:
+            return lambda input: _batched(input, held["weight"], held["bias"], shape)
+        return lambda input: linear(input, held["weight"], held["bias"])
+
+
+def _batched(input: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[int, ...]) -> Tensor:
+    """(n, ..., in), (n * out, in) and (n * out) -> (n, ..., out)."""
+    count, out, width = shape
+    flat = input.dim() == 3
+    rows = input if flat else input.reshape(count, -1, width)
+    stack = weight.view(shape).transpose(1, 2)
+    if bias is None:
+        product = torch.bmm(rows, stack)
+    else:
+        product = torch.baddbmm(bias.view(count, 1, out), rows, stack)
+    return product if flat else product.view(*input.shape[:-1], out)

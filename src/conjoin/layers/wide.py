@@ -9,11 +9,13 @@ from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import itertools
+import operator
 import uuid
 import weakref
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from types import FrameType
 from typing import TYPE_CHECKING, Any, cast
 
@@ -28,6 +30,9 @@ if TYPE_CHECKING:
 
 WIDE = "wide"
 """The name of the wide layer among its view's children."""
+
+ERRORS = (RuntimeError, TypeError, ValueError, IndexError)
+"""What PyTorch raises where an input does not fit a layer."""
 
 
 class Sibling(nn.Module):
@@ -122,10 +127,11 @@ class Wide(nn.Module):
         self._lent_before: list[dict[str, Tensor]] = []
         self.known: dict[int, weakref.ref[nn.Module]] = {}
         self.cut: tuple[object, dict[int, dict[str, Tensor | None]]] | None = None
+        self._noted: tuple[tuple[Any, ...], list[Tensor], list[int]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what concerns this one's own surroundings, or what is going on."""
-        passing = ("enclosing", "handed_out", "_converted", "_lent_before", "known", "cut")
+        passing = "enclosing handed_out _converted _lent_before known cut _noted".split()
         state = {name: value for name, value in vars(self).items() if name not in passing}
         state["_parted"] = {index for index in range(len(self.widths)) if not self._is_lent(index)}
         return state
@@ -168,6 +174,7 @@ class Wide(nn.Module):
         known = self.known.get(index)
         if known is None or known() is None:
             self.known[index] = weakref.ref(view)
+            self._noted = None
 
     def is_whole(self) -> bool:
         """Whether all siblings are views of it still, as far as is known."""
@@ -176,10 +183,9 @@ class Wide(nn.Module):
 
     def out_of_step(self) -> dict[int, nn.Module]:
         """The siblings by position, where the buffers or the mode of one are its own affair."""
-        if not self.running:
-            return {}
-        # A loop without functions in it: this runs on every call, and for every view.
         compiling = torch.compiler.is_compiling()
+        if not self.running or (not compiling and self._is_as_noted()):
+            return {}
         places = {} if compiling else {name: _place(whole) for name, whole in self.running.items()}
         known: dict[int, nn.Module] = {}
         in_step = True
@@ -194,7 +200,31 @@ class Wide(nn.Module):
                 in_step &= buffers.get(name) is held
                 # Where a buffer lies Dynamo does not know; see `borrowed`.
                 in_step &= compiling or held.untyped_storage()._cdata == places[name]
+        if in_step and not compiling:
+            self._note(known)
         return {} if in_step else known
+
+    def _note(self, known: dict[int, nn.Module]) -> None:
+        """Notes which buffers the siblings hold, and where these lie, while they are in step."""
+        rows = [
+            (view._buffers, *each) for i, view in known.items() for each in self._lent[i].items()
+        ]
+        tensors = [*(held for _, _, held in rows), *self.running.values()]
+        if all(type(each) is Tensor and not each.is_meta for each in tensors):
+            held = tuple(tuple(row[column] for row in rows) for column in range(3))
+            self._noted = held, tensors, [tensor.data_ptr() for tensor in tensors]
+
+    def _is_as_noted(self) -> bool:
+        """Whether the siblings are in step as they were; a call of each norm asks this first."""
+        if self._noted is None:
+            return False
+        (buffers, names, held), tensors, places = self._noted
+        for reference in self.known.values():
+            view = reference()
+            if view is not None and view.training is not self.training:
+                return False
+        same = all(map(operator.is_, map(dict.get, buffers, names), held))
+        return same and [*map(Tensor.data_ptr, tensors)] == places
 
     def borrowed(self) -> dict[str, Tensor]:
         """The running buffers for one call of all siblings, which `hand_back` ends.
@@ -282,9 +312,25 @@ class Wide(nn.Module):
             return self.kind.along(self, input, dim, sizes)
         try:
             return self.kind.run(self, input)
-        except (RuntimeError, TypeError, ValueError, IndexError):
+        except ERRORS:
             self.kind.run(self.alone(0), input)  # Raises what the first sibling would have.
             raise
+
+    def direct(self, *, apart: bool = False, along: bool = False) -> Callable[..., Tensor]:
+        """What `forward` does, for calls that all are of one way; see `Kind.direct`."""
+        if along:
+            return functools.partial(self.kind.along, self)
+        run = self.kind.direct(self, apart=apart)
+        if apart:
+            return run
+
+        def direct(input: Tensor) -> Tensor:
+            try:
+                return run(input)
+            except ERRORS:
+                return self.forward(input)  # Raises what the first sibling would have.
+
+        return direct
 
     def alone(self, index: int) -> Wide:
         """A wide layer of the `index`-th sibling only, on the same memory."""
@@ -364,6 +410,7 @@ class Wide(nn.Module):
             part.bound()
         self.running = {name: fn(whole) for name, whole in self.running.items()}
         self._lent_before, self._lent = self._lent, self._lendable()
+        self._noted = None
         return self
 
     def extra_repr(self) -> str:

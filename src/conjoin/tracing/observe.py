@@ -39,6 +39,7 @@ from conjoin.layers.product import SUFFIX
 from conjoin.reachable import functions_of, words
 from conjoin.tracing import graph_modules, regions
 from conjoin.tracing.listings import Listings
+from conjoin.tracing.repeating import RepeatingFakeTensorMode
 from conjoin.tracing.structures import Alike, Structure, alike, structure_of
 from conjoin.tracing.undisturbed import KeepingTensors, letting_go, start_streams, undisturbed
 
@@ -128,7 +129,7 @@ class Copy:
             UncopyableError: it cannot be copied, even for real.
         """
         self.fake = fake
-        self._mode = FakeTensorMode(allow_non_fake_inputs=True) if fake else None
+        self._mode = RepeatingFakeTensorMode() if fake else None
         self.model = self._copied(model)
         regions.uninstall(self.model)  # So that every view is called.
         own = (*self.model.parameters(), *self.model.buffers())

@@ -13,14 +13,13 @@ import contextlib
 import dataclasses
 import functools
 import itertools
-import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
-from types import FunctionType
+from dataclasses import dataclass
 from typing import Any, cast
 
 import torch
 from torch import Tensor, fx, nn
+from torch._C import _get_tracing_state
 from torch.nn.modules import module as nn_module
 
 from conjoin.graph.congruence import INPUTS, Inputs
@@ -35,6 +34,7 @@ from conjoin.passes import rewrite_traced
 from conjoin.tracing import sound
 from conjoin.tracing.likeness import likeness
 from conjoin.tracing.proxies import UnsoundError
+from conjoin.tracing.quick import Conditions
 from conjoin.tracing.sandbox import MISSING, frozen, plain_class, snapshots
 from conjoin.tracing.sound import Traced
 from conjoin.tracing.spelled import check_of
@@ -60,81 +60,43 @@ class Variant:
 
     Attributes:
         traced: the forward, and what it takes for granted by path.
-        function: the forward.
-        hooks: the hooks of the modules that it calls or goes past, of which there must be none.
-        values: dictionaries, names in them, and the values: flags, constants, functions, modules.
-        kinds: modules, and their classes.
-        present: dictionaries, and the names of what must not be None.
-        children: the children of modules that may have been iterated over, and their names.
-        classes: classes and functions, the names of attributes, and their values.
-        contents: containers, and what is in them.
-        spelled: a function of the region that Dynamo finds the same by, but for the last two.
+        conditions: what it takes for granted.
+        spelled: a function of the region by which Dynamo finds the same, but for the containers.
+        holds: whether the conditions hold; made when that is first asked.
+        quick: the forward bound to the modules, and whether nothing stands between calls of the
+            modules that it calls and their forwards; made when the forward is first called.
     """
 
     traced: Traced
-    function: Callable[..., Any]
-    hooks: tuple[dict[int, Any], ...]
-    values: tuple[tuple[Mapping[str, Any], str, Any], ...]
-    kinds: tuple[tuple[nn.Module, type], ...]
-    present: tuple[tuple[Mapping[str, Any], str], ...]
-    children: tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]
-    classes: tuple[tuple[type | FunctionType, str, Any], ...]
-    contents: tuple[tuple[Any, tuple[Any, ...]], ...]
+    conditions: Conditions
     spelled: Callable[[nn.Module], bool]
-    looked_up: tuple[tuple[Any, ...], ...] = field(init=False)
-    expected: tuple[Any, ...] = field(init=False)
-    reached: tuple[nn.Module, ...] = field(init=False)
-    types: tuple[type, ...] = field(init=False)
-    inherited: tuple[tuple[Any, ...], ...] = field(init=False)
-    defined: tuple[Any, ...] = field(init=False)
-
-    def __post_init__(self) -> None:
-        """The same as columns, with a default beside each name."""
-        missing = [MISSING] * (len(self.values) + len(self.classes))
-        mappings, names, self.expected = _columns(self.values, 3)
-        self.looked_up = mappings, names, tuple(missing[: len(names)])
-        self.reached, self.types = _columns(self.kinds, 2)
-        classes, names, self.defined = _columns(self.classes, 3)
-        self.inherited = classes, names, tuple(missing[: len(names)])
+    holds: Callable[[], bool] | None = None
+    quick: tuple[Callable[..., Any], Callable[[], bool]] | None = None
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors of a call are as the new forward takes for granted."""
-        if self.traced.most is None:
-            return True
+        assert self.traced.most is not None  # Otherwise nobody asks.
         first: dict[int, Tensor] = {}
         for number, tensor in zip(self.traced.alike, tensors, strict=False):
             if not _are_alike(first.setdefault(number, tensor), tensor):
                 return False
         return sum([tensor.numel() for tensor in tensors]) <= self.traced.most
 
-    def holds(self, region: nn.Module) -> bool:
-        """Whether nothing has happened that makes the new forward another function."""
-        if torch.compiler.is_compiling():
-            return self._holds_as_spelled(region)
-        # In C from end to end: this runs on every call.
-        return (
-            all(map(operator.is_, map(dict.get, *self.looked_up), self.expected))
-            and not any(self.hooks)
-            and all(map(operator.is_, map(type, self.reached), self.types))
-            and all(map(operator.is_, map(getattr, *self.inherited), self.defined))
-            and self._contents_hold()
-        )
-
-    def _holds_as_spelled(self, region: nn.Module) -> bool:
-        """The same for Dynamo, which does not know all that the other uses."""
-        return self.spelled(region) and self._containers_hold()
-
-    def _contents_hold(self) -> bool:
-        for mapping, names in self.children:
-            if tuple(mapping) != names:
-                return False
-        for mapping, name in self.present:
-            if mapping.get(name) is None:
-                return False
-        return self._containers_hold()
-
-    def _containers_hold(self) -> bool:
-        return all(_is_as_before(container, before) for container, before in self.contents)
+    def function(self, region: nn.Module, *, compiling: bool) -> Callable[..., Any] | None:
+        """The new forward; None where something has happened that makes it another function."""
+        if compiling:
+            if not (self.spelled(region) and self.conditions.contents_hold()):
+                return None
+            return self.traced.function
+        if self.holds is None:
+            self.holds = self.conditions.check()
+        if not self.holds():
+            return None
+        if self.quick is None:
+            self.quick = self.traced.written.bound(region)
+        function, usual = self.quick
+        # `torch.jit.trace` takes notes of the modules that are called.
+        return function if usual() and _get_tracing_state() is None else self.traced.function
 
 
 def _are_alike(tensor: Tensor, other: Tensor) -> bool:
@@ -144,15 +106,6 @@ def _are_alike(tensor: Tensor, other: Tensor) -> bool:
         and tensor.device == other.device
         and tensor.requires_grad is other.requires_grad
     )
-
-
-def _columns(rows: Sequence[tuple[Any, ...]], count: int) -> list[tuple[Any, ...]]:
-    return [tuple(row[column] for row in rows) for column in range(count)]
-
-
-def _is_as_before(container: Any, before: tuple[Any, ...]) -> bool:
-    now = (*container, *container.values()) if isinstance(container, dict) else tuple(container)
-    return len(now) == len(before) and all(map(operator.is_, now, before))
 
 
 @dataclass(slots=True)
@@ -167,7 +120,7 @@ class Plan:
 
     def find(
         self, region: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
-    ) -> tuple[Variant, tuple[Tensor, ...]] | None:
+    ) -> tuple[Callable[..., Any], tuple[Tensor, ...]] | None:
         """The forward for a call, and the call's tensors; None where the original must run."""
         if not kwargs and all(map(is_plain, args)):
             structure: Structure = len(args)
@@ -179,11 +132,14 @@ class Plan:
         variants = self.variants.get(structure)
         if variants is None or nn_module._has_any_global_hook():  # type: ignore[no-untyped-call]
             return None
-        if not torch.compiler.is_compiling() and in_transform():
+        compiling = torch.compiler.is_compiling()
+        if not compiling and in_transform():
             return None
         for variant in variants:
-            if variant.fits(args) and variant.holds(region):
-                return variant, args
+            fits = variant.traced.most is None or variant.fits(args)
+            function = variant.function(region, compiling=compiling) if fits else None
+            if function is not None:
+                return function, args
         return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> _Unbound:
@@ -197,10 +153,10 @@ class Plan:
         could not tell.
         """
         return [
-            (variant.traced, _marks(variant.reached))
+            (variant.traced, _marks([module for module, _ in variant.conditions.kinds]))
             for variants in self.variants.values()
             for variant in variants
-            if all(type(module) is cls for module, cls in variant.kinds)
+            if all(type(module) is cls for module, cls in variant.conditions.kinds)
         ]
 
     def __reduce__(self) -> tuple[Any, ...]:
@@ -259,9 +215,7 @@ def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -
     classes = tuple(
         (_last_class(cls, name, owners), name, value) for cls, name, value in traced.classes
     )
-    return Variant(
-        traced,
-        traced.function,
+    conditions = Conditions(
         tuple(vars(module)[kind] for module in dict.fromkeys(modules) for kind in CALL_HOOKS),
         (
             *((vars(at[path]), "training", flag) for path, flag in traced.modes),
@@ -275,8 +229,8 @@ def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -
         tuple((at[path]._modules, names) for path, names in traced.children),
         classes,
         (*traced.shared, *_contents(at, traced)),
-        check_of(traced, at, classes),
     )
+    return Variant(traced, conditions, check_of(traced, at, classes))
 
 
 def _last_class(cls: Any, name: str, owners: Mapping[Any, type]) -> Any:
@@ -359,7 +313,7 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
         found = plan.find(self, args, kwargs) if type(plan) is Plan else None
         if found is None:
             return base.forward(self, *args, **kwargs)
-        return found[0].function(self, *found[1])
+        return found[0](self, *found[1])
 
     return forward
 

@@ -19,7 +19,7 @@ import functools
 import inspect
 import itertools
 import re
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from types import FunctionType
 from typing import Any
@@ -40,6 +40,7 @@ from conjoin.nn import Parallel, Split, Unite
 from conjoin.reachable import words
 from conjoin.tracing.known import is_not_none
 from conjoin.tracing.proxies import Proxy, UnsoundError
+from conjoin.tracing.quick import CALL, Names, Written, restoring_mode
 from conjoin.tracing.sandbox import (
     CONTAINERS,
     MISSING,
@@ -68,6 +69,7 @@ class Traced:
 
     Attributes:
         function: the new forward, called with the region and the tensors of a call.
+        written: its source.
         structure: the structure of the calls that it was traced for.
         modes: paths of modules, and their `training`.
         places: where modules stand that were reached: the path of the parent, and the name.
@@ -85,6 +87,7 @@ class Traced:
     """
 
     function: Callable[..., Any]
+    written: Written
     structure: Structure
     modes: tuple[tuple[str, bool], ...]
     places: tuple[tuple[str, str], ...]
@@ -258,7 +261,7 @@ def trace(
     wide = tuple(merging.wides_called(graph_module))
     merging.tell(graph_module)
     return Traced(
-        _compile(graph_module.graph),
+        *_compile(graph_module.graph),
         structure,
         tuple(sandbox.modes.items()),
         tuple(sandbox.places),
@@ -381,34 +384,30 @@ def _reads_mode(cls: Any) -> bool:
     )
 
 
-def _compile(graph: fx.Graph) -> Callable[..., Any]:
-    """The graph as a function of the region and its arguments."""
+def _compile(graph: fx.Graph) -> tuple[Callable[..., Any], Written]:
+    """The graph as a function of the region and its arguments, and as source to be bound."""
     code = graph.python_code("self")
-    targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
-    children = {_format_target("self", target): _child(target) for target in targets}
-    source = CALLED.sub(lambda found: children.get(found[0], found[0]), code.src)
+    targets = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module")
+    called = tuple((f"{CALL}{number}", target) for number, target in enumerate(targets))
+    restores = any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
     namespace: dict[str, Any] = dict(code.globals)
-    exec(compile(source, "<conjoin>", "exec"), namespace)
-    function: Callable[..., Any] = namespace["forward"]
-    if any(node.target is torch._C._set_grad_enabled for node in graph.nodes):
-        function = _restoring_mode(function)
+    written = Written(
+        _calling(code.src, {at: name for name, at in called}), namespace, called, restores
+    )
+    source = _calling(code.src, {target: _child(target) for target in targets})
+    function = Names(namespace).define(source, "forward")
+    if restores:
+        function = restoring_mode(function)
     function.__conjoin_source__ = source  # type: ignore[attr-defined]
-    return function
+    return function, written
+
+
+def _calling(source: str, expressions: Mapping[str, str]) -> str:
+    """Source with expressions of its own for what it calls of the region."""
+    written = {_format_target("self", target): each for target, each in expressions.items()}
+    return CALLED.sub(lambda found: written.get(found[0], found[0]), source)
 
 
 def _child(target: str) -> str:
     """What reads a module from the region, past `nn.Module.__getattr__`, which is slow Python."""
     return "self" + "".join(f"._modules[{name!r}]" for name in target.split("."))
-
-
-def _restoring_mode(function: Callable[..., Any]) -> Callable[..., Any]:
-    """A function that leaves the gradient mode as it was also where it breaks off."""
-
-    def restoring(*args: Any) -> Any:
-        enabled = torch.is_grad_enabled()
-        try:
-            return function(*args)
-        finally:
-            torch._C._set_grad_enabled(enabled)
-
-    return restoring

@@ -8,16 +8,15 @@ source, and goes from the region to its modules as the forward does, whose guard
 
 from __future__ import annotations
 
-import functools
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import CodeType
-from typing import Any, cast
+from typing import Any
 
 from torch import nn
 
 from conjoin.graph.hazards import CALL_HOOKS
+from conjoin.tracing.quick import Names
 from conjoin.tracing.sandbox import FUNCTION_PARTS, MISSING
 from conjoin.tracing.sound import Traced
 
@@ -28,18 +27,8 @@ PLAIN = (int, str)
 """Types of values that are equal to what they are written as."""
 
 
-class _Constants(dict[str, Any]):
+class _Constants(Names):
     """The values that the source cannot spell out, by the names that it has for them."""
-
-    def __init__(self) -> None:
-        super().__init__()
-        self._names: dict[int, str] = {}
-
-    def name(self, value: Any) -> str:
-        """A name for a value, one for each object."""
-        name = self._names.setdefault(id(value), f"_{len(self._names)}")
-        self[name] = value
-        return name
 
     def same(self, expression: str, value: Any) -> str:
         """That an expression gives the value."""
@@ -73,14 +62,7 @@ def check_of(
     )
     facts = "".join(f"    if not ({fact}): return False\n" for fact in found)
     source = f"def check(self):\n{facts}    return True\n"
-    exec(_code(source), constants)
-    return cast("Callable[[nn.Module], bool]", constants.pop("check"))
-
-
-@functools.lru_cache
-def _code(source: str) -> CodeType:
-    """Source as code, which like modules have in common."""
-    return compile(source, "<conjoin>", "exec")
+    return constants.define(source, "check")
 
 
 def _places(traced: Traced, at: dict[str, nn.Module], constants: _Constants) -> Iterator[str]:

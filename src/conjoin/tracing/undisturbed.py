@@ -35,6 +35,7 @@ from conjoin.reachable import (
     reached_by_code,
     words,
 )
+from conjoin.tracing.repeating import device_of
 
 MODES = ("cpu", "cuda", "mps", "xpu")
 """Types of device with an autocast mode of their own."""
@@ -147,6 +148,8 @@ class KeepingTensors(TorchDispatchMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         """Notes the values of what the operation is about to change."""
+        if (device := device_of(func, args)) is not None:
+            return device
         kwargs = kwargs or {}
         for value in _written(func, args, kwargs):
             known = id(value) in self._own or id(value) in self._kept
