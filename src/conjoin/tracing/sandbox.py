@@ -31,6 +31,7 @@ from conjoin.layers.wide import View
 from conjoin.reachable import OF_MODULES, TRUSTED
 from conjoin.tracing import bytecode
 from conjoin.tracing.known import is_tensor
+from conjoin.tracing.objects import MISSING, Object, Place, is_object, standing_in, value_of
 from conjoin.tracing.proxies import INNARDS, UnsoundError
 
 BUILTINS: dict[str, Any] = {
@@ -90,9 +91,6 @@ CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, tor
 
 MUTABLE = (list, dict, set, OrderedDict)
 """Types of container that a trace may look into, as long as the contents are watched."""
-
-MISSING = object()
-"""The value of an attribute that there is not."""
 
 FUNCTION_PARTS = ("__code__", "__defaults__", "__kwdefaults__")
 """The attributes of a function that tell what it does."""
@@ -191,7 +189,9 @@ class Sandbox:
         present: paths of modules, which dictionary, and the name of what must not be None.
         children: paths of modules, and the names of their children.
         places: paths of modules, and the names of children that were reached.
-        contents: paths of modules, names of attributes that are containers, and what is in them.
+        contents: where containers are held, and what is in them.
+        objects: where objects are held, and their classes.
+        settings: where attributes of objects are, and the constants that they are.
         classes: classes and functions, the names of attributes of theirs, and the values.
         globals: namespaces, names in them, and the values.
         shared: containers that are globals or attributes of classes, and what is in them.
@@ -212,11 +212,14 @@ class Sandbox:
         self.present: dict[tuple[str, str, str], None] = {}
         self.children: dict[str, tuple[str, ...]] = {}
         self.places: dict[tuple[str, str], None] = {}
-        self.contents: dict[tuple[str, str], Any] = {}
+        self.contents: dict[Place, Any] = {}
+        self.objects: dict[Place, type] = {}
+        self.settings: dict[Place, Any] = {}
         self.classes: dict[tuple[type | FunctionType, str], Any] = {}
         self.globals: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         self.shared: dict[int, tuple[Any, Any]] = {}
         self._held: list[tuple[Any, Any]] = []
+        self._lent_out: dict[Place, Any] = {}
         self._copies: dict[FunctionType, FunctionType] = {}
         self._globals: dict[int, Globals] = {}
         self._busy = False
@@ -252,7 +255,7 @@ class Sandbox:
 
     def _check_unchanged(self) -> None:
         for value, before in self._held:
-            if frozen(value, self.paths) != before:
+            if frozen(value, self.paths, objects=True) != before:
                 self.refuse("it changes a container")
         if any(self._globals.values()):
             self.refuse("it changes a global")
@@ -264,9 +267,9 @@ class Sandbox:
 
         Args:
             value: the container.
-            modules: whether it may hold modules of the region.
+            modules: whether it may hold modules of the region, and objects.
         """
-        before = frozen(value, self.paths if modules else {})
+        before = frozen(value, self.paths if modules else {}, objects=modules)
         self._held.append((value, before))
         return before
 
@@ -410,11 +413,8 @@ class Sandbox:
             return self._property(module, name, found, own=own)
         if name in held:
             value = held[name]
-            if type(value) in (*MUTABLE, tuple) and not is_constant(value):
-                if (path, name) not in self.contents:
-                    self.contents[path, name] = self.hold(value, modules=True)
-                    self._reach(value)
-                return value
+            if is_container(value) or (own and is_object(value)):
+                return self._held_at(value, (path, (name,)))
             self.attributes[path, "__dict__", name] = value
             return self._given(value, name) if own or is_constant(value) else value
         if found is MISSING:
@@ -424,6 +424,24 @@ class Sandbox:
             return raw(name)
         self.attributes[path, "__dict__", name] = MISSING
         return self._inherited(module, name, found, own=own)
+
+    def _held_at(self, value: Any, place: Place) -> Any:
+        """A container or an object that a module holds, with stand-ins for objects."""
+        if place not in self._lent_out:
+            if is_container(value):
+                self.contents[place] = self.hold(value, modules=True)
+                self._reach(value)
+            self._lent_out[place] = standing_in(self, value, place)
+            if self._lent_out[place] is not value and is_container(value):
+                self.hold(self._lent_out[place], modules=True)
+        return self._lent_out[place]
+
+    def of_object(self, value: Any, place: Place) -> Any:
+        """What an attribute of an object is."""
+        if is_container(value) or is_object(value):
+            return self._held_at(value, place)
+        self.settings[place] = value
+        return self._given(value, str(place[1][-1]))
 
     def _lent(self, path: str, held: dict[str, Any], name: str) -> Any:
         """A Parameter of a module that lent it."""
@@ -556,7 +574,8 @@ class Sandbox:
         if isinstance(value, (Package, Class, Super)):
             self.refuse("it asks for the class of something that is no value")
         if not isinstance(value, fx.Proxy):
-            return isinstance(value, tuple(classes))
+            plain = value_of(value) if isinstance(value, Object) else value
+            return isinstance(plain, tuple(classes))
         if not is_tensor(value.node, self.paths):
             self.refuse("it asks for the class of a value")
         return issubclass(Tensor, tuple(classes))
@@ -628,22 +647,37 @@ def is_constant(value: object) -> bool:
     return type(value) in CONSTANTS
 
 
-def frozen(value: Any, paths: Mapping[nn.Module, str] = MappingProxyType({})) -> Any:
+def is_container(value: object) -> bool:
+    """Whether a value holds others, and may change or hold what does."""
+    return type(value) in (*MUTABLE, tuple) and not is_constant(value)
+
+
+def frozen(
+    value: Any,
+    paths: Mapping[nn.Module, str] = MappingProxyType({}),
+    *,
+    objects: bool = False,
+) -> Any:
     """A container as nested tuples, which are equal only where trace and call cannot differ.
 
     Args:
         value: the container, or something in it.
         paths: the modules that it may hold, and their paths.
+        objects: whether it may hold objects, which are looked at by themselves.
 
     Raises:
         UnsoundError: it holds something else than constants and these modules.
     """
     cls = type(value)
-    if cls in (list, tuple, set):
+    if cls is set:
         return (cls, *[frozen(item, paths) for item in value])
+    if cls in (list, tuple):
+        return (cls, *[frozen(item, paths, objects=objects) for item in value])
     if cls in (dict, OrderedDict):
         items = value.items()
-        return (cls, *[(frozen(key, paths), frozen(item, paths)) for key, item in items])
+        return (cls, *[(frozen(k, paths), frozen(v, paths, objects=objects)) for k, v in items])
+    if objects and (cls is Object or is_object(value)):
+        return Object, id(value) if cls is Object else cls
     if isinstance(value, nn.Module) and value in paths:
         return nn.Module, paths[value]
     if cls is float or cls is complex:

@@ -36,18 +36,19 @@ from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.wide import View
 from conjoin.merging import REGION
 from conjoin.nn import Parallel, Split, Unite
-from conjoin.reachable import words
+from conjoin.reachable import reachable_from, words
 from conjoin.tracing.known import is_not_none
-from conjoin.tracing.proxies import Proxy, UnsoundError
+from conjoin.tracing.objects import MISSING, Place, held_at
+from conjoin.tracing.proxies import UnsoundError
+from conjoin.tracing.ranks import RESHAPING, Ranked, Ranks
 from conjoin.tracing.sandbox import (
     CONTAINERS,
-    MISSING,
     Sandbox,
     operations,
     plain_class,
     snapshots,
 )
-from conjoin.tracing.structures import Alike, Structure, names_of, rebuilt, required
+from conjoin.tracing.structures import Observed, Structure, names_of, rebuilt, required
 from conjoin.tracing.undisturbed import letting_go, undisturbed
 
 SUNK = elementwise.ACTIVATIONS | elementwise.DROPOUTS | channelwise.MODULES
@@ -59,6 +60,10 @@ OF_CONJOIN = (Parallel, Split, Unite)
 
 CALLED = re.compile(r'(?<= = )(?:getattr\()*self(?:\.\w+|, "[^"]*"\))+(?=\()')
 """How torch.fx writes what it calls of the region, `getattr(self.layers, "0")` for one."""
+
+
+NOTHING_SEEN = Observed()
+"""What is known of calls that nobody has observed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -73,11 +78,14 @@ class Traced:
         children: paths of modules that may have been iterated over, and their children's names.
         attributes: paths of modules, the attribute that holds a value, its name, and the value.
         present: paths of modules, the attribute that holds a tensor, and its name.
-        contents: paths of modules, names of attributes that are containers, and what is in them.
+        contents: where containers are held, and what is in them.
+        objects: where objects are held, and their classes.
+        settings: where attributes of objects are, and the constants that they are.
         classes: classes and functions, the names of attributes, and their values.
         globals: namespaces, names, and their values.
         shared: containers that all copies of the region share, and what is in them.
-        alike: for each tensor of a call a number, equal for those that must be of one shape.
+        ranks: numbers of tensors of a call, and how many dimensions they must have.
+        observed: what was seen of the calls.
         most: how many elements they may have all together; None where that does not matter, nor
             which are alike.
     """
@@ -89,11 +97,14 @@ class Traced:
     children: tuple[tuple[str, tuple[str, ...]], ...]
     attributes: tuple[tuple[str, str, str, Any], ...]
     present: tuple[tuple[str, str, str], ...]
-    contents: tuple[tuple[str, str, Any], ...]
+    contents: tuple[tuple[Place, Any], ...]
+    objects: tuple[tuple[Place, type], ...]
+    settings: tuple[tuple[Place, Any], ...]
     classes: tuple[tuple[type | FunctionType, str, Any], ...]
     globals: tuple[tuple[dict[str, Any], str, Any], ...]
     shared: tuple[tuple[Any, tuple[Any, ...]], ...]
-    alike: Alike
+    ranks: tuple[tuple[int, int], ...]
+    observed: Observed
     most: int | None
 
 
@@ -102,9 +113,18 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, region: nn.Module, structure: Structure, opaque: set[nn.Module]) -> None:
+    def __init__(
+        self,
+        region: nn.Module,
+        structure: Structure,
+        opaque: set[nn.Module],
+        observed: Observed,
+    ) -> None:
         super().__init__()
-        self.structure, self.opaque = structure, opaque
+        self.structure, self.opaque, self.observed = structure, opaque, observed
+        self.ranks = Ranks(region.get_submodule)
+        self.reshapes = False
+        self.untraced: list[nn.Module] = []
         self.sandbox = sandbox = Sandbox(region, self._record, self._parameter)
         self.lent: dict[str, Any] = {}
         self.tensors: dict[int, list[str]] = {}
@@ -124,7 +144,7 @@ class _Tracer(fx.Tracer):
         return self.lent[path]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return Proxy(node, self)
+        return Ranked(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self.opaque
@@ -135,6 +155,7 @@ class _Tracer(fx.Tracer):
         if m in self.opaque:
             if type(m).__module__.split(".")[0] not in ("torch", "conjoin"):
                 self._refuse_held((args, kwargs))
+                self.untraced.append(m)
             return super().call_module(m, forward, args, kwargs)
         self.sandbox.stack.append(m)
         result = super().call_module(m, forward, args, kwargs)
@@ -148,6 +169,12 @@ class _Tracer(fx.Tracer):
             raise UnsoundError(f"it calls .{target}")
         if target is getattr and args[1] not in operations():
             raise UnsoundError(f"it reads .{args[1]}")
+        if target in ("dim", "ndimension") and kind == "call_method":
+            rank = self.ranks.rank(args[0].node)
+            if rank is not None:
+                return rank
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        self.reshapes |= "out" in kwargs or name in RESHAPING
         return super().create_proxy(kind, target, args, kwargs, *rest, **named)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -171,6 +198,8 @@ class _Tracer(fx.Tracer):
             self.create_proxy("placeholder", name, (), {})
             for name in names_of(self.structure, forward)
         ]
+        nodes = [proxy.node for proxy in proxies]
+        self.ranks.inputs = dict(zip(nodes, self.observed.ranks, strict=False))
 
         def run(root: nn.Module, *tensors: Any) -> Any:
             args, kwargs = rebuilt(self.structure, iter(tensors))
@@ -184,6 +213,12 @@ class _Tracer(fx.Tracer):
 
         run.__annotations__ = {}  # It would be that of the new forward.
         return run, [self.root, *proxies]
+
+    def asked_ranks(self) -> Iterator[tuple[int, int]]:
+        """The inputs whose number of dimensions was asked for, by their numbers."""
+        for number, (node, rank) in enumerate(self.ranks.inputs.items()):
+            if node in self.ranks.asked:
+                yield number, rank
 
     def _refuse_held(self, value: Any) -> None:
         """Refuses to hand out a container of which the graph would make a new one each time."""
@@ -216,6 +251,7 @@ def trace(
     structure: Structure | None = None,
     meta: dict[str, Any] | None = None,
     asked: set[str] | None = None,
+    observed: Observed = NOTHING_SEEN,
 ) -> Traced | None:
     """Traces a region and rewrites its graph.
 
@@ -225,6 +261,7 @@ def trace(
         structure: that of the calls to trace; the required arguments alone where None.
         meta: what is put in the graph module's `meta` before `rewrite` is called.
         asked: takes the paths of the modules whose mode the code asked for.
+        observed: what was seen of calls of this structure.
 
     Returns:
         The new forward and what it takes for granted; None where the trace would not be sound or
@@ -235,10 +272,11 @@ def trace(
     if structure is None:
         return None
     with undisturbed(region, reached=False):
-        found = _soundly(region, structure, set() if asked is None else asked)
+        found = _soundly(region, structure, observed, set() if asked is None else asked)
     if found is None:
         return None
-    graph, sandbox = found
+    graph, tracer = found
+    sandbox, ranks = tracer.sandbox, tuple(tracer.asked_ranks())
     modules = {path: module for module, path in sandbox.paths.items()}
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     _take_out_idle(graph, modules)
@@ -260,11 +298,14 @@ def trace(
         tuple(sandbox.children.items()),
         tuple((*key, value) for key, value in sandbox.attributes.items()),
         tuple(sandbox.present),
-        tuple((*key, value) for key, value in sandbox.contents.items()),
+        tuple(sandbox.contents.items()),
+        tuple(sandbox.objects.items()),
+        tuple(sandbox.settings.items()),
         tuple((*key, value) for key, value in sandbox.classes.items()),
         tuple(sandbox.globals.values()),
         tuple(pair for value, _ in sandbox.shared.values() for pair in snapshots(value)),
-        inputs.alike if inputs is not None else (),
+        ranks,
+        observed,
         inputs.most if inputs is not None else None,
     )
 
@@ -282,19 +323,19 @@ def _take_out_idle(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
 
 
 def _soundly(
-    region: nn.Module, structure: Structure, asked: set[str]
-) -> tuple[fx.Graph, Sandbox] | None:
+    region: nn.Module, structure: Structure, observed: Observed, asked: set[str]
+) -> tuple[fx.Graph, _Tracer] | None:
     """A sound trace of a region, as deep as it can be; None where there is none."""
     opaque = {module for module in region.modules() if _is_leaf(module, region)}
     left = {module for module in region.modules() if module is not region} - opaque
     while True:
         try:
-            tracer = _Tracer(region, structure, opaque)
+            tracer = _Tracer(region, structure, opaque, observed)
         except UnsoundError:
             return None
         sandbox = tracer.sandbox
         try:
-            return _traced(region, tracer), sandbox
+            return _traced(region, tracer), tracer
         except (Exception, UnsoundError):  # noqa: BLE001 - The region's code may raise anything.
             if not left:
                 return None
@@ -316,6 +357,12 @@ def _traced(region: nn.Module, tracer: _Tracer) -> fx.Graph:
     with letting_go():
         graph = tracer.trace(region)
     sandbox = tracer.sandbox
+    if tracer.ranks.asked and (tracer.reshapes or tracer.untraced):
+        raise UnsoundError("it may change how many dimensions a tensor has")
+    objects = {id(held_at(dict(region.named_modules()), place)) for place in sandbox.objects}
+    for module in tracer.untraced if objects else ():
+        if any(id(value) in objects for value in reachable_from(module)):
+            raise UnsoundError("a module that is not traced may change an object")
     registered = {f"{path}.{name}".lstrip(".") for path, _, name in sandbox.present}
     for node in graph.nodes:
         if node.op != "output" and sandbox.asks_none and not is_not_none(node, sandbox.paths):

@@ -9,16 +9,18 @@ source, and goes from the region to its modules as the forward does, whose guard
 from __future__ import annotations
 
 import functools
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from types import CodeType
+from types import CodeType, FunctionType
 from typing import Any, cast
 
 from torch import nn
 
 from conjoin.graph.hazards import CALL_HOOKS
-from conjoin.tracing.sandbox import FUNCTION_PARTS, MISSING
+from conjoin.tracing.objects import MISSING, Place, held_at, holder_of, is_of_items
+from conjoin.tracing.sandbox import FUNCTION_PARTS
 from conjoin.tracing.sound import Traced
 
 WORDS = (type(None), bool)
@@ -40,6 +42,10 @@ class _Constants(dict[str, Any]):
         name = self._names.setdefault(id(value), f"_{len(self._names)}")
         self[name] = value
         return name
+
+    def literal(self, value: Any) -> str:
+        """An expression for a constant."""
+        return repr(value) if type(value) in (*WORDS, *PLAIN) else self.name(value)
 
     def same(self, expression: str, value: Any) -> str:
         """That an expression gives the value."""
@@ -85,8 +91,9 @@ def _code(source: str) -> CodeType:
 
 def _places(traced: Traced, at: dict[str, nn.Module], constants: _Constants) -> Iterator[str]:
     """That the modules are where they were, the outer ones first, which lead to the inner ones."""
-    rows: Any = (traced.modes, traced.attributes, traced.contents, traced.present, traced.children)
-    paths = {row[0] for row in itertools.chain(*rows)}
+    rows: Any = (traced.modes, traced.attributes, traced.present, traced.children)
+    held = (place for place, _ in (*traced.contents, *traced.objects))
+    paths = {row[0] for row in itertools.chain(*rows, held)}
     paths |= {f"{path}.{name}".lstrip(".") for path, name in traced.places}
     paths = {".".join(p.split(".")[: n + 1]) for p in paths if p for n in range(p.count(".") + 1)}
     for path in sorted(paths, key=lambda path: (path.count("."), path)):
@@ -108,12 +115,59 @@ def _values(traced: Traced, at: dict[str, nn.Module], constants: _Constants) -> 
         yield f"{_module(path)}.training is {flag}"
     for path, holder, name, value in traced.attributes:
         yield _item(f"{_module(path)}.{holder}", name, value, constants)
-    for path, name, _ in traced.contents:
-        yield _item(f"{_module(path)}.__dict__", name, vars(at[path])[name], constants)
+    for place, _ in traced.contents:
+        yield from _at_place(place, held_at(at, place), at, constants)
+    for place, cls in traced.objects:
+        yield f"type({_expression(at, place, constants)}) is {constants.name(cls)}"
+    for place, value in traced.settings:
+        yield from _at_place(place, value, at, constants)
     for path, holder, name in traced.present:
         yield f"{_module(path)}.{holder}.get({name!r}) is not None"
     for path, names in traced.children:
         yield f"tuple({_module(path)}._modules) == {names!r}"
+
+
+def _at_place(
+    place: Place, value: Any, at: dict[str, nn.Module], constants: _Constants
+) -> Iterator[str]:
+    """That an attribute of a module, or of an object that one holds, is as it was."""
+    path, (*before, name) = place
+    holder = held_at(at, (path, tuple(before)))
+    if isinstance(holder, nn.Module):
+        yield _item(f"{_module(path)}.__dict__", name, value, constants)
+    elif holder_of(at, place) is not None:
+        of = _expression(at, (path, tuple(before)), constants)
+        got = f"getattr({of}, {name!r}, {constants.name(MISSING)})"
+        yield _got(got, value, inspect.getattr_static(type(holder), name, MISSING), constants)
+
+
+def _got(got: str, value: Any, of_class: Any, constants: _Constants) -> str:
+    """That an object gives what it held, or what its class has where it held nothing.
+
+    To get that is how Dynamo finds out that the object has nothing of its own.
+    """
+    if value is not MISSING or of_class is MISSING:
+        return constants.same(got, value)
+    if type(of_class) is FunctionType:
+        return f"{got}.__func__ is {constants.name(of_class)}"
+    if isinstance(of_class, property):
+        return f"{got} is not {constants.name(MISSING)}"
+    return constants.same(got, getattr(of_class, "__func__", of_class))
+
+
+def _expression(at: dict[str, nn.Module], place: Place, constants: _Constants) -> str:
+    """What leads from the region to an object."""
+    path, steps = place
+    found, holder = _module(path), at[path]
+    for number, step in enumerate(steps):
+        if is_of_items(holder):
+            found = f"{found}[{constants.literal(step)}]"
+        elif isinstance(holder, nn.Module):
+            found = f"{found}.__dict__[{step!r}]"
+        else:
+            found = f"getattr({found}, {step!r})"
+        holder = held_at(at, (path, steps[: number + 1]))
+    return found
 
 
 def _module(path: str) -> str:
