@@ -26,6 +26,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import get_overridable_functions
 
+from conjoin.graph.hazards import DISTRIBUTIONS
 from conjoin.layers.owner import LENT
 from conjoin.layers.wide import View
 from conjoin.reachable import OF_MODULES, TRUSTED
@@ -52,6 +53,7 @@ BUILTINS |= {
 
 PACKAGES = (
     torch, nn, F, math, torch.special, torch.fft, torch.linalg, torch.jit, nn.modules,
+    torch.distributions, torch.distributions.normal, torch.distributions.categorical,
 )  # fmt: skip
 """Modules, beside the user's own, whose functions and constants code may use."""
 
@@ -517,9 +519,11 @@ class Sandbox:
             return _false
         if _is_hashable(value) and value in GRAD_MODES:
             return functools.partial(GradMode, self, *GRAD_MODES[value])
-        if isinstance(value, type):
+        if isinstance(value, type) and value not in DISTRIBUTIONS:
             return value if value in (torch.finfo, torch.iinfo) else Class(self, value)
-        if _is_hashable(value) and value in FACTORIES:
+        if value is vars(torch)["_assert"]:
+            return _assert
+        if _is_hashable(value) and value in FACTORIES | DISTRIBUTIONS:
             return functools.partial(self.record, value)
         if _is_hashable(value) and value in functions():
             return value
@@ -583,6 +587,11 @@ class Sandbox:
 
 def _false() -> bool:
     return False
+
+
+def _assert(condition: object, message: object) -> None:
+    """What `torch._assert` does, which cannot be traced where a tensor decides."""
+    assert condition, message
 
 
 def _classes(info: Any) -> Iterator[type]:

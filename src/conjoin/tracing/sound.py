@@ -30,9 +30,8 @@ from torch.fx.graph import _format_target
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from conjoin.graph import channelwise, edit, elementwise, products
+from conjoin.graph import channelwise, edit, elementwise, hazards, products
 from conjoin.graph.congruence import INPUTS, Inputs
-from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.wide import View
 from conjoin.merging import REGION
 from conjoin.nn import Parallel, Split, Unite
@@ -56,6 +55,10 @@ SUNK = elementwise.ACTIVATIONS | elementwise.DROPOUTS | channelwise.MODULES
 
 OF_CONJOIN = (Parallel, Split, Unite)
 """Modules of conjoin's that a trace looks into."""
+
+
+OF_DISTRIBUTIONS = frozenset({"sample", "rsample", "log_prob", "entropy"})
+"""Methods of distributions that change nothing, and give tensors with memory of their own."""
 
 
 CALLED = re.compile(r'(?<= = )(?:getattr\()*self(?:\.\w+|, "[^"]*"\))+(?=\()')
@@ -165,7 +168,11 @@ class _Tracer(fx.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: dict[str, Any], *rest: Any, **named: Any
     ) -> Any:
-        if kind == "call_method" and target not in operations():
+        if any(_is_distribution(each) for each in pytree.tree_leaves((args, kwargs))):
+            # What else an object of these may give shares memory with the tensors that it holds.
+            if kind != "call_method" or target not in OF_DISTRIBUTIONS:
+                raise UnsoundError("it does more with a distribution than draw from it")
+        elif kind == "call_method" and target not in operations():
             raise UnsoundError(f"it calls .{target}")
         if target is getattr and args[1] not in operations():
             raise UnsoundError(f"it reads .{args[1]}")
@@ -349,6 +356,10 @@ def _soundly(
         left -= gone
 
 
+def _is_distribution(value: Any) -> bool:
+    return isinstance(value, fx.Proxy) and value.node.target in hazards.DISTRIBUTIONS
+
+
 def _of_class(modules: set[nn.Module], cls: type) -> Iterator[nn.Module]:
     return (module for module in modules if plain_class(module) is cls)
 
@@ -379,7 +390,7 @@ def _is_leaf(module: nn.Module, region: nn.Module) -> bool:
     """Whether a module is one that the trace does not look into."""
     if module is region:
         return False
-    if any(getattr(module, hooks) for hooks in CALL_HOOKS):
+    if any(getattr(module, hooks) for hooks in hazards.CALL_HOOKS):
         return True
     if isinstance(module, (View, fx.GraphModule)):  # The graph of the second is rewritten itself.
         return True
