@@ -329,7 +329,6 @@ LEFT = [
     set_grad_enabled,
     autocast,
     tries,
-    stores,
     counts,
     appends,
     global_cache,
@@ -505,6 +504,7 @@ REWRITTEN = [
     sorts_by_parameter,
     leaf_with_a_flag,
     local_functions,
+    stores,
 ]
 X = torch.randn(5, 4, dtype=torch.float64)
 

@@ -188,3 +188,8 @@ class Attribute(fx.proxy.Attribute, Ranked):
 
     def __getattr__(self, name: str) -> Any:
         return Ranked.__getattr__(self, name)
+
+    def __setattr__(self, name: str, value: object) -> None:
+        if name not in ("root", "attr", "tracer", "_node"):
+            raise UnsoundError(f"it assigns the attribute {name} of an attribute of a tensor")
+        object.__setattr__(self, name, value)

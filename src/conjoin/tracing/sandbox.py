@@ -27,7 +27,7 @@ from torch.nn import functional as F
 from torch.overrides import get_overridable_functions
 
 from conjoin.graph.hazards import DISTRIBUTIONS
-from conjoin.layers.owner import LENT
+from conjoin.layers.owner import LENT, Owner
 from conjoin.layers.wide import View
 from conjoin.reachable import OF_MODULES, TRUSTED
 from conjoin.tracing import bytecode
@@ -194,6 +194,7 @@ class Sandbox:
         contents: where containers are held, and what is in them.
         objects: where objects are held, and their classes.
         settings: where attributes of objects are, and the constants that they are.
+        stored: paths of modules, and names of attributes that were set, and to what.
         classes: classes and functions, the names of attributes of theirs, and the values.
         globals: namespaces, names in them, and the values.
         shared: containers that are globals or attributes of classes, and what is in them.
@@ -217,6 +218,7 @@ class Sandbox:
         self.contents: dict[Place, Any] = {}
         self.objects: dict[Place, type] = {}
         self.settings: dict[Place, Any] = {}
+        self.stored: dict[tuple[str, str], Any] = {}
         self.classes: dict[tuple[type | FunctionType, str], Any] = {}
         self.globals: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
         self.shared: dict[int, tuple[Any, Any]] = {}
@@ -235,7 +237,7 @@ class Sandbox:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Reads the attributes of modules here for a while."""
+        """Reads and sets the attributes of modules here for a while."""
 
         def read(module: nn.Module, name: str) -> Any:
             if self._busy:
@@ -248,11 +250,16 @@ class Sandbox:
                 self._busy = False
             return found.function(module) if type(found) is Getter else found
 
+        setters = {cls: vars(cls)["__setattr__"] for cls in (nn.Module, Owner, View)}
         nn.Module.__getattribute__ = read  # type: ignore[method-assign,assignment]
+        for cls, plain in setters.items():
+            cls.__setattr__ = self._setter(plain)  # type: ignore[method-assign]
         try:
             yield
         finally:
             del nn.Module.__getattribute__
+            for cls, plain in setters.items():
+                cls.__setattr__ = plain  # type: ignore[method-assign]
         self._check_unchanged()
 
     def _check_unchanged(self) -> None:
@@ -388,6 +395,8 @@ class Sandbox:
             if own:
                 self.refuse("it reads a module of somewhere else")
             return raw(name)
+        if (path, name) in self.stored:
+            return self.stored[path, name]
         held = raw("__dict__")
         if name == "forward" and not own:
             if self.stack[-1] is not module:
@@ -426,6 +435,37 @@ class Sandbox:
             return raw(name)
         self.attributes[path, "__dict__", name] = MISSING
         return self._inherited(module, name, found, own=own)
+
+    def _setter(self, plain: Callable[..., None]) -> Callable[..., None]:
+        def write(module: nn.Module, name: str, value: Any) -> None:
+            if type(sys._getframe(1).f_globals) is Globals:
+                self._write(module, name, value)
+            else:
+                plain(module, name, value)
+
+        return write
+
+    def _write(self, module: nn.Module, name: str, value: Any) -> None:
+        """Notes an attribute that code sets, for the end of the forward.
+
+        Nobody else may see it before, so a trace in which something is not traced is refused.
+        """
+        path = self.paths.get(module)
+        if path is None or isinstance(module, View) or name in OF_MODULES or name[:2] == "__":
+            self.refuse(f"it sets .{name} of a module")
+        held = object.__getattribute__(module, "__dict__")
+        found = _static(plain_class(module), name)
+        registered = any(name in held[holder] for holder in REGISTERED) or name in held.get(
+            LENT, {}
+        )
+        if registered or not (found is MISSING or is_constant(found)):
+            self.refuse(f"it sets .{name}, which is no plain attribute")
+        if (path, "__dict__", name) in self.attributes or (path, (name,)) in self._lent_out:
+            self.refuse(f"it sets .{name}, which it has read")
+        for holder in REGISTERED:
+            self.attributes[path, holder, name] = MISSING
+        self.classes[plain_class(module), name] = found
+        self.stored[path, name] = value
 
     def _held_at(self, value: Any, place: Place) -> Any:
         """A container or an object that a module holds, with stand-ins for objects."""

@@ -43,6 +43,7 @@ from conjoin.tracing.ranks import RESHAPING, Ranked, Ranks
 from conjoin.tracing.sandbox import (
     CONTAINERS,
     Sandbox,
+    is_constant,
     operations,
     plain_class,
     snapshots,
@@ -215,8 +216,9 @@ class _Tracer(fx.Tracer):
                     self.sandbox.hold(value)
             with self.sandbox.entered(), _NothingReal():
                 output = self.sandbox.forward_of(root)(root, *args, **kwargs)
-            self._refuse_held(output)
-            return output
+            stored = tuple(self.sandbox.stored.values())
+            self._refuse_held((output, stored))
+            return (output, stored) if stored else output
 
         run.__annotations__ = {}  # It would be that of the new forward.
         return run, [self.root, *proxies]
@@ -298,7 +300,7 @@ def trace(
             asked.update(sandbox.modes)
         return None
     return Traced(
-        _compile(graph_module.graph),
+        _compile(graph_module.graph, tuple(sandbox.stored)),
         structure,
         tuple(sandbox.modes.items()),
         tuple(sandbox.places),
@@ -356,6 +358,15 @@ def _soundly(
         left -= gone
 
 
+def _may_be_stored(value: Any) -> bool:
+    """Whether a value becomes a plain attribute of a module, and no Parameter or child of it."""
+    if isinstance(value, fx.Proxy):
+        return value.node.op != "get_attr" and not _is_distribution(value)
+    if type(value) in (list, tuple, dict):
+        return all(map(_may_be_stored, value.values() if type(value) is dict else value))
+    return is_constant(value)
+
+
 def _is_distribution(value: Any) -> bool:
     return isinstance(value, fx.Proxy) and value.node.target in hazards.DISTRIBUTIONS
 
@@ -370,6 +381,10 @@ def _traced(region: nn.Module, tracer: _Tracer) -> fx.Graph:
     sandbox = tracer.sandbox
     if tracer.ranks.asked and (tracer.reshapes or tracer.untraced):
         raise UnsoundError("it may change how many dimensions a tensor has")
+    if sandbox.stored and tracer.untraced:
+        raise UnsoundError("a module that is not traced may see what it sets")
+    if not all(map(_may_be_stored, sandbox.stored.values())):
+        raise UnsoundError("it sets an attribute to something else than a value")
     objects = {id(held_at(dict(region.named_modules()), place)) for place in sandbox.objects}
     for module in tracer.untraced if objects else ():
         if any(id(value) in objects for value in reachable_from(module)):
@@ -433,8 +448,13 @@ def _reads_mode(cls: Any) -> bool:
     )
 
 
-def _compile(graph: fx.Graph) -> Callable[..., Any]:
-    """The graph as a function of the region and its arguments."""
+def _compile(graph: fx.Graph, stored: tuple[tuple[str, str], ...]) -> Callable[..., Any]:
+    """The graph as a function of the region and its arguments.
+
+    Args:
+        graph: the graph.
+        stored: paths of modules, and names of attributes, whose values it gives beside the output.
+    """
     code = graph.python_code("self")
     targets = {str(node.target) for node in graph.nodes if node.op == "call_module"}
     children = {_format_target("self", target): _child(target) for target in targets}
@@ -444,6 +464,8 @@ def _compile(graph: fx.Graph) -> Callable[..., Any]:
     function: Callable[..., Any] = namespace["forward"]
     if any(node.target is torch._C._set_grad_enabled for node in graph.nodes):
         function = _restoring_mode(function)
+    if stored:
+        function = _storing(function, stored)
     function.__conjoin_source__ = source  # type: ignore[attr-defined]
     return function
 
@@ -451,6 +473,20 @@ def _compile(graph: fx.Graph) -> Callable[..., Any]:
 def _child(target: str) -> str:
     """What reads a module from the region, past `nn.Module.__getattr__`, which is slow Python."""
     return "self" + "".join(f"._modules[{name!r}]" for name in target.split("."))
+
+
+def _storing(
+    function: Callable[..., Any], places: tuple[tuple[str, str], ...]
+) -> Callable[..., Any]:
+    """A function that sets attributes of modules once it has computed all."""
+
+    def storing(region: nn.Module, *args: Any) -> Any:
+        output, values = function(region, *args)
+        for (path, name), value in zip(places, values, strict=True):
+            setattr(region.get_submodule(path), name, value)
+        return output
+
+    return storing
 
 
 def _restoring_mode(function: Callable[..., Any]) -> Callable[..., Any]:
