@@ -299,9 +299,13 @@ class Sandbox:
         """A copy of a function that runs here."""
         if function not in self._copies:
             self.asks_none |= bytecode.check(function)
-            defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-            if not all(map(is_constant, defaults)):
-                self.refuse("the default of an argument can change")
+            for value in (
+                *(function.__defaults__ or ()),
+                *(function.__kwdefaults__ or {}).values(),
+            ):
+                if not (is_constant(value) or is_container(value)):
+                    self.refuse("the default of an argument is no constant")
+                self._given(value, "the default of an argument")
             for part in FUNCTION_PARTS:
                 self.classes[function, part] = getattr(function, part)
             space = function.__globals__
