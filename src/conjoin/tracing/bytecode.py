@@ -20,7 +20,7 @@ A `with` may stand there: the sandbox hands out no contexts but those that it kn
 sets an attribute of the first argument, which the sandbox notes.
 """
 
-MARKS = frozenset({"_torchscript_modifier"})
+MARKS = frozenset({"_torchscript_modifier", "__wrapped__"})
 """Attributes of functions that mean nothing to Python."""
 
 
@@ -30,8 +30,6 @@ def check(function: FunctionType) -> bool:
     Raises:
         UnsoundError: it does what a trace cannot repeat, or has a state of its own.
     """
-    if set(function.__code__.co_freevars) - {"__class__"}:
-        raise UnsoundError("a closure")
     if vars(function).keys() - MARKS:
         raise UnsoundError("a function with attributes")
     asks_none = [_check(code) for code in _nested(function.__code__)]

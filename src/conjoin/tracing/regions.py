@@ -16,7 +16,6 @@ import itertools
 import operator
 from collections.abc import Callable, Hashable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
-from types import FunctionType
 from typing import Any, cast
 
 import torch
@@ -66,7 +65,7 @@ class Variant:
         kinds: modules, and their classes.
         present: dictionaries, and the names of what must not be None.
         children: the children of modules that may have been iterated over, and their names.
-        classes: classes, functions and objects, the names of attributes, and their values.
+        classes: classes, functions, objects and cells, the names of attributes, and their values.
         contents: containers, and what is in them.
         spelled: a function of the region that Dynamo finds the same by, but for the last two.
     """
@@ -78,7 +77,7 @@ class Variant:
     kinds: tuple[tuple[nn.Module, type], ...]
     present: tuple[tuple[Mapping[str, Any], str], ...]
     children: tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]
-    classes: tuple[tuple[type | FunctionType, str, Any], ...]
+    classes: tuple[tuple[object, str, Any], ...]
     contents: tuple[tuple[Any, tuple[Any, ...]], ...]
     spelled: Callable[[nn.Module], bool]
     looked_up: tuple[tuple[Any, ...], ...] = field(init=False)
@@ -263,6 +262,7 @@ def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -
         *((_last_class(cls, name, owners), name, value) for cls, name, value in traced.classes),
         *((held_at(at, place), "__class__", cls) for place, cls in traced.objects),
     )
+    enclosed = tuple((cell, "cell_contents", value) for cell, value in traced.cells)
     return Variant(
         traced,
         traced.function,
@@ -277,7 +277,7 @@ def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -
         tuple((module, mark[0]) for module, mark in zip(modules, marks, strict=True)),
         tuple((vars(at[path])[holder], name) for path, holder, name in traced.present),
         tuple((at[path]._modules, names) for path, names in traced.children),
-        classes,
+        (*classes, *enclosed),
         (*traced.shared, *_contents(at, traced)),
         check_of(traced, at, classes),
     )

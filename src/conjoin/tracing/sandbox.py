@@ -18,7 +18,7 @@ import sys
 from abc import ABCMeta
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType, MappingProxyType, MethodType, ModuleType
+from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -29,7 +29,7 @@ from torch.overrides import get_overridable_functions
 from conjoin.graph.hazards import DISTRIBUTIONS
 from conjoin.layers.owner import LENT, Owner
 from conjoin.layers.wide import View
-from conjoin.reachable import OF_MODULES, TRUSTED
+from conjoin.reachable import OF_MODULES, TRUSTED, is_full
 from conjoin.tracing import bytecode
 from conjoin.tracing.known import is_tensor
 from conjoin.tracing.objects import MISSING, Object, Place, is_object, standing_in, value_of
@@ -197,6 +197,7 @@ class Sandbox:
         stored: paths of modules, and names of attributes that were set, and to what.
         classes: classes and functions, the names of attributes of theirs, and the values.
         globals: namespaces, names in them, and the values.
+        cells: variables of enclosing functions, and their values.
         shared: containers that are globals or attributes of classes, and what is in them.
     """
 
@@ -221,6 +222,7 @@ class Sandbox:
         self.stored: dict[tuple[str, str], Any] = {}
         self.classes: dict[tuple[type | FunctionType, str], Any] = {}
         self.globals: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        self.cells: dict[int, tuple[CellType, Any]] = {}
         self.shared: dict[int, tuple[Any, Any]] = {}
         self._held: list[tuple[Any, Any]] = []
         self._lent_out: dict[Place, Any] = {}
@@ -308,17 +310,31 @@ class Sandbox:
                 self._given(value, "the default of an argument")
             for part in FUNCTION_PARTS:
                 self.classes[function, part] = getattr(function, part)
-            space = function.__globals__
+            space, cells = function.__globals__, function.__closure__ or ()
+            copies = tuple(CellType() for _ in cells)
             copied = FunctionType(
                 function.__code__,
                 self._globals.setdefault(id(space), Globals(self, space)),
                 function.__name__,
                 function.__defaults__,
-                function.__closure__,
+                copies,
             )
             copied.__kwdefaults__ = function.__kwdefaults__
-            self._copies[function] = copied
+            self._copies[function] = copied  # Before the cells, which may lead to it again.
+            names = function.__code__.co_freevars
+            for name, cell, copy in zip(names, cells, copies, strict=True):
+                copy.cell_contents = self._enclosed(name, cell)
         return self._copies[function]
+
+    def _enclosed(self, name: str, cell: CellType) -> Any:
+        """A variable of an enclosing function."""
+        if not is_full(cell):
+            self.refuse(f"it reads {name}")
+        value = cell.cell_contents
+        if name == "__class__":  # What `super()` is about.
+            return value
+        self.cells[id(cell)] = cell, value
+        return self._given(value, name)
 
     def load(self, namespace: dict[str, Any], name: str) -> Any:
         """A global."""

@@ -21,7 +21,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -87,6 +87,7 @@ class Traced:
         settings: where attributes of objects are, and the constants that they are.
         classes: classes and functions, the names of attributes, and their values.
         globals: namespaces, names, and their values.
+        cells: variables of enclosing functions, and their values.
         shared: containers that all copies of the region share, and what is in them.
         ranks: numbers of tensors of a call, and how many dimensions they must have.
         observed: what was seen of the calls.
@@ -106,6 +107,7 @@ class Traced:
     settings: tuple[tuple[Place, Any], ...]
     classes: tuple[tuple[type | FunctionType, str, Any], ...]
     globals: tuple[tuple[dict[str, Any], str, Any], ...]
+    cells: tuple[tuple[CellType, Any], ...]
     shared: tuple[tuple[Any, tuple[Any, ...]], ...]
     ranks: tuple[tuple[int, int], ...]
     observed: Observed
@@ -312,6 +314,7 @@ def trace(
         tuple(sandbox.settings.items()),
         tuple((*key, value) for key, value in sandbox.classes.items()),
         tuple(sandbox.globals.values()),
+        tuple(sandbox.cells.values()),
         tuple(pair for value, _ in sandbox.shared.values() for pair in snapshots(value)),
         ranks,
         observed,

@@ -8,6 +8,7 @@ source, and goes from the region to its modules as the forward does, whose guard
 
 from __future__ import annotations
 
+import builtins
 import functools
 import inspect
 import itertools
@@ -34,7 +35,7 @@ class _Constants(dict[str, Any]):
     """The values that the source cannot spell out, by the names that it has for them."""
 
     def __init__(self) -> None:
-        super().__init__()
+        super().__init__(__builtins__=vars(builtins))  # As `exec` would have it.
         self._names: dict[int, str] = {}
 
     def name(self, value: Any) -> str:
@@ -67,6 +68,7 @@ def check_of(
         classes: classes and functions, the names of attributes, and their values.
     """
     constants = _Constants()
+    cells = {f"_cell_{number}": cell for number, (cell, _) in enumerate(traced.cells)}
     found = itertools.chain(
         _places(traced, at, constants),
         _values(traced, at, constants),
@@ -76,17 +78,26 @@ def check_of(
             if name not in FUNCTION_PARTS
         ),
         (_global(*each, constants) for each in traced.globals),
+        map(constants.same, cells, (value for _, value in traced.cells)),
     )
-    facts = "".join(f"    if not ({fact}): return False\n" for fact in found)
-    source = f"def check(self):\n{facts}    return True\n"
-    exec(_code(source), constants)
-    return cast("Callable[[nn.Module], bool]", constants.pop("check"))
+    facts = "".join(f"        if not ({fact}): return False\n" for fact in found)
+    enclosing = "".join(f"    {name} = None\n" for name in cells) + "    def check(self):\n"
+    code = _code(f"def enclosing():\n{enclosing}{facts}        return True\n")
+    # Dynamo knows the variables of an enclosing function, and not the cells that hold them.
+    check = FunctionType(code, constants, "check", None, tuple(cells[n] for n in code.co_freevars))
+    return cast("Callable[[nn.Module], bool]", check)
 
 
 @functools.lru_cache
 def _code(source: str) -> CodeType:
-    """Source as code, which like modules have in common."""
-    return compile(source, "<conjoin>", "exec")
+    """The code of a function in another function, which like modules have in common."""
+    enclosing = _code_in(compile(source, "<conjoin>", "exec"))
+    return _code_in(enclosing)
+
+
+def _code_in(code: CodeType) -> CodeType:
+    """The code of the function that code defines."""
+    return next(constant for constant in code.co_consts if isinstance(constant, CodeType))
 
 
 def _places(traced: Traced, at: dict[str, nn.Module], constants: _Constants) -> Iterator[str]:
