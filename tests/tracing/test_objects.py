@@ -1,5 +1,6 @@
 """What code reads of objects that modules hold is noted, and each call looks whether it holds."""
 
+import argparse
 import copy
 import dataclasses
 import pickle
@@ -65,7 +66,7 @@ class Pair(nn.Module):
         self.features = [Feature("two", 3.0), Other("three", 4.0)]
         self.named = {"p": (Feature("four", 5.0), [Feature("five", 6.0)]), "q": 1}
         self.computing, self.watching = Computing("six", 1.0), Watching("seven", 1.0)
-        self.names = types.SimpleNamespace(scale=2.0)
+        self.names, self.options = types.SimpleNamespace(scale=2.0), argparse.Namespace(bias=3.0)
 
 
 def attribute(self, x):
@@ -98,6 +99,10 @@ def object_in_an_object(self, x):
     return y if "p" in self.settings.names else x, self.b(x) * self.settings.width
 
 
+def of_namespaces(self, x):
+    return self.a(x) * self.names.scale, self.b(x) + self.options.bias
+
+
 def is_none(self, x):
     return (self.a(x) if self.feature.inner is None else x), self.b(x)
 
@@ -127,6 +132,7 @@ REWRITTEN = [
     in_a_list,
     nested,
     object_in_an_object,
+    of_namespaces,
     is_none,
     missing,
     asks,
@@ -261,6 +267,8 @@ CHANGES = {
     "another object in an object": (object_in_an_object, of(
         "settings", "feature", Feature("new", 9.0))),
     "names": (object_in_an_object, of("settings", "names", ())),
+    "namespace": (of_namespaces, of("names", "scale", 9.0)),
+    "options": (of_namespaces, of("options", "bias", 9.0)),
     "no longer None": (is_none, of("feature", "inner", 1)),
     "no longer missing": (missing, of("feature", "gone", 9.0)),
     "no longer missing in the class": (asks, of_cls("gone", 9.0)),

@@ -8,9 +8,10 @@ call whether the object is still there, and what was read of it is still the sam
 
 from __future__ import annotations
 
+import argparse
 from abc import ABCMeta
 from collections.abc import Iterator, Mapping
-from types import FunctionType, MethodType
+from types import FunctionType, MethodType, SimpleNamespace
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
@@ -29,6 +30,9 @@ Place = tuple[str, tuple[Any, ...]]
 
 A step is the key of an item of a container, or the name of an attribute of an object.
 """
+
+NAMESPACES = (SimpleNamespace, argparse.Namespace)
+"""Classes of Python's own whose objects are what they hold, and nothing else."""
 
 _DECIDING = "__getattribute__ __getattr__ __setattr__".split()
 """Methods of a class that make its attributes something else than what an object holds."""
@@ -58,7 +62,7 @@ def value_of(stand_in: Object) -> object:
 def is_object(value: object) -> bool:
     """Whether a value is an object whose attributes are what it holds and what its class has."""
     cls = type(value)
-    return (
+    return cls in NAMESPACES or (
         type(cls) in (type, ABCMeta)
         and str(cls.__module__).split(".")[0] not in (*TRUSTED, "builtins")
         and not isinstance(value, (nn.Module, Tensor, BaseException, *_BUILT_IN))
