@@ -55,7 +55,11 @@ def standard(self, x):
     return self.actor(x) + Normal(0.0, 1.0).sample((3,)), self.critic(x)
 
 
-REWRITTEN = [gaussian, evaluated, discrete, of_probabilities, drawn_twice, standard]
+def validated(self, x):
+    return Normal(self.actor(x), self.log_std.exp(), validate_args=True), self.critic(x)
+
+
+REWRITTEN = [gaussian, evaluated, discrete, of_probabilities, drawn_twice, standard, validated]
 
 
 def changed_through_it(self, x):
@@ -110,7 +114,7 @@ def test_towers_run_at_once():
 
 
 def test_values_that_are_not_allowed_are_refused_as_before():
-    model = with_forward(gaussian)
+    model = with_forward(validated)
     optimized = conjoin.optimize(model, (X,))
     for each in (model, optimized):
         with pytest.raises(ValueError, match="loc"):

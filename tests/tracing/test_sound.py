@@ -347,7 +347,6 @@ LEFT = [
     seeds,
     asks_the_mode,
     frozen_dtype,
-    decorated(plain),
 ]
 
 
@@ -515,6 +514,7 @@ REWRITTEN = [
     local_functions,
     stores,
     unchanged_default,
+    decorated(plain),
 ]
 X = torch.randn(5, 4, dtype=torch.float64)
 
