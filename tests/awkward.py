@@ -414,6 +414,86 @@ class InheritedCounter(Counter):
         return super().forward(x)
 
 
+class CountingObject(TwoHeads):
+    """An object that counts the calls, and what was computed last on the module"""
+
+    def __init__(self):
+        super().__init__()
+        self.state, self.last = Settings(), None
+
+    def forward(self, x):
+        self.state.count += 1
+        before, self.last = self.last, self.a(x).detach()
+        return self.b(x) * self.state.count, self.last if before is None else before
+
+
+class SharedObject(TwoHeads):
+    """An object that a nested module changes and the model reads"""
+
+    def __init__(self):
+        super().__init__()
+        self.settings = Settings()
+        self.counter = CountsOnSettings(self.settings)
+
+    def forward(self, x):
+        x = self.counter(x)
+        return self.a(x) * self.settings.count, self.b(x)
+
+
+class Settings:
+    """What a model shares with the modules in it."""
+
+    def __init__(self):
+        self.count = 0
+
+
+class CountsOnSettings(nn.Module):
+    """Changes what it shares with the model"""
+
+    def __init__(self, settings):
+        super().__init__()
+        self.settings = settings
+
+    def forward(self, x):
+        self.settings.count += 1
+        return x * 1
+
+
+class KeptAndRead(TwoHeads):
+    """An output that is kept on the module, where a nested module reads it"""
+
+    def __init__(self):
+        super().__init__()
+        self.reader = ReadsOfAnother(self)
+
+    def forward(self, x):
+        self.last = self.a(x)
+        y = self.reader(x)
+        self.last = y
+        return self.b(x), y
+
+
+class ReadsOfAnother(nn.Module):
+    """Reads what the model keeps while it runs"""
+
+    def __init__(self, model):
+        super().__init__()
+        self.models = [model]
+
+    def forward(self, x):
+        return self.models[0].last + x.sum()
+
+
+class DistributionChanged(TwoHeads):
+    """A distribution, whose mean is changed in place"""
+
+    def forward(self, x):
+        mean = self.a(x)
+        policy = torch.distributions.Normal(mean, 1.0)
+        policy.loc.mul_(2)
+        return mean, policy.log_prob(mean), self.b(x)
+
+
 class KeptOutput(TwoHeads):
     """An output that is kept on the module, and a list that grows"""
 
@@ -2783,6 +2863,10 @@ HAZARDS = (
     Hazard(DropoutBetween, "dropout above the split draws another random stream"),
     Hazard(Counter, ONCE),
     Hazard(InheritedCounter, ONCE),
+    Hazard(CountingObject, "the object counts once, at trace time"),
+    Hazard(SharedObject, "the object counts once, at trace time"),
+    Hazard(KeptAndRead, "a Proxy is left on the module"),
+    Hazard(DistributionChanged, "the mean is no tensor of the graph"),
     Hazard(KeptOutput, "a Proxy is left on the module"),
     Hazard(BufferUpdated, "a Proxy is left in a buffer"),
     Hazard(BatchNorms, "running statistics of the wide layer are lost", inputs=images),

@@ -354,8 +354,9 @@ MODELS = {
     "policy_baselines": Deep(
         ActorCriticPolicy, vectors(6), {"products": (6, 4), "activations": (4, 3)}
     ),
-    # A distribution is made in forward, so that it is not traced: only the first layers are one.
-    "agent_cleanrl": Deep(Agent, vectors(6, 4), {"products": (6, 5), "activations": (4, 4)}),
+    # Two hidden layers of two towers; the last layers have different widths. A distribution is made
+    # in forward.
+    "agent_cleanrl": Deep(Agent, vectors(6, 4), {"products": (6, 4), "activations": (4, 2)}),
     # Two convolutions, the hidden layers, which are one, two outputs of different widths.
     "dueling": Deep(
         Dueling,

@@ -758,18 +758,18 @@ MODELS = {
         {"products": (14, 8), "norms": (8, 4), "activations": (10, 6), "joins": (3, 3)},
     ),
     # On each of two levels a stem, two hidden layers of two towers, the scores, and the boxes with
-    # the objectness, which are one. In evaluation two sigmoids more. The forward keeps the sizes of
-    # its levels on the module, so that it is not traced: only layers on one tensor go together.
+    # the objectness, which are one. In evaluation two sigmoids more a level. The forward keeps the
+    # sizes of its levels on the module.
     "yolox": Deep(
         YOLOXHead,
         pyramid(3, 4),
         {
-            "products": (16, 12),
-            "norms": (10, 10),
-            "activations": (14, 14),
+            "products": (16, 10),
+            "norms": (10, 6),
+            "activations": (14, 10),
             "joins": (3, between(1, 3)),
         },
-        {"activations": (10, 10), "joins": (2, 2)},
+        {"activations": (10, 6), "joins": (2, 2)},
     ),
     "by_hand": Deep(
         by_hand,

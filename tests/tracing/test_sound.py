@@ -204,12 +204,12 @@ def tries(self, x):
 
 
 def asserts(self, x):
-    assert x.dim() == 2
+    assert x.shape[0] == 5
     return self.a(x), self.b(x)
 
 
 def raises(self, x):
-    if x.dim() > 5:
+    if x.shape[0] > 5:
         raise ValueError("too many")
     return self.a(x), self.b(x)
 
@@ -304,6 +304,14 @@ def mutable_default(self, x, seen=[]):  # noqa: B006 - As models have it.
     return self.a(x) * len(seen), self.b(x)
 
 
+def unchanged_default(self, x, factors=[2.0], *, named={"p": [3.0]}):  # noqa: B006 - As above.
+    return self.a(x) * factors[0] + len(factors), self.b(x) * named["p"][0]
+
+
+def default_that_is_given_back(self, x, seen=[]):  # noqa: B006 - As above.
+    return self.a(x), self.b(x), seen
+
+
 def adds_to_the_input(self, x):
     x = x * 1
     kept = x
@@ -323,15 +331,15 @@ def frozen_dtype(self, x):
 
 
 LEFT = [
+    asserts,
+    raises,
     no_grad,
     set_grad_enabled,
     autocast,
     tries,
-    asserts,
-    raises,
-    stores,
     counts,
     appends,
+    default_that_is_given_back,
     global_cache,
     imports,
     writes_an_item,
@@ -339,7 +347,6 @@ LEFT = [
     seeds,
     asks_the_mode,
     frozen_dtype,
-    decorated(plain),
 ]
 
 
@@ -505,6 +512,9 @@ REWRITTEN = [
     sorts_by_parameter,
     leaf_with_a_flag,
     local_functions,
+    stores,
+    unchanged_default,
+    decorated(plain),
 ]
 X = torch.randn(5, 4, dtype=torch.float64)
 
@@ -692,6 +702,11 @@ CHANGES = {
     "item of a list of a class": (class_list, lambda model: Pair.factors.__setitem__(1, 8.0)),
     "list that hides that of the class": (class_list, reset("factors", [7.0, 7.0])),
     "global dict": (class_list, lambda model: FACTORS.update(b=8.0)),
+    "default": (unchanged_default, lambda model: unchanged_default.__defaults__[0].append(1.0)),
+    "item of a default": (unchanged_default, lambda model: unchanged_default.__defaults__[0].
+        __setitem__(0, 9.0)),
+    "list in a default by name": (unchanged_default, lambda model: unchanged_default.
+        __kwdefaults__["named"]["p"].__setitem__(0, 9.0)),
     "global number": (global_number, set_global("SCALE", 8.0)),
     "global function": (helpers, set_global("doubled", lambda x: x * 9)),
     "global that hides a built-in function": (builtin_functions, set_global("len", lambda x: 9)),
@@ -735,6 +750,7 @@ def doubling(self, x):
 def restored():
     """Puts globals and classes back after they were changed."""
     held = copy.deepcopy((FACTORS, Pair.factors))
+    defaults = copy.deepcopy((unchanged_default.__defaults__, unchanged_default.__kwdefaults__))
     mine, classes = dict(globals()), {cls: dict(vars(cls)) for cls in (Pair, Noise)}
     yield
     for name in globals().keys() - mine.keys():
@@ -749,6 +765,7 @@ def restored():
     FACTORS.clear()
     FACTORS.update(held[0])
     Pair.factors[:] = held[1]
+    unchanged_default.__defaults__, unchanged_default.__kwdefaults__ = defaults
 
 
 @pytest.mark.usefixtures("restored")

@@ -33,6 +33,11 @@ VIEW_METHODS = frozenset(
 VIEW_FUNCTIONS: frozenset[Any] = frozenset({operator.getitem, getattr, F.dropout, F.unfold})
 """Functions, beyond those named as a method above, whose result may share memory."""
 
+DISTRIBUTIONS: frozenset[Any] = frozenset(
+    {torch.distributions.Normal, torch.distributions.Categorical}
+)
+"""Classes whose objects hold the tensors that they were made of, and change none."""
+
 WAYS_OUT = frozenset("numpy __array__ __dlpack__ data_ptr untyped_storage".split())
 """Methods that lead to the memory of a tensor, through which anything may change it."""
 
@@ -121,6 +126,7 @@ def shares_memory(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
         name = called(node)
         return (
             node.target in VIEW_FUNCTIONS
+            or node.target in DISTRIBUTIONS
             or name in VIEW_METHODS
             or isinstance(node.target, HigherOrderOperator)
             or any(True for _ in written(node, modules))

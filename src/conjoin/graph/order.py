@@ -17,7 +17,7 @@ from conjoin.layers.wide import Wide
 
 RANDOM = tuple(
     "rand dropout bernoulli multinomial binomial normal poisson attention gumbel uniform "
-    "exponential cauchy geometric rrelu fractional".split()
+    "exponential cauchy geometric rrelu fractional rsample".split()
 )
 """What occurs in the names of functions that draw random numbers, and of some that do not."""
 
@@ -70,7 +70,8 @@ def _kept_in_order(node: fx.Node, modules: Mapping[str, nn.Module]) -> list[obje
         return [*keys, "random"] if is_random_module(module) else keys
     if node.op in ("call_function", "call_method"):
         name = hazards.called(node)
-        return ["random"] if any(word in name for word in RANDOM) else []
+        drawn = name == "sample" or any(word in name for word in RANDOM)
+        return ["random"] if drawn else []
     return []
 
 

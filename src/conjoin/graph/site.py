@@ -74,7 +74,8 @@ class Sightings:
             parameters or modules of some module, the names of those modules.
         changed: the layers whose parameters are changed in place while the model runs.
         calls: for each module with children, the structures of its calls, and which of their
-            tensors were always alike, see `tracing/structures.py`.
+            tensors were always alike and how many dimensions they had, see
+            `tracing/structures.py`.
         read: the layers whose parameters are read in another way than by calling the layer.
         shapes: what each layer read and gave, where it was run.
     """
@@ -84,6 +85,6 @@ class Sightings:
     untraced: tuple[Untraced, ...] = ()
     listed: Mapping[str, Collection[str]] = field(default_factory=dict)
     changed: frozenset[str] = frozenset()
-    calls: Mapping[str, Mapping[Any, tuple[int, ...]]] = field(default_factory=dict)
+    calls: Mapping[str, Mapping[Any, Any]] = field(default_factory=dict)
     read: frozenset[str] = frozenset()
     shapes: Mapping[str, Shapes] = field(default_factory=dict)

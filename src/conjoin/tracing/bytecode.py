@@ -9,17 +9,18 @@ from types import CodeType, FunctionType
 from conjoin.tracing.proxies import INNARDS, UnsoundError
 
 FORBIDDEN = frozenset(
-    "STORE_ATTR DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL DELETE_DEREF IMPORT_NAME IMPORT_FROM "
+    "DELETE_ATTR STORE_GLOBAL DELETE_GLOBAL DELETE_DEREF IMPORT_NAME IMPORT_FROM "
     "SETUP_FINALLY SETUP_ASYNC_WITH BEFORE_ASYNC_WITH CHECK_EXC_MATCH CHECK_EG_MATCH "
     "LOAD_BUILD_CLASS GET_AWAITABLE GET_AITER GET_ANEXT SEND YIELD_FROM GET_YIELD_FROM_ITER "
     "MATCH_CLASS MATCH_MAPPING MATCH_SEQUENCE MATCH_KEYS".split()
 )
 """Bytecode that has a side effect, catches an error, or tells types apart.
 
-A `with` may stand there: the sandbox hands out no contexts but those that it knows.
+A `with` may stand there: the sandbox hands out no contexts but those that it knows. So may what
+sets an attribute of the first argument, which the sandbox notes.
 """
 
-MARKS = frozenset({"_torchscript_modifier"})
+MARKS = frozenset({"_torchscript_modifier", "__wrapped__"})
 """Attributes of functions that mean nothing to Python."""
 
 
@@ -29,8 +30,6 @@ def check(function: FunctionType) -> bool:
     Raises:
         UnsoundError: it does what a trace cannot repeat, or has a state of its own.
     """
-    if set(function.__code__.co_freevars) - {"__class__"}:
-        raise UnsoundError("a closure")
     if vars(function).keys() - MARKS:
         raise UnsoundError("a function with attributes")
     asks_none = [_check(code) for code in _nested(function.__code__)]
@@ -61,6 +60,8 @@ def _check(code: CodeType) -> bool:
             raise UnsoundError(operation)
         if operation in ("LOAD_ATTR", "LOAD_METHOD") and _is_inner(step.argval):
             raise UnsoundError(f"it reads .{step.argval}")
+        if operation == "STORE_ATTR" and not _is_first(before, code):
+            raise UnsoundError(operation)
         if operation == "IS_OP":
             known = before is not None and before.opname == "LOAD_CONST"
             if before is None or not known or before.argval is not None:
@@ -70,6 +71,15 @@ def _check(code: CodeType) -> bool:
             asks_none = True
         before = step
     return asks_none
+
+
+def _is_first(step: dis.Instruction | None, code: CodeType) -> bool:
+    """Whether a step ends with loading the first argument."""
+    loads = step is not None and step.opname.startswith(("LOAD_FAST", "LOAD_DEREF"))
+    if step is None or not loads or not code.co_argcount:
+        return False
+    *_, name = step.argval if isinstance(step.argval, tuple) else (step.argval,)
+    return bool(name == code.co_varnames[0])
 
 
 def _is_inner(name: str) -> bool:

@@ -40,7 +40,7 @@ from conjoin.reachable import functions_of, words
 from conjoin.tracing import graph_modules, regions
 from conjoin.tracing.listings import Listings
 from conjoin.tracing.repeating import RepeatingFakeTensorMode
-from conjoin.tracing.structures import Alike, Structure, alike, structure_of
+from conjoin.tracing.structures import Observed, Structure, structure_of
 from conjoin.tracing.undisturbed import KeepingTensors, letting_go, start_streams, undisturbed
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
@@ -324,7 +324,7 @@ class _Watch(TorchFunctionMode):
         self._in_layer = False
         self._layers: dict[nn.Module, str] = {}
         self.changed: set[str] = set()
-        self.calls: dict[str, dict[Structure, Alike]] = {}
+        self.calls: dict[str, dict[Structure, Observed]] = {}
         self.shapes: dict[str, Shapes] = {}
         self._raw = {name + SUFFIX: parameter for name, parameter in raw_parameters(model)}
         owners = {model.get_submodule(name.rpartition(".")[0]) for name in self._raw}
@@ -375,7 +375,7 @@ class _Watch(TorchFunctionMode):
 
     def _noted(
         self,
-        seen: dict[Structure, Alike],
+        seen: dict[Structure, Observed],
         forward: Callable[..., Any],
         /,
         *args: Any,
@@ -383,12 +383,12 @@ class _Watch(TorchFunctionMode):
     ) -> Any:
         """Notes the structure of a call, without those that each call has anew, as a counter.
 
-        Also which of its tensors are alike.
+        Also what is common to its tensors.
         """
         with torch._C.DisableTorchFunction():
             found = structure_of(args, kwargs)
             if found is not None and (found[0] in seen or len(seen) < MOST_STRUCTURES):
-                seen[found[0]] = alike(found[1], seen.get(found[0]))
+                seen[found[0]] = seen.get(found[0], Observed()).and_of(found[1])
         return forward(*args, **kwargs)
 
     def _called(

@@ -53,7 +53,12 @@ class Proxy(fx.Proxy):
                 if step.offset == caller.f_lasti and step.opname == "UNPACK_SEQUENCE":
                     items = self.tracer.create_proxy("call_function", unpack, (self, step.arg), {})
                     return iter([items[i] for i in range(step.argval)])  # type: ignore[index]
-        return iter(self.tracer.iter(self))
+        found = self.items()
+        return iter(self.tracer.iter(self) if found is None else found)
+
+    def items(self) -> list[fx.Proxy] | None:
+        """What there is in a value; None where that is not known."""
+        return None
 
     def __setattr__(self, name: str, value: object) -> None:
         """Only what a proxy itself consists of; a forward that assigns `x.data` is refused."""

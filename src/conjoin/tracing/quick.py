@@ -24,7 +24,8 @@ from torch import nn
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
-from conjoin.tracing.sandbox import MISSING, plain_class
+from conjoin.tracing.objects import MISSING
+from conjoin.tracing.sandbox import plain_class
 
 WORDS = (None, True, False)
 """Values that are what they are written as."""
@@ -88,7 +89,7 @@ class Conditions:
         kinds: modules, and their classes.
         present: dictionaries, and the names of what must not be None.
         children: the children of modules that may have been iterated over, and their names.
-        classes: classes and functions, the names of attributes, and their values.
+        classes: classes, functions, objects and cells, the names of attributes, and their values.
         contents: containers, and what is in them.
     """
 
@@ -97,7 +98,7 @@ class Conditions:
     kinds: tuple[tuple[nn.Module, type], ...]
     present: tuple[tuple[Mapping[str, Any], str], ...]
     children: tuple[tuple[Mapping[str, Any], tuple[str, ...]], ...]
-    classes: tuple[tuple[type | FunctionType, str, Any], ...]
+    classes: tuple[tuple[object, str, Any], ...]
     contents: tuple[tuple[Any, tuple[Any, ...]], ...]
 
     def check(self) -> Callable[[], bool]:
@@ -130,7 +131,8 @@ def _all_of(facts: Iterable[str], names: Names) -> Callable[[], bool]:
     lines = "".join(f"            and {fact}\n" for fact in dict.fromkeys(facts))
     source = (
         "def holds():\n    try:\n        return (\n            True\n"
-        f"{lines}        )\n    except (KeyError, AttributeError):\n        return False\n"
+        f"{lines}        )\n    except (KeyError, AttributeError, ValueError):\n"
+        "        return False\n"
     )
     return names.define(source, "holds")
 
@@ -170,12 +172,14 @@ class Written:
         globals: what else it refers to.
         called: these names, and the paths of the modules.
         restores: whether it changes the gradient mode, and must leave it as it was.
+        stored: paths of modules, and names of attributes, whose values it gives beside the output.
     """
 
     source: str
     globals: Mapping[str, Any]
     called: tuple[tuple[str, str], ...]
     restores: bool
+    stored: tuple[tuple[str, str], ...]
 
     def bound(self, region: nn.Module) -> tuple[Callable[..., Any], Callable[[], bool]]:
         """The forward for the modules of a region, and what tells that they are called as usual."""
@@ -199,7 +203,8 @@ class Written:
         names[UNFLATTEN] = torch._C.TensorBase.unflatten
         source = UNFLATTENED.sub(rf"{UNFLATTEN}(\1, \2)", source)
         function = names.define(source, "forward")
-        return restoring_mode(function) if self.restores else function, _usual(modules)
+        function = restoring_mode(function) if self.restores else function
+        return storing(function, self.stored) if self.stored else function, _usual(modules)
 
 
 def restoring_mode(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -213,6 +218,20 @@ def restoring_mode(function: Callable[..., Any]) -> Callable[..., Any]:
             torch._C._set_grad_enabled(enabled)
 
     return restoring
+
+
+def storing(
+    function: Callable[..., Any], places: tuple[tuple[str, str], ...]
+) -> Callable[..., Any]:
+    """A function that sets attributes of modules once it has computed all."""
+
+    def stores(region: nn.Module, *args: Any) -> Any:
+        output, values = function(region, *args)
+        for (path, name), value in zip(places, values, strict=True):
+            setattr(region.get_submodule(path), name, value)
+        return output
+
+    return stores
 
 
 def _at(region: nn.Module, path: str) -> nn.Module:

@@ -33,12 +33,13 @@ from conjoin.nn import Split, Unite
 from conjoin.passes import rewrite_traced
 from conjoin.tracing import sound
 from conjoin.tracing.likeness import likeness
+from conjoin.tracing.objects import MISSING, held_at, holder_of
 from conjoin.tracing.proxies import UnsoundError
 from conjoin.tracing.quick import Conditions
-from conjoin.tracing.sandbox import MISSING, frozen, plain_class, snapshots
+from conjoin.tracing.sandbox import frozen, plain_class, snapshots
 from conjoin.tracing.sound import Traced
 from conjoin.tracing.spelled import check_of
-from conjoin.tracing.structures import Alike, Structure, is_plain, structure_of
+from conjoin.tracing.structures import Observed, Structure, is_plain, structure_of
 from conjoin.tracing.undisturbed import putting_back
 
 PLAN = "conjoin_plan"
@@ -47,8 +48,8 @@ PLAN = "conjoin_plan"
 WITHOUT_FORWARD = (nn.ModuleList, nn.ModuleDict, nn.ParameterList, nn.ParameterDict)
 """Modules that only hold others, or Parameters."""
 
-_Structures = Mapping[Structure | None, Alike]
-"""The structures of calls, the required arguments alone for None, and which tensors were alike."""
+_Structures = Mapping[Structure | None, Observed]
+"""The structures of calls, the required arguments alone for None, and what was seen of them."""
 
 MOST_ROUNDS = 8
 """How often a region is traced until no pass finds more layers to merge; passes merge and stop."""
@@ -75,9 +76,13 @@ class Variant:
 
     def fits(self, tensors: Sequence[Tensor]) -> bool:
         """Whether the tensors of a call are as the new forward takes for granted."""
-        assert self.traced.most is not None  # Otherwise nobody asks.
+        for number, rank in self.traced.ranks:
+            if tensors[number].ndim != rank:
+                return False
+        if self.traced.most is None:
+            return True
         first: dict[int, Tensor] = {}
-        for number, tensor in zip(self.traced.alike, tensors, strict=False):
+        for number, tensor in zip(self.traced.observed.alike, tensors, strict=False):
             if not _are_alike(first.setdefault(number, tensor), tensor):
                 return False
         return sum([tensor.numel() for tensor in tensors]) <= self.traced.most
@@ -136,7 +141,7 @@ class Plan:
         if not compiling and in_transform():
             return None
         for variant in variants:
-            fits = variant.traced.most is None or variant.fits(args)
+            fits = variant.fits(args)
             function = variant.function(region, compiling=compiling) if fits else None
             if function is not None:
                 return function, args
@@ -161,12 +166,12 @@ class Plan:
 
     def __reduce__(self) -> tuple[Any, ...]:
         """A pickle holds no code: the loaded region is traced anew."""
-        calls = {of: variants[0].traced.alike for of, variants in self.variants.items()}
+        calls = {of: variants[0].traced.observed for of, variants in self.variants.items()}
         return _traced_anew, (calls,)
 
 
-def _traced_anew(structures: dict[Structure, Alike]) -> dict[Structure, Alike]:
-    """What a pickle holds: the structures of the calls, and which tensors were alike."""
+def _traced_anew(structures: dict[Structure, Observed]) -> dict[Structure, Observed]:
+    """What a pickle holds: the structures of the calls, and what was seen of them."""
     return structures
 
 
@@ -212,22 +217,24 @@ def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -
     }
     if [mark[1:] for mark in _marks(modules)] != [mark[1:] for mark in marks]:
         raise KeyError("its views have other wide layers")
-    classes = tuple(
-        (_last_class(cls, name, owners), name, value) for cls, name, value in traced.classes
+    classes = (
+        *((_last_class(cls, name, owners), name, value) for cls, name, value in traced.classes),
+        *((held_at(at, place), "__class__", cls) for place, cls in traced.objects),
     )
+    enclosed = tuple((cell, "cell_contents", value) for cell, value in traced.cells)
     conditions = Conditions(
         tuple(vars(module)[kind] for module in dict.fromkeys(modules) for kind in CALL_HOOKS),
         (
             *((vars(at[path]), "training", flag) for path, flag in traced.modes),
             *((_holder(at[path], h), name, value) for path, h, name, value in traced.attributes),
-            *((vars(at[path]), name, vars(at[path])[name]) for path, name, _ in traced.contents),
+            *_held(at, traced),
             *reached,
             *traced.globals,
         ),
         tuple((module, mark[0]) for module, mark in zip(modules, marks, strict=True)),
         tuple((vars(at[path])[holder], name) for path, holder, name in traced.present),
         tuple((at[path]._modules, names) for path, names in traced.children),
-        classes,
+        (*classes, *enclosed),
         (*traced.shared, *_contents(at, traced)),
     )
     return Variant(traced, conditions, check_of(traced, at, classes))
@@ -239,12 +246,25 @@ def _last_class(cls: Any, name: str, owners: Mapping[Any, type]) -> Any:
     return cls if name == "forward" else _region_classes.get(last, last)
 
 
+def _held(at: dict[str, nn.Module], traced: Traced) -> Iterator[tuple[Mapping[str, Any], str, Any]]:
+    """The attributes that hold containers and objects, and those of the objects."""
+    for place, _ in (*traced.contents, *traced.objects):
+        holder = holder_of(at, place)
+        if holder is not None:  # The others are in containers.
+            yield (*holder, held_at(at, place))
+    for place, value in traced.settings:
+        holder = holder_of(at, place)
+        if holder is None:
+            raise KeyError(place)
+        yield (*holder, value)
+
+
 def _contents(at: dict[str, nn.Module], traced: Traced) -> Iterator[tuple[Any, tuple[Any, ...]]]:
     paths = {module: path for path, module in reversed(at.items())}
-    for path, name, before in traced.contents:
-        value = vars(at[path])[name]
-        if frozen(value, paths) != before:
-            raise KeyError(name)
+    for place, before in traced.contents:
+        value = held_at(at, place)
+        if frozen(value, paths, objects=True) != before:
+            raise KeyError(place)
         yield from snapshots(value)
 
 
@@ -276,7 +296,7 @@ class Region(nn.Module):
             self.__class__ = self.conjoin_base  # type: ignore[assignment]
             with putting_back(self):
                 meta = {MERGER: Merger(self, frozen=True)}
-                _become(self, _trace(self, held or {None: ()}, meta, {})[0])
+                _become(self, _trace(self, held or {None: Observed()}, meta, {})[0])
             return
         try:
             vars(self)[PLAN] = _bind(self, held)
@@ -325,7 +345,7 @@ def _new_region(base: type[nn.Module], names: tuple[str, ...] = ()) -> Region:
 
 def install(
     model: nn.Module,
-    calls: Mapping[str, Mapping[Structure, Alike]] | None = None,
+    calls: Mapping[str, Mapping[Structure, Observed]] | None = None,
     meta: dict[str, Any] | None = None,
 ) -> None:
     """Rewrites the forward of every region of `model` that is traced soundly.
@@ -333,7 +353,7 @@ def install(
     Args:
         model: the model, whose siblings are views.
         calls: the structures of the calls of each module, by its name, where they were observed,
-            and which tensors were alike.
+            and what was seen of their tensors.
         meta: what the passes find in the `meta` of the graph modules that they rewrite; with a
             `Merger` of the model they merge what follows the siblings.
     """
@@ -376,14 +396,14 @@ def covered(module: nn.Module) -> set[Wide]:
     }
 
 
-def _structures(calls: Mapping[str, Mapping[Structure, Alike]] | None, name: str) -> _Structures:
+def _structures(calls: Mapping[str, Mapping[Structure, Observed]] | None, name: str) -> _Structures:
     found: _Structures | None = (calls or {}).get(name)  # type: ignore[assignment]
-    return found or {None: ()}
+    return found or {None: Observed()}
 
 
 def _trace_beyond(
     model: nn.Module,
-    calls: Mapping[str, Mapping[Structure, Alike]] | None,
+    calls: Mapping[str, Mapping[Structure, Observed]] | None,
     meta: dict[str, Any],
     known: _Known,
 ) -> dict[nn.Module, tuple[list[Traced], _State | None, bool]]:
@@ -429,7 +449,7 @@ def _brings_more(module: nn.Module, traced: Sequence[Traced]) -> bool:
 
 
 def _is_chain(
-    name: str, module: nn.Module, calls: Mapping[str, Mapping[Structure, Alike]] | None
+    name: str, module: nn.Module, calls: Mapping[str, Mapping[Structure, Observed]] | None
 ) -> bool:
     """Whether a module does no more than hand one tensor from each of its children to the next.
 
@@ -503,7 +523,7 @@ def _trace(
 
     Args:
         module: the module.
-        structures: the structures of its calls, and which tensors were alike.
+        structures: the structures of its calls, and what was seen of them.
         meta: what the passes find.
         known: what was traced of other modules; takes what is traced of this one.
     """
@@ -517,8 +537,8 @@ def _trace(
         seen: list[fx.GraphModule] = []
         traced = [
             each
-            for of, alike in structures.items()
-            for each in _in_both_modes(module, of, alike, meta, seen)
+            for of, observed in structures.items()
+            for each in _in_both_modes(module, of, observed, meta, seen)
         ]
         if _state(module) == before:
             if len(merger.refused) == refused:
@@ -554,7 +574,7 @@ def _state(module: nn.Module) -> _State:
 def _in_both_modes(
     module: nn.Module,
     structure: Structure | None,
-    alike: Alike,
+    observed: Observed,
     meta: dict[str, Any],
     seen: list[fx.GraphModule],
 ) -> Iterator[Traced]:
@@ -573,11 +593,12 @@ def _in_both_modes(
         for mode in (True, False):
             for own, _ in flags:
                 own["training"] = mode
-            inputs = Inputs(alike)
-            traced = sound.trace(module, noted, structure, {**meta, INPUTS: inputs}, asked)
+            inputs = Inputs(observed.alike)
+            given = {**meta, INPUTS: inputs}
+            traced = sound.trace(module, noted, structure, given, asked, observed)
             found = [traced]
             if inputs.most is not None:
-                found.append(sound.trace(module, noted, structure, meta))
+                found.append(sound.trace(module, noted, structure, meta, observed=observed))
             yield from (each for each in found if each is not None)
             if not (asked if traced is None else traced.modes):
                 return

@@ -18,7 +18,7 @@ import sys
 from abc import ABCMeta
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping
-from types import FunctionType, MappingProxyType, MethodType, ModuleType
+from types import CellType, FunctionType, MappingProxyType, MethodType, ModuleType
 from typing import Any, NoReturn
 
 import torch
@@ -26,11 +26,13 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 from torch.overrides import get_overridable_functions
 
-from conjoin.layers.owner import LENT
+from conjoin.graph.hazards import DISTRIBUTIONS
+from conjoin.layers.owner import LENT, Owner
 from conjoin.layers.view import View
-from conjoin.reachable import OF_MODULES, TRUSTED
+from conjoin.reachable import OF_MODULES, TRUSTED, is_full
 from conjoin.tracing import bytecode
 from conjoin.tracing.known import is_tensor
+from conjoin.tracing.objects import MISSING, Object, Place, is_object, standing_in, value_of
 from conjoin.tracing.proxies import INNARDS, UnsoundError
 
 BUILTINS: dict[str, Any] = {
@@ -51,6 +53,7 @@ BUILTINS |= {
 
 PACKAGES = (
     torch, nn, F, math, torch.special, torch.fft, torch.linalg, torch.jit, nn.modules,
+    torch.distributions, torch.distributions.normal, torch.distributions.categorical,
 )  # fmt: skip
 """Modules, beside the user's own, whose functions and constants code may use."""
 
@@ -90,9 +93,6 @@ CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, tor
 
 MUTABLE = (list, dict, set, OrderedDict)
 """Types of container that a trace may look into, as long as the contents are watched."""
-
-MISSING = object()
-"""The value of an attribute that there is not."""
 
 FUNCTION_PARTS = ("__code__", "__defaults__", "__kwdefaults__")
 """The attributes of a function that tell what it does."""
@@ -191,9 +191,13 @@ class Sandbox:
         present: paths of modules, which dictionary, and the name of what must not be None.
         children: paths of modules, and the names of their children.
         places: paths of modules, and the names of children that were reached.
-        contents: paths of modules, names of attributes that are containers, and what is in them.
+        contents: where containers are held, and what is in them.
+        objects: where objects are held, and their classes.
+        settings: where attributes of objects are, and the constants that they are.
+        stored: paths of modules, and names of attributes that were set, and to what.
         classes: classes and functions, the names of attributes of theirs, and the values.
         globals: namespaces, names in them, and the values.
+        cells: variables of enclosing functions, and their values.
         shared: containers that are globals or attributes of classes, and what is in them.
     """
 
@@ -212,11 +216,16 @@ class Sandbox:
         self.present: dict[tuple[str, str, str], None] = {}
         self.children: dict[str, tuple[str, ...]] = {}
         self.places: dict[tuple[str, str], None] = {}
-        self.contents: dict[tuple[str, str], Any] = {}
+        self.contents: dict[Place, Any] = {}
+        self.objects: dict[Place, type] = {}
+        self.settings: dict[Place, Any] = {}
+        self.stored: dict[tuple[str, str], Any] = {}
         self.classes: dict[tuple[type | FunctionType, str], Any] = {}
         self.globals: dict[tuple[int, str], tuple[dict[str, Any], str, Any]] = {}
+        self.cells: dict[int, tuple[CellType, Any]] = {}
         self.shared: dict[int, tuple[Any, Any]] = {}
         self._held: list[tuple[Any, Any]] = []
+        self._lent_out: dict[Place, Any] = {}
         self._copies: dict[FunctionType, FunctionType] = {}
         self._globals: dict[int, Globals] = {}
         self._busy = False
@@ -230,7 +239,7 @@ class Sandbox:
 
     @contextlib.contextmanager
     def entered(self) -> Iterator[None]:
-        """Reads the attributes of modules here for a while."""
+        """Reads and sets the attributes of modules here for a while."""
 
         def read(module: nn.Module, name: str) -> Any:
             if self._busy:
@@ -243,16 +252,21 @@ class Sandbox:
                 self._busy = False
             return found.function(module) if type(found) is Getter else found
 
+        setters = {cls: vars(cls)["__setattr__"] for cls in (nn.Module, Owner, View)}
         nn.Module.__getattribute__ = read  # type: ignore[method-assign,assignment]
+        for cls, plain in setters.items():
+            cls.__setattr__ = self._setter(plain)  # type: ignore[method-assign]
         try:
             yield
         finally:
             del nn.Module.__getattribute__
+            for cls, plain in setters.items():
+                cls.__setattr__ = plain  # type: ignore[method-assign]
         self._check_unchanged()
 
     def _check_unchanged(self) -> None:
         for value, before in self._held:
-            if frozen(value, self.paths) != before:
+            if frozen(value, self.paths, objects=True) != before:
                 self.refuse("it changes a container")
         if any(self._globals.values()):
             self.refuse("it changes a global")
@@ -264,9 +278,9 @@ class Sandbox:
 
         Args:
             value: the container.
-            modules: whether it may hold modules of the region.
+            modules: whether it may hold modules of the region, and objects.
         """
-        before = frozen(value, self.paths if modules else {})
+        before = frozen(value, self.paths if modules else {}, objects=modules)
         self._held.append((value, before))
         return before
 
@@ -287,22 +301,40 @@ class Sandbox:
         """A copy of a function that runs here."""
         if function not in self._copies:
             self.asks_none |= bytecode.check(function)
-            defaults = [*(function.__defaults__ or ()), *(function.__kwdefaults__ or {}).values()]
-            if not all(map(is_constant, defaults)):
-                self.refuse("the default of an argument can change")
+            for value in (
+                *(function.__defaults__ or ()),
+                *(function.__kwdefaults__ or {}).values(),
+            ):
+                if not (is_constant(value) or is_container(value)):
+                    self.refuse("the default of an argument is no constant")
+                self._given(value, "the default of an argument")
             for part in FUNCTION_PARTS:
                 self.classes[function, part] = getattr(function, part)
-            space = function.__globals__
+            space, cells = function.__globals__, function.__closure__ or ()
+            copies = tuple(CellType() for _ in cells)
             copied = FunctionType(
                 function.__code__,
                 self._globals.setdefault(id(space), Globals(self, space)),
                 function.__name__,
                 function.__defaults__,
-                function.__closure__,
+                copies,
             )
             copied.__kwdefaults__ = function.__kwdefaults__
-            self._copies[function] = copied
+            self._copies[function] = copied  # Before the cells, which may lead to it again.
+            names = function.__code__.co_freevars
+            for name, cell, copy in zip(names, cells, copies, strict=True):
+                copy.cell_contents = self._enclosed(name, cell)
         return self._copies[function]
+
+    def _enclosed(self, name: str, cell: CellType) -> Any:
+        """A variable of an enclosing function."""
+        if not is_full(cell):
+            self.refuse(f"it reads {name}")
+        value = cell.cell_contents
+        if name == "__class__":  # What `super()` is about.
+            return value
+        self.cells[id(cell)] = cell, value
+        return self._given(value, name)
 
     def load(self, namespace: dict[str, Any], name: str) -> Any:
         """A global."""
@@ -383,6 +415,8 @@ class Sandbox:
             if own:
                 self.refuse("it reads a module of somewhere else")
             return raw(name)
+        if (path, name) in self.stored:
+            return self.stored[path, name]
         held = raw("__dict__")
         if name == "forward" and not own:
             if self.stack[-1] is not module:
@@ -410,11 +444,8 @@ class Sandbox:
             return self._property(module, name, found, own=own)
         if name in held:
             value = held[name]
-            if type(value) in (*MUTABLE, tuple) and not is_constant(value):
-                if (path, name) not in self.contents:
-                    self.contents[path, name] = self.hold(value, modules=True)
-                    self._reach(value)
-                return value
+            if is_container(value) or (own and is_object(value)):
+                return self._held_at(value, (path, (name,)))
             self.attributes[path, "__dict__", name] = value
             return self._given(value, name) if own or is_constant(value) else value
         if found is MISSING:
@@ -424,6 +455,55 @@ class Sandbox:
             return raw(name)
         self.attributes[path, "__dict__", name] = MISSING
         return self._inherited(module, name, found, own=own)
+
+    def _setter(self, plain: Callable[..., None]) -> Callable[..., None]:
+        def write(module: nn.Module, name: str, value: Any) -> None:
+            if type(sys._getframe(1).f_globals) is Globals:
+                self._write(module, name, value)
+            else:
+                plain(module, name, value)
+
+        return write
+
+    def _write(self, module: nn.Module, name: str, value: Any) -> None:
+        """Notes an attribute that code sets, for the end of the forward.
+
+        Nobody else may see it before, so a trace in which something is not traced is refused.
+        """
+        path = self.paths.get(module)
+        if path is None or isinstance(module, View) or name in OF_MODULES or name[:2] == "__":
+            self.refuse(f"it sets .{name} of a module")
+        held = object.__getattribute__(module, "__dict__")
+        found = _static(plain_class(module), name)
+        registered = any(name in held[holder] for holder in REGISTERED) or name in held.get(
+            LENT, {}
+        )
+        if registered or not (found is MISSING or is_constant(found)):
+            self.refuse(f"it sets .{name}, which is no plain attribute")
+        if (path, "__dict__", name) in self.attributes or (path, (name,)) in self._lent_out:
+            self.refuse(f"it sets .{name}, which it has read")
+        for holder in REGISTERED:
+            self.attributes[path, holder, name] = MISSING
+        self.classes[plain_class(module), name] = found
+        self.stored[path, name] = value
+
+    def _held_at(self, value: Any, place: Place) -> Any:
+        """A container or an object that a module holds, with stand-ins for objects."""
+        if place not in self._lent_out:
+            if is_container(value):
+                self.contents[place] = self.hold(value, modules=True)
+                self._reach(value)
+            self._lent_out[place] = standing_in(self, value, place)
+            if self._lent_out[place] is not value and is_container(value):
+                self.hold(self._lent_out[place], modules=True)
+        return self._lent_out[place]
+
+    def of_object(self, value: Any, place: Place) -> Any:
+        """What an attribute of an object is."""
+        if is_container(value) or is_object(value):
+            return self._held_at(value, place)
+        self.settings[place] = value
+        return self._given(value, str(place[1][-1]))
 
     def _lent(self, path: str, held: dict[str, Any], name: str) -> Any:
         """A Parameter of a module that lent it."""
@@ -499,9 +579,11 @@ class Sandbox:
             return _false
         if _is_hashable(value) and value in GRAD_MODES:
             return functools.partial(GradMode, self, *GRAD_MODES[value])
-        if isinstance(value, type):
+        if isinstance(value, type) and value not in DISTRIBUTIONS:
             return value if value in (torch.finfo, torch.iinfo) else Class(self, value)
-        if _is_hashable(value) and value in FACTORIES:
+        if value is vars(torch)["_assert"]:
+            return _assert
+        if _is_hashable(value) and value in FACTORIES | DISTRIBUTIONS:
             return functools.partial(self.record, value)
         if _is_hashable(value) and value in functions():
             return value
@@ -556,7 +638,8 @@ class Sandbox:
         if isinstance(value, (Package, Class, Super)):
             self.refuse("it asks for the class of something that is no value")
         if not isinstance(value, fx.Proxy):
-            return isinstance(value, tuple(classes))
+            plain = value_of(value) if isinstance(value, Object) else value
+            return isinstance(plain, tuple(classes))
         if not is_tensor(value.node, self.paths):
             self.refuse("it asks for the class of a value")
         return issubclass(Tensor, tuple(classes))
@@ -564,6 +647,11 @@ class Sandbox:
 
 def _false() -> bool:
     return False
+
+
+def _assert(condition: object, message: object) -> None:
+    """What `torch._assert` does, which cannot be traced where a tensor decides."""
+    assert condition, message
 
 
 def _classes(info: Any) -> Iterator[type]:
@@ -628,22 +716,37 @@ def is_constant(value: object) -> bool:
     return type(value) in CONSTANTS
 
 
-def frozen(value: Any, paths: Mapping[nn.Module, str] = MappingProxyType({})) -> Any:
+def is_container(value: object) -> bool:
+    """Whether a value holds others, and may change or hold what does."""
+    return type(value) in (*MUTABLE, tuple) and not is_constant(value)
+
+
+def frozen(
+    value: Any,
+    paths: Mapping[nn.Module, str] = MappingProxyType({}),
+    *,
+    objects: bool = False,
+) -> Any:
     """A container as nested tuples, which are equal only where trace and call cannot differ.
 
     Args:
         value: the container, or something in it.
         paths: the modules that it may hold, and their paths.
+        objects: whether it may hold objects, which are looked at by themselves.
 
     Raises:
         UnsoundError: it holds something else than constants and these modules.
     """
     cls = type(value)
-    if cls in (list, tuple, set):
+    if cls is set:
         return (cls, *[frozen(item, paths) for item in value])
+    if cls in (list, tuple):
+        return (cls, *[frozen(item, paths, objects=objects) for item in value])
     if cls in (dict, OrderedDict):
         items = value.items()
-        return (cls, *[(frozen(key, paths), frozen(item, paths)) for key, item in items])
+        return (cls, *[(frozen(k, paths), frozen(v, paths, objects=objects)) for k, v in items])
+    if objects and (cls is Object or is_object(value)):
+        return Object, id(value) if cls is Object else cls
     if isinstance(value, nn.Module) and value in paths:
         return nn.Module, paths[value]
     if cls is float or cls is complex:

@@ -21,7 +21,7 @@ import itertools
 import re
 from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
-from types import FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
@@ -31,25 +31,26 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from conjoin import merging
-from conjoin.graph import channelwise, edit, elementwise, products
+from conjoin.graph import channelwise, edit, elementwise, hazards, products
 from conjoin.graph.congruence import INPUTS, Inputs
-from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.view import View
 from conjoin.merging import REGION
 from conjoin.nn import Parallel, Split, Unite
-from conjoin.reachable import words
+from conjoin.reachable import reachable_from, words
 from conjoin.tracing.known import is_not_none
-from conjoin.tracing.proxies import Proxy, UnsoundError
-from conjoin.tracing.quick import CALL, Names, Written, restoring_mode
+from conjoin.tracing.objects import MISSING, Place, held_at
+from conjoin.tracing.proxies import UnsoundError
+from conjoin.tracing.quick import CALL, Names, Written, restoring_mode, storing
+from conjoin.tracing.ranks import RESHAPING, Ranked, Ranks
 from conjoin.tracing.sandbox import (
     CONTAINERS,
-    MISSING,
     Sandbox,
+    is_constant,
     operations,
     plain_class,
     snapshots,
 )
-from conjoin.tracing.structures import Alike, Structure, names_of, rebuilt, required
+from conjoin.tracing.structures import Observed, Structure, names_of, rebuilt, required
 from conjoin.tracing.undisturbed import letting_go, undisturbed
 
 SUNK = elementwise.ACTIVATIONS | elementwise.DROPOUTS | channelwise.MODULES
@@ -59,8 +60,16 @@ OF_CONJOIN = (Parallel, Split, Unite)
 """Modules of conjoin's that a trace looks into."""
 
 
+OF_DISTRIBUTIONS = frozenset({"sample", "rsample", "log_prob", "entropy"})
+"""Methods of distributions that change nothing, and give tensors with memory of their own."""
+
+
 CALLED = re.compile(r'(?<= = )(?:getattr\()*self(?:\.\w+|, "[^"]*"\))+(?=\()')
 """How torch.fx writes what it calls of the region, `getattr(self.layers, "0")` for one."""
+
+
+NOTHING_SEEN = Observed()
+"""What is known of calls that nobody has observed."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,11 +85,15 @@ class Traced:
         children: paths of modules that may have been iterated over, and their children's names.
         attributes: paths of modules, the attribute that holds a value, its name, and the value.
         present: paths of modules, the attribute that holds a tensor, and its name.
-        contents: paths of modules, names of attributes that are containers, and what is in them.
+        contents: where containers are held, and what is in them.
+        objects: where objects are held, and their classes.
+        settings: where attributes of objects are, and the constants that they are.
         classes: classes and functions, the names of attributes, and their values.
         globals: namespaces, names, and their values.
+        cells: variables of enclosing functions, and their values.
         shared: containers that all copies of the region share, and what is in them.
-        alike: for each tensor of a call a number, equal for those that must be of one shape.
+        ranks: numbers of tensors of a call, and how many dimensions they must have.
+        observed: what was seen of the calls.
         most: how many elements they may have all together; None where that does not matter, nor
             which are alike.
         wide: paths of the wide layers that it runs.
@@ -94,11 +107,15 @@ class Traced:
     children: tuple[tuple[str, tuple[str, ...]], ...]
     attributes: tuple[tuple[str, str, str, Any], ...]
     present: tuple[tuple[str, str, str], ...]
-    contents: tuple[tuple[str, str, Any], ...]
+    contents: tuple[tuple[Place, Any], ...]
+    objects: tuple[tuple[Place, type], ...]
+    settings: tuple[tuple[Place, Any], ...]
     classes: tuple[tuple[type | FunctionType, str, Any], ...]
     globals: tuple[tuple[dict[str, Any], str, Any], ...]
+    cells: tuple[tuple[CellType, Any], ...]
     shared: tuple[tuple[Any, tuple[Any, ...]], ...]
-    alike: Alike
+    ranks: tuple[tuple[int, int], ...]
+    observed: Observed
     most: int | None
     wide: tuple[str, ...]
 
@@ -108,9 +125,18 @@ class _Tracer(fx.Tracer):
 
     proxy_buffer_attributes = True
 
-    def __init__(self, region: nn.Module, structure: Structure, opaque: set[nn.Module]) -> None:
+    def __init__(
+        self,
+        region: nn.Module,
+        structure: Structure,
+        opaque: set[nn.Module],
+        observed: Observed,
+    ) -> None:
         super().__init__()
-        self.structure, self.opaque = structure, opaque
+        self.structure, self.opaque, self.observed = structure, opaque, observed
+        self.ranks = Ranks(region.get_submodule)
+        self.reshapes = False
+        self.untraced: list[nn.Module] = []
         self.sandbox = sandbox = Sandbox(region, self._record, self._parameter)
         self.lent: dict[str, Any] = {}
         self.tensors: dict[int, list[str]] = {}
@@ -130,7 +156,7 @@ class _Tracer(fx.Tracer):
         return self.lent[path]
 
     def proxy(self, node: fx.Node) -> fx.Proxy:
-        return Proxy(node, self)
+        return Ranked(node, self)
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return m in self.opaque
@@ -141,6 +167,7 @@ class _Tracer(fx.Tracer):
         if m in self.opaque:
             if type(m).__module__.split(".")[0] not in ("torch", "conjoin"):
                 self._refuse_held((args, kwargs))
+                self.untraced.append(m)
             return super().call_module(m, forward, args, kwargs)
         self.sandbox.stack.append(m)
         result = super().call_module(m, forward, args, kwargs)
@@ -150,10 +177,20 @@ class _Tracer(fx.Tracer):
     def create_proxy(
         self, kind: str, target: Any, args: Any, kwargs: dict[str, Any], *rest: Any, **named: Any
     ) -> Any:
-        if kind == "call_method" and target not in operations():
+        if any(_is_distribution(each) for each in pytree.tree_leaves((args, kwargs))):
+            # What else an object of these may give shares memory with the tensors that it holds.
+            if kind != "call_method" or target not in OF_DISTRIBUTIONS:
+                raise UnsoundError("it does more with a distribution than draw from it")
+        elif kind == "call_method" and target not in operations():
             raise UnsoundError(f"it calls .{target}")
         if target is getattr and args[1] not in operations():
             raise UnsoundError(f"it reads .{args[1]}")
+        if target in ("dim", "ndimension") and kind == "call_method":
+            rank = self.ranks.rank(args[0].node)
+            if rank is not None:
+                return rank
+        name = target if isinstance(target, str) else getattr(target, "__name__", "")
+        self.reshapes |= "out" in kwargs or name in RESHAPING
         return super().create_proxy(kind, target, args, kwargs, *rest, **named)
 
     def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
@@ -177,6 +214,8 @@ class _Tracer(fx.Tracer):
             self.create_proxy("placeholder", name, (), {})
             for name in names_of(self.structure, forward)
         ]
+        nodes = [proxy.node for proxy in proxies]
+        self.ranks.inputs = dict(zip(nodes, self.observed.ranks, strict=False))
 
         def run(root: nn.Module, *tensors: Any) -> Any:
             args, kwargs = rebuilt(self.structure, iter(tensors))
@@ -185,11 +224,18 @@ class _Tracer(fx.Tracer):
                     self.sandbox.hold(value)
             with self.sandbox.entered(), _NothingReal():
                 output = self.sandbox.forward_of(root)(root, *args, **kwargs)
-            self._refuse_held(output)
-            return output
+            stored = tuple(self.sandbox.stored.values())
+            self._refuse_held((output, stored))
+            return (output, stored) if stored else output
 
         run.__annotations__ = {}  # It would be that of the new forward.
         return run, [self.root, *proxies]
+
+    def asked_ranks(self) -> Iterator[tuple[int, int]]:
+        """The inputs whose number of dimensions was asked for, by their numbers."""
+        for number, (node, rank) in enumerate(self.ranks.inputs.items()):
+            if node in self.ranks.asked:
+                yield number, rank
 
     def _refuse_held(self, value: Any) -> None:
         """Refuses to hand out a container of which the graph would make a new one each time."""
@@ -222,6 +268,7 @@ def trace(
     structure: Structure | None = None,
     meta: dict[str, Any] | None = None,
     asked: set[str] | None = None,
+    observed: Observed = NOTHING_SEEN,
 ) -> Traced | None:
     """Traces a region and rewrites its graph.
 
@@ -231,6 +278,7 @@ def trace(
         structure: that of the calls to trace; the required arguments alone where None.
         meta: what is put in the graph module's `meta` before `rewrite` is called.
         asked: takes the paths of the modules whose mode the code asked for.
+        observed: what was seen of calls of this structure.
 
     Returns:
         The new forward and what it takes for granted; None where the trace would not be sound or
@@ -241,10 +289,11 @@ def trace(
     if structure is None:
         return None
     with undisturbed(region, reached=False):
-        found = _soundly(region, structure, set() if asked is None else asked)
+        found = _soundly(region, structure, observed, set() if asked is None else asked)
     if found is None:
         return None
-    graph, sandbox = found
+    graph, tracer = found
+    sandbox, ranks = tracer.sandbox, tuple(tracer.asked_ranks())
     modules = {path: module for module, path in sandbox.paths.items()}
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     _take_out_idle(graph, modules)
@@ -261,18 +310,22 @@ def trace(
     wide = tuple(merging.wides_called(graph_module))
     merging.tell(graph_module)
     return Traced(
-        *_compile(graph_module.graph),
+        *_compile(graph_module.graph, tuple(sandbox.stored)),
         structure,
         tuple(sandbox.modes.items()),
         tuple(sandbox.places),
         tuple(sandbox.children.items()),
         tuple((*key, value) for key, value in sandbox.attributes.items()),
         tuple(sandbox.present),
-        tuple((*key, value) for key, value in sandbox.contents.items()),
+        tuple(sandbox.contents.items()),
+        tuple(sandbox.objects.items()),
+        tuple(sandbox.settings.items()),
         tuple((*key, value) for key, value in sandbox.classes.items()),
         tuple(sandbox.globals.values()),
+        tuple(sandbox.cells.values()),
         tuple(pair for value, _ in sandbox.shared.values() for pair in snapshots(value)),
-        inputs.alike if inputs is not None else (),
+        ranks,
+        observed,
         inputs.most if inputs is not None else None,
         wide,
     )
@@ -291,19 +344,19 @@ def _take_out_idle(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
 
 
 def _soundly(
-    region: nn.Module, structure: Structure, asked: set[str]
-) -> tuple[fx.Graph, Sandbox] | None:
+    region: nn.Module, structure: Structure, observed: Observed, asked: set[str]
+) -> tuple[fx.Graph, _Tracer] | None:
     """A sound trace of a region, as deep as it can be; None where there is none."""
     opaque = {module for module in region.modules() if _is_leaf(module, region)}
     left = {module for module in region.modules() if module is not region} - opaque
     while True:
         try:
-            tracer = _Tracer(region, structure, opaque)
+            tracer = _Tracer(region, structure, opaque, observed)
         except UnsoundError:
             return None
         sandbox = tracer.sandbox
         try:
-            return _traced(region, tracer), sandbox
+            return _traced(region, tracer), tracer
         except (Exception, UnsoundError):  # noqa: BLE001 - The region's code may raise anything.
             if not left:
                 return None
@@ -317,6 +370,19 @@ def _soundly(
         left -= gone
 
 
+def _may_be_stored(value: Any) -> bool:
+    """Whether a value becomes a plain attribute of a module, and no Parameter or child of it."""
+    if isinstance(value, fx.Proxy):
+        return value.node.op != "get_attr" and not _is_distribution(value)
+    if type(value) in (list, tuple, dict):
+        return all(map(_may_be_stored, value.values() if type(value) is dict else value))
+    return is_constant(value)
+
+
+def _is_distribution(value: Any) -> bool:
+    return isinstance(value, fx.Proxy) and value.node.target in hazards.DISTRIBUTIONS
+
+
 def _of_class(modules: set[nn.Module], cls: type) -> Iterator[nn.Module]:
     return (module for module in modules if plain_class(module) is cls)
 
@@ -325,6 +391,16 @@ def _traced(region: nn.Module, tracer: _Tracer) -> fx.Graph:
     with letting_go():
         graph = tracer.trace(region)
     sandbox = tracer.sandbox
+    if tracer.ranks.asked and (tracer.reshapes or tracer.untraced):
+        raise UnsoundError("it may change how many dimensions a tensor has")
+    if sandbox.stored and tracer.untraced:
+        raise UnsoundError("a module that is not traced may see what it sets")
+    if not all(map(_may_be_stored, sandbox.stored.values())):
+        raise UnsoundError("it sets an attribute to something else than a value")
+    objects = {id(held_at(dict(region.named_modules()), place)) for place in sandbox.objects}
+    for module in tracer.untraced if objects else ():
+        if any(id(value) in objects for value in reachable_from(module)):
+            raise UnsoundError("a module that is not traced may change an object")
     registered = {f"{path}.{name}".lstrip(".") for path, _, name in sandbox.present}
     for node in graph.nodes:
         if node.op != "output" and sandbox.asks_none and not is_not_none(node, sandbox.paths):
@@ -341,7 +417,7 @@ def _is_leaf(module: nn.Module, region: nn.Module) -> bool:
     """Whether a module is one that the trace does not look into."""
     if module is region:
         return False
-    if any(getattr(module, hooks) for hooks in CALL_HOOKS):
+    if any(getattr(module, hooks) for hooks in hazards.CALL_HOOKS):
         return True
     if isinstance(module, (View, fx.GraphModule)):  # The graph of the second is rewritten itself.
         return True
@@ -384,20 +460,29 @@ def _reads_mode(cls: Any) -> bool:
     )
 
 
-def _compile(graph: fx.Graph) -> tuple[Callable[..., Any], Written]:
-    """The graph as a function of the region and its arguments, and as source to be bound."""
+def _compile(
+    graph: fx.Graph, stored: tuple[tuple[str, str], ...]
+) -> tuple[Callable[..., Any], Written]:
+    """The graph as a function of the region and its arguments, and as source to be bound.
+
+    Args:
+        graph: the graph.
+        stored: paths of modules, and names of attributes, whose values it gives beside the output.
+    """
     code = graph.python_code("self")
     targets = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module")
     called = tuple((f"{CALL}{number}", target) for number, target in enumerate(targets))
     restores = any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
     namespace: dict[str, Any] = dict(code.globals)
     written = Written(
-        _calling(code.src, {at: name for name, at in called}), namespace, called, restores
+        _calling(code.src, {at: name for name, at in called}), namespace, called, restores, stored
     )
     source = _calling(code.src, {target: _child(target) for target in targets})
     function = Names(namespace).define(source, "forward")
     if restores:
         function = restoring_mode(function)
+    if stored:
+        function = storing(function, stored)
     function.__conjoin_source__ = source  # type: ignore[attr-defined]
     return function, written
 

@@ -8,16 +8,19 @@ source, and goes from the region to its modules as the forward does, whose guard
 
 from __future__ import annotations
 
+import inspect
 import itertools
 import sys
 from collections.abc import Callable, Iterable, Iterator
-from typing import Any
+from types import CodeType, FunctionType
+from typing import Any, cast
 
 from torch import nn
 
 from conjoin.graph.hazards import CALL_HOOKS
+from conjoin.tracing.objects import MISSING, Place, held_at, holder_of, is_of_items
 from conjoin.tracing.quick import Names
-from conjoin.tracing.sandbox import FUNCTION_PARTS, MISSING
+from conjoin.tracing.sandbox import FUNCTION_PARTS
 from conjoin.tracing.sound import Traced
 
 WORDS = (type(None), bool)
@@ -29,6 +32,10 @@ PLAIN = (int, str)
 
 class _Constants(Names):
     """The values that the source cannot spell out, by the names that it has for them."""
+
+    def literal(self, value: Any) -> str:
+        """An expression for a constant."""
+        return repr(value) if type(value) in (*WORDS, *PLAIN) else self.name(value)
 
     def same(self, expression: str, value: Any) -> str:
         """That an expression gives the value."""
@@ -50,6 +57,7 @@ def check_of(
         classes: classes and functions, the names of attributes, and their values.
     """
     constants = _Constants()
+    cells = {f"_cell_{number}": cell for number, (cell, _) in enumerate(traced.cells)}
     found = itertools.chain(
         _places(traced, at, constants),
         _values(traced, at, constants),
@@ -59,16 +67,24 @@ def check_of(
             if name not in FUNCTION_PARTS
         ),
         (_global(*each, constants) for each in traced.globals),
+        map(constants.same, cells, (value for _, value in traced.cells)),
     )
-    facts = "".join(f"    if not ({fact}): return False\n" for fact in found)
-    source = f"def check(self):\n{facts}    return True\n"
-    return constants.define(source, "check")
+    facts = "".join(f"        if not ({fact}): return False\n" for fact in found)
+    outer = "".join(f"    {name} = None\n" for name in cells) + "    def check(self):\n"
+    source = f"def enclosing():\n{outer}{facts}        return True\n    return check\n"
+    enclosing = cast(FunctionType, constants.define(source, "enclosing"))
+    code = next(each for each in enclosing.__code__.co_consts if isinstance(each, CodeType))
+    # Dynamo knows the variables of an enclosing function, and not the cells that hold them.
+    held = tuple(cells[name] for name in code.co_freevars)
+    check = FunctionType(code, enclosing.__globals__, "check", None, held)
+    return cast("Callable[[nn.Module], bool]", check)
 
 
 def _places(traced: Traced, at: dict[str, nn.Module], constants: _Constants) -> Iterator[str]:
     """That the modules are where they were, the outer ones first, which lead to the inner ones."""
-    rows: Any = (traced.modes, traced.attributes, traced.contents, traced.present, traced.children)
-    paths = {row[0] for row in itertools.chain(*rows)}
+    rows: Any = (traced.modes, traced.attributes, traced.present, traced.children)
+    held = (place for place, _ in (*traced.contents, *traced.objects))
+    paths = {row[0] for row in itertools.chain(*rows, held)}
     paths |= {f"{path}.{name}".lstrip(".") for path, name in traced.places}
     paths = {".".join(p.split(".")[: n + 1]) for p in paths if p for n in range(p.count(".") + 1)}
     for path in sorted(paths, key=lambda path: (path.count("."), path)):
@@ -90,12 +106,59 @@ def _values(traced: Traced, at: dict[str, nn.Module], constants: _Constants) -> 
         yield f"{_module(path)}.training is {flag}"
     for path, holder, name, value in traced.attributes:
         yield _item(f"{_module(path)}.{holder}", name, value, constants)
-    for path, name, _ in traced.contents:
-        yield _item(f"{_module(path)}.__dict__", name, vars(at[path])[name], constants)
+    for place, _ in traced.contents:
+        yield from _at_place(place, held_at(at, place), at, constants)
+    for place, cls in traced.objects:
+        yield f"type({_expression(at, place, constants)}) is {constants.name(cls)}"
+    for place, value in traced.settings:
+        yield from _at_place(place, value, at, constants)
     for path, holder, name in traced.present:
         yield f"{_module(path)}.{holder}.get({name!r}) is not None"
     for path, names in traced.children:
         yield f"tuple({_module(path)}._modules) == {names!r}"
+
+
+def _at_place(
+    place: Place, value: Any, at: dict[str, nn.Module], constants: _Constants
+) -> Iterator[str]:
+    """That an attribute of a module, or of an object that one holds, is as it was."""
+    path, (*before, name) = place
+    holder = held_at(at, (path, tuple(before)))
+    if isinstance(holder, nn.Module):
+        yield _item(f"{_module(path)}.__dict__", name, value, constants)
+    elif holder_of(at, place) is not None:
+        of = _expression(at, (path, tuple(before)), constants)
+        got = f"getattr({of}, {name!r}, {constants.name(MISSING)})"
+        yield _got(got, value, inspect.getattr_static(type(holder), name, MISSING), constants)
+
+
+def _got(got: str, value: Any, of_class: Any, constants: _Constants) -> str:
+    """That an object gives what it held, or what its class has where it held nothing.
+
+    To get that is how Dynamo finds out that the object has nothing of its own.
+    """
+    if value is not MISSING or of_class is MISSING:
+        return constants.same(got, value)
+    if type(of_class) is FunctionType:
+        return f"{got}.__func__ is {constants.name(of_class)}"
+    if isinstance(of_class, property):
+        return f"{got} is not {constants.name(MISSING)}"
+    return constants.same(got, getattr(of_class, "__func__", of_class))
+
+
+def _expression(at: dict[str, nn.Module], place: Place, constants: _Constants) -> str:
+    """What leads from the region to an object."""
+    path, steps = place
+    found, holder = _module(path), at[path]
+    for number, step in enumerate(steps):
+        if is_of_items(holder):
+            found = f"{found}[{constants.literal(step)}]"
+        elif isinstance(holder, nn.Module):
+            found = f"{found}.__dict__[{step!r}]"
+        else:
+            found = f"getattr({found}, {step!r})"
+        holder = held_at(at, (path, steps[: number + 1]))
+    return found
 
 
 def _module(path: str) -> str:

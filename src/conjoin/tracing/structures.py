@@ -9,6 +9,7 @@ from __future__ import annotations
 import inspect
 import keyword
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,6 +28,27 @@ NUMBERS = (int, float)
 
 Alike = tuple[int, ...]
 """A number for each tensor of a call, equal for those of one shape, dtype and device."""
+
+
+@dataclass(frozen=True, slots=True)
+class Observed:
+    """What was seen of the tensors of all calls of one structure.
+
+    Attributes:
+        alike: which were always alike.
+        ranks: how many dimensions each always had, -1 where that differed.
+    """
+
+    alike: Alike = ()
+    ranks: tuple[int, ...] = ()
+
+    def and_of(self, tensors: Sequence[Tensor]) -> Observed:
+        """The same with one call more."""
+        ranks = tuple(tensor.ndim for tensor in tensors)
+        if self.ranks:
+            ranks = tuple(a if a == b else -1 for a, b in zip(self.ranks, ranks, strict=True))
+        return Observed(alike(tensors, self.alike or None), ranks)
+
 
 TENSOR = "tensor"
 """What stands for a tensor."""
