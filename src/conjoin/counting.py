@@ -23,6 +23,7 @@ from conjoin.layers.owner import raw_parameters
 from conjoin.layers.product import SUFFIX
 from conjoin.layers.wide import Wide, wides
 from conjoin.merging import Level, Merger
+from conjoin.policy.cost import Policy
 from conjoin.report import Group
 from conjoin.tracing.observe import Call, Copy, UncopyableError
 from conjoin.tracing.undisturbed import undisturbed
@@ -131,9 +132,12 @@ def count(
     found: Sequence[Candidate],
     sightings: Sightings,
     kinds: tuple[Kind, ...],
+    policy: Policy,
 ) -> Counts:
     """The launches of a call of the model, plain and optimized."""
-    counts = on_copies(model, lambda copied: _count_on(copied, call, found, sightings, kinds))
+    counts = on_copies(
+        model, lambda copied: _count_on(copied, call, found, sightings, kinds, policy)
+    )
     return counts or Counts()
 
 
@@ -155,12 +159,13 @@ def _count_on(
     found: Sequence[Candidate],
     sightings: Sightings,
     kinds: tuple[Kind, ...],
+    policy: Policy,
 ) -> Counts:
     """The launches, counted on copies of the model."""
     plain, optimized = copied(), copied()
     restore(plain.model)
     depths = Depths(optimized.model)
-    merger, found = apply(optimized.model, found, sightings, kinds, depths)
+    merger, found = apply(optimized.model, found, sightings, kinds, depths, policy)
     levels = _levels(optimized.model)
     groups = [candidate.layers for candidate in (*found, *merger.refused.values())]
     groups += [level.layers for level in levels.values()]
@@ -212,7 +217,7 @@ def _products(model: nn.Module, names: Collection[str]) -> dict[str, nn.Paramete
 def _levels(model: nn.Module) -> dict[Wide, Level]:
     """What is merged in a model, by wide layer."""
     return {
-        wide: Level(wide.kind, tuple(name for name, _ in members), tuple(wide.widths))
+        wide: Level(wide.kind, tuple(name for name, _ in members), tuple(wide.kind.outputs(wide)))
         for wide, members in wides(model).items()
     }
 

@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
@@ -16,11 +17,23 @@ from conjoin.graph import edit, hazards, products
 from conjoin.graph.products import Call
 from conjoin.graph.siblings import Candidate, among, held_elsewhere, overlaps
 from conjoin.graph.site import Shapes, Sightings, Site
-from conjoin.layers import KINDS, NORMS, PRODUCTS, Kind, Norm, activation, kind_of, norm_of
+from conjoin.layers import (
+    GATHERED,
+    KINDS,
+    NORMS,
+    PRODUCTS,
+    Kind,
+    Norm,
+    activation,
+    kind_of,
+    norm_of,
+)
 from conjoin.layers.kind import TENSORS, common, tensors
 from conjoin.layers.owner import lend, may_lend, reclaim
 from conjoin.layers.product import SUFFIX, Product
 from conjoin.layers.wide import View, Wide, fuse, release, wides
+from conjoin.policy import gathering
+from conjoin.policy.cost import Policy
 from conjoin.reachable import functions_of, words
 
 MERGER = "conjoin_merger"
@@ -86,6 +99,7 @@ class Merger:
         refused: the products that read one tensor and stay as they are, and why.
         rewritten: what is called with each graph when all passes are through with it, if anything.
         frozen: whether it merges nothing, and only knows what is merged.
+        policy: which layers on tensors of their own it merges.
     """
 
     def __init__(
@@ -97,6 +111,7 @@ class Merger:
         *,
         frozen: bool = False,
         escapes: bool = True,
+        policy: Policy = "auto",
     ) -> None:
         """Looks at the model's parameters once.
 
@@ -107,14 +122,17 @@ class Merger:
             found: its siblings; those that were refused are left alone.
             frozen: merge nothing, and know what is merged.
             escapes: whether something beyond the graphs reads their outputs.
+            policy: which of the layers on tensors of their own are merged, where that may not pay.
         """
         self.frozen = frozen
+        self.policy = policy
         self._escapes = escapes
         self.kinds = kinds
         self.levels: list[Level] = []
         self.refused: dict[frozenset[str], Candidate] = {}
         self.rewritten: Callable[[fx.GraphModule], None] | None = None
         self._model = model
+        self._training = model.training and torch.is_grad_enabled()
         self._ordered: set[str] = set()
         self._shared = overlaps(dict(model.named_modules()))
         self._sightings = sightings
@@ -295,7 +313,7 @@ class Merger:
             return None
         wide = self._merge(kind, layers, contiguous, together=together)
         names = tuple(self._names[layer] for layer in layers)
-        self.levels.append(Level(kind, names, tuple(wide.widths)))
+        self.levels.append(Level(kind, names, tuple(kind.outputs(wide))))
         return wide
 
     def reorder(self, views: Sequence[nn.Module], order: Sequence[int]) -> None:
@@ -321,16 +339,28 @@ class Merger:
         """Whether layers may become one wide layer."""
         if len(set(layers)) < len(layers) or any(isinstance(layer, View) for layer in layers):
             return False
-        for layer in layers:
-            name = self._names.get(layer)
-            if name is None or name in self._apart or kind.check(layer) is not None:
-                return False
-            if held_elsewhere(name, layer, self._shared) is not None:
-                return False
+        if not all(self.is_free(kind, layer) for layer in layers):
+            return False
         keys = [common(kind, layer, tensors(layer)) for layer in layers]
         if together and kind.bias_on_some:  # Whether that pays has been looked at.
             keys = [{**key, "bias": None} for key in keys]
         return all(key == keys[0] for key in keys)
+
+    def is_free(self, kind: Kind, layer: nn.Module) -> bool:
+        """Whether a layer that is not merged yet may be, looked at by itself."""
+        name = self._names.get(layer)
+        if name is None or name in self._apart or kind.check(layer) is not None:
+            return False
+        return held_elsewhere(name, layer, self._shared) is None
+
+    def pays(self, kind: Kind, layers: Sequence[nn.Module]) -> bool:
+        """Whether layers on tensors of their own take less time at once, as far as is known."""
+        if self._sightings is None or any(isinstance(layer, View) for layer in layers):
+            return True
+        names = [self._names[layer] for layer in layers]
+        return self.policy == "always" or gathering.pays(
+            kind, layers, [self._sightings.shapes.get(name) for name in names], self._training
+        )
 
     def _merge(
         self,
@@ -361,6 +391,26 @@ def layer_key(
         return None
     shape = tuple(weight.shape)
     return kind, (shape, tuple(kind.key(layer).items()))
+
+
+def table_key(
+    node: fx.Node, input: fx.Node, modules: Mapping[str, nn.Module], merger: Merger
+) -> tuple[Kind, Hashable] | None:
+    """What a table that reads `input` is; equal for those that can run at once.
+
+    Those that are merged go with each other, in any order.
+    """
+    if node.op != "call_module" or edit.only_input(node) is not input:
+        return None
+    layer = modules[str(node.target)]
+    kind = kind_of(layer, GATHERED)
+    if kind not in GATHERED:
+        return None
+    if isinstance(layer, View):
+        return kind, layer.wide_layer.identity
+    if not merger.is_free(kind, layer):
+        return None
+    return kind, tuple(common(kind, layer, tensors(layer)).items())
 
 
 def norm_key(

@@ -50,7 +50,8 @@ class Wide(nn.Module):
 
     Attributes:
         kind: the kind of the siblings.
-        settings: the settings that they have in common, by name.
+        settings: their settings, by name.
+        constants: what the kind keeps beside the parameters.
         shapes: the shapes of their weights.
         widths: the numbers of their output channels.
         channels_last: whether the weights are in that memory format.
@@ -79,7 +80,7 @@ class Wide(nn.Module):
         """Merges `layers`, which must have been checked to go together."""
         super().__init__()
         self.kind = kind
-        self.settings = kind.key(layers[0])
+        self.settings = kind.kept(layers)
         self.shapes = kind.shapes(layers)
         self.widths = [shape[kind.weight_dim] for shape in self.shapes]
         self.biased = tuple("bias" in tensors(layer) for layer in layers)
@@ -102,6 +103,7 @@ class Wide(nn.Module):
         self.register_parameter("weight", self._merge("weight", layers))
         self.register_parameter("bias", self._merge("bias", layers))
         self._zeros: Tensor | None = self._new_zeros()
+        self.constants = kind.constants(self)
         self.running = {
             name: _row([layer._buffers[name] for layer in layers])
             for name in kind.running
@@ -340,6 +342,7 @@ class Wide(nn.Module):
                 merged = self.kind.merge(self, name, [blocks[i] for i in sorted(blocks)])
                 setattr(self, name, _like(merged, getattr(self, name)))
                 self._zeros = self._new_zeros()
+                self.constants = self.kind.constants(self)
                 del self._collected[name]
 
     def lend(self, view: View, name: str) -> Part:
@@ -362,6 +365,7 @@ class Wide(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._zeros = self._new_zeros()  # Not converted: `to_empty` makes them anything.
+        self.constants = self.kind.constants(self)
         for part in list(self._parts.values()):
             part.bound()
         self.running = {name: fn(whole) for name, whole in self.running.items()}
