@@ -119,7 +119,7 @@ class DLRM(nn.Module):
         )
 
     def embedded(self, index: Tensor) -> list[Tensor]:
-        return [table(column) for table, column in zip(self.tables, index.unbind(1), strict=True)]
+        return [table(index[:, i]) for i, table in enumerate(self.tables)]
 
     def forward(self, dense: Tensor, index: Tensor) -> Tensor:
         dense = self.bottom(dense)

@@ -28,6 +28,7 @@ from conjoin.layers import (
     kind_of,
     norm_of,
 )
+from conjoin.layers.embedding import Embedding
 from conjoin.layers.kind import TENSORS, common, tensors
 from conjoin.layers.owner import lend, may_lend, reclaim
 from conjoin.layers.product import SUFFIX, Product
@@ -408,7 +409,7 @@ def table_key(
         return None
     if isinstance(layer, View):
         return kind, layer.wide_layer.identity
-    if not merger.is_free(kind, layer):
+    if not isinstance(kind_of(layer, merger.kinds), Embedding) or not merger.is_free(kind, layer):
         return None
     return kind, tuple(common(kind, layer, tensors(layer)).items())
 

@@ -359,11 +359,9 @@ def test_exported():
 
 
 def test_separated():
-    class Graph(Model):
-        pass
-
-    traced = torch.fx.symbolic_trace(Graph())
-    plain, x = copy.deepcopy(traced), numbers(4)
+    rows = ROWS * 2
+    traced = torch.fx.symbolic_trace(Model(rows=rows))
+    plain, x = copy.deepcopy(traced), numbers(4, rows=rows)
     conjoin.passes.rewrite(traced)
     assert any(str(node.target).endswith("wide") for node in traced.graph.nodes)
     assert_equivalent(traced, plain, (x,))

@@ -11,8 +11,10 @@ that is for padding, which gets no gradient.
 
 To stack, add, compare and choose are five launches on all numbers. Where the shapes are known, an
 estimate decides whether they cost less than the launches that they save (`policy/gathering.py`).
-Measured on one core, 16 and 26 tables of 1,000 rows take 0.4 to 0.8 of their time up to 256 rows a
-batch, forward and in training, 0.9 to 1.1 at 1,024, and up to 1.8 above; 4 tables take 0.9 to 1.4.
+Measured on one core in a model around them (`dlrm`), 16 tables of 1,000 rows take the whole model
+to 0.65 to 0.9 of its time up to 256 rows a batch, and to 0.95 to 1.0 above; 4 tables to 1.0 to 1.1.
+In training what matters is the size of the weight: gradients of many rows that are asked of the
+system at each step take up to twice the time, also written by hand, and then tables stay apart.
 
 Where no rewritten forward runs, each view reads its slice, and gives a gradient of the size of all.
 The numbers first_i are a tensor that the wide layer keeps, for which an exported program has no
@@ -60,21 +62,21 @@ class Tables(Kind):
         return super().check(layer)
 
     def kept(self, layers: Sequence[nn.Module]) -> dict[str, object]:
-        """Also each table's row for padding among all, `OUTSIDE` where it has none."""
-        rows = [_weight(layer).shape[0] for layer in layers]
+        """Also the rows for padding in the wide weight: one, or of each table, -1 for none."""
+        rows = [cast(Tensor, layer.weight).shape[0] for layer in layers]
         own = [cast("int | None", layer.padding_idx) for layer in layers]
-        padding = [
-            OUTSIDE if row is None else start + row
-            for row, start in zip(own, itertools.accumulate(rows, initial=0), strict=False)
-        ]
-        return {**super().kept(layers), "padding": tuple(padding)}
+        starts = itertools.accumulate(rows, initial=0)
+        padding = [OUTSIDE if p is None else s + p for p, s in zip(own, starts, strict=False)]
+        held = [row for row in padding if row != OUTSIDE]
+        only = held[0] if len(held) == 1 else None
+        return {**super().kept(layers), "only": only, "padding": padding if len(held) > 1 else []}
 
     def outputs(self, wide: Wide) -> list[int]:
         """The widths of the tables; the blocks are as wide as they have rows."""
         return [width for _, width in wide.shapes]
 
     def constants(self, wide: Wide) -> tuple[Tensor, ...]:
-        """The first and the last row of each table, and its row for padding: (n) each."""
+        """The first and last rows of the tables, and those for padding where there are several."""
         return () if wide.weight.is_meta else _rows_of(wide, wide.weight.device)
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
@@ -85,33 +87,28 @@ class Tables(Kind):
         """(n, *) of row numbers -> (n, *, width)."""
         if input.dtype not in NUMBERS:
             return F.embedding(input, wide.weight)  # Raises what the first table would have.
+        settings: dict[str, Any] = wide.settings
         kept = wide.constants
         if not kept or not _go_together(kept[0], input):
             kept = _rows_of(wide, input.device)
-        first, last, padding = (row.view(-1, *[1] * (input.dim() - 1)) for row in kept)
+        if input.dim() != 2:
+            kept = tuple(each.view(-1, *[1] * (input.dim() - 1)) for each in kept)
+        first, last, *padding = kept
         rows = input + first
         rows = rows.masked_fill(rows != rows.clamp(first, last), OUTSIDE)
-        settings: dict[str, Any] = wide.settings
-        padded = [row for row in settings["padding"] if row != OUTSIDE]
-        only = padded[0] if len(padded) == 1 else None
         by_freq = settings["scale_grad_by_freq"]
-        found = F.embedding(rows, wide.weight, only, scale_grad_by_freq=by_freq)
-        if len(padded) < 2 or not found.requires_grad:
+        found = F.embedding(rows, wide.weight, settings["only"], scale_grad_by_freq=by_freq)
+        if not padding or not found.requires_grad:
             return found
         # Rows for padding are read like any other and get no gradient.
-        return torch.where((rows == padding).unsqueeze(-1), found.detach(), found)
-
-
-def _weight(layer: nn.Module) -> Tensor:
-    return cast(Tensor, layer.weight)
+        return torch.where((rows == padding[0]).unsqueeze(-1), found.detach(), found)
 
 
 def _rows_of(wide: Wide, device: torch.device) -> tuple[Tensor, ...]:
-    """The first and the last row of each table, and its row for padding: (n) each."""
+    """The first and last rows, and those for padding where there are several: (n, 1) each."""
     starts: list[int] = wide.starts["weight"]
-    padding = cast("tuple[int, ...]", wide.settings["padding"])
-    rows = starts[:-1], [stop - 1 for stop in starts[1:]], padding
-    return tuple(torch.tensor(each, device=device) for each in rows)
+    rows: list[Any] = [starts[:-1], [stop - 1 for stop in starts[1:]], wide.settings["padding"]]
+    return tuple(torch.tensor(each, device=device).unsqueeze(1) for each in rows if each)
 
 
 def _go_together(kept: Tensor, input: Tensor) -> bool:

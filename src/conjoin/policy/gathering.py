@@ -18,7 +18,7 @@ from conjoin.graph.site import Shapes
 from conjoin.layers import Kind
 from conjoin.layers.kind import tensors
 from conjoin.policy import machine
-from conjoin.policy.cost import Machine, Setting, Work, seconds
+from conjoin.policy.cost import LEAST_GAIN, Machine, Setting, Work, seconds
 
 NUMBER = 8
 """Bytes of a row number."""
@@ -27,7 +27,7 @@ NUMBER = 8
 def pays(
     kind: Kind, layers: Sequence[nn.Module], shapes: Sequence[Shapes | None], training: bool
 ) -> bool:
-    """Whether tables take less time at once; also where that is not known.
+    """Whether tables take less time at once; where that is not known, whether fewer are launched.
 
     Args:
         kind: their kind.
@@ -39,10 +39,13 @@ def pays(
     known = [shape for shape in shapes if shape is not None]
     device = machine.constants(weights[0].device, weights[0].dtype)
     if device is None or len(known) < len(weights):
-        return True
+        return len(layers) > 2 + kind.prepares
     works = [_work(weight, shape) for weight, shape in zip(weights, known, strict=True)]
     training &= weights[0].requires_grad
-    return _at_once(device, works, kind.prepares, training) <= _apart(device, works, training)
+    most = _apart(device, works, training)
+    if training:  # Gradients may be large, where an estimate misses most.
+        most *= 1 - LEAST_GAIN
+    return _at_once(device, works, kind.prepares, training) <= most
 
 
 def _work(weight: Tensor, shapes: Shapes) -> Work:
