@@ -35,7 +35,7 @@ CONGRUENT = {
         torch.unsafe_split_with_sizes(x, [2, 1, 2], -1)[i] for i in (0, 2)
     ],
     "columns": lambda m, x: (x[:, 0], x[:, 2]),
-    "columns from behind": lambda m, x: (x[:, ..., 0], x[:, ..., -1]),
+    "columns from behind": lambda m, x: (x[..., 0], x[..., -1]),
     "columns that are selected": lambda m, x: (x.select(1, 0), x.select(1, 2)),
     "rows of what is a tensor": lambda m, x: (x.t()[0], x.t()[1]),
     "parts that are unbound": lambda m, x: [x.unbind(1)[i] for i in (0, 1)],

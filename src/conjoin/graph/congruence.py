@@ -196,8 +196,10 @@ def _kept_by(index: Any, sort: type | None) -> Any:
     """An index of a tensor without what changes no shape: which row or column it takes."""
     several = isinstance(index, tuple)
     parts = index if several else (index,)
-    # Nothing but a tensor takes slices beside numbers.
-    if sort is not Tensor and not (several and any(isinstance(part, slice) for part in parts)):
+    # Nothing but a tensor takes slices, or all that is left, beside numbers.
+    if sort is not Tensor and not (
+        several and any(p is ... or isinstance(p, slice) for p in parts)
+    ):
         return index
     return tuple("one" if type(part) is int else part for part in parts)
 
