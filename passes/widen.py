@@ -33,7 +33,7 @@ class Widen(Rewrite):
 
     A wide layer is left to its views where some of them are not called on the same tensor, where
     something stands between them that might change it, or where it depends on the input if one run
-    pays: what the views compute is the same, in more launches.
+    pays and is not known to: what the views compute is the same, in more launches.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -126,7 +126,7 @@ def _whole(
 
 
 def _runs_once(wide: Wide) -> bool:
-    return wide.together and not wide.varies
+    return wide.together and (wide.paid or not wide.varies)
 
 
 def _in_order(

@@ -376,7 +376,11 @@ class Merger:
             if isinstance(layer, View):
                 release(layer)
         enclosing = self._model.get_submodule(common_path([self._names[layer] for layer in layers]))
-        return fuse(kind, layers, enclosing, contiguous, leader, together=together)
+        wide = fuse(kind, layers, enclosing, contiguous, leader, together=together)
+        seen = {} if self._sightings is None else self._sightings.shapes
+        # Siblings for which it did not pay in the example have been refused.
+        wide.paid = wide.varies and not wide.channels_last and self._names[layers[0]] in seen
+        return wide
 
 
 def layer_key(

@@ -12,8 +12,12 @@ copying them apart costs more than it saves: two depthwise 3x3 convolutions take
 time then, measured on one core, since no fast path knows two channels a group. So the input is
 repeated, x (batch, n * in, *space), and siblings of one shape run on it like layers on different
 inputs, see below: 2 launches, and the parts lie side by side. What is written and kept is n times
-the input, so it depends on each input whether that pays, see `REPEATED`. A rewritten forward does
-not ask, so it calls the views, which do.
+the input, so it depends on each input whether that pays, see `REPEATED`. Where it does not, the
+siblings run one by one, and a rewritten forward joins what they give, so that what is behind them
+still runs at once. So it calls the wide layer only if it paid in the example, and otherwise the
+views, which need no joint. Measured on one core, 2 to 8 branches of one or two such layers, each
+with BatchNorm and ReLU, take 0.3 to 0.9 of their time at the size of the example, and up to 2.1 of
+it with 16 times as many elements.
 
 Kernels of different size could be padded with zeros to the largest, which multiplies the
 arithmetic: 1x1 beside 3x3 takes 1.0 to 1.9 of the time then, in nearly all widths and sizes that
@@ -26,7 +30,7 @@ convolution, of x (batch, n * in, *space) in n groups: (batch, n * out, *space')
 from __future__ import annotations
 
 import math
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
@@ -141,9 +145,19 @@ class _Conv(_Convolution):
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(batch, in, *space) -> (batch, sum out_i, *space')."""
         number = len(wide.widths)
-        if number > 1 and _grouped(wide.settings["groups"]):
+        if number == 1 or not _grouped(wide.settings["groups"]):
+            return self._convolve(wide, input, wide.weight, self.biases(wide), 1)
+        # A graph is compiled for many sizes, and is not to be guarded by one of them.
+        if not torch.compiler.is_compiling() and self.pays(wide, input):
             return self.apart(wide, _repeated(input, self.output_dim, number))
-        return self._convolve(wide, input, 1)
+        return torch.cat([*self._one_by_one(wide, input)], self.output_dim)
+
+    def _one_by_one(self, wide: Wide, input: Tensor) -> Iterator[Tensor]:
+        """(batch, in, *space) -> (batch, out, *space') for each sibling."""
+        bias = self.biases(wide)
+        biases = (None,) * len(wide.widths) if bias is None else torch.split(bias, wide.widths)
+        for weight, own in zip(torch.split(wide.weight, wide.widths), biases, strict=True):
+            yield self._convolve(wide, input, weight, own, 1)
 
     def check_together(
         self, layers: Sequence[nn.Module], copies: int, shape: Sequence[int] | None
@@ -163,9 +177,11 @@ class _Conv(_Convolution):
 
     def apart(self, wide: Wide, input: Tensor) -> Tensor:
         """(batch, n * in, *space) -> (batch, n * out, *space')."""
-        return self._convolve(wide, input, len(wide.widths))
+        return self._convolve(wide, input, wide.weight, self.biases(wide), len(wide.widths))
 
-    def _convolve(self, wide: Wide, input: Tensor, branches: int) -> Tensor:
+    def _convolve(
+        self, wide: Wide, input: Tensor, weight: Tensor, bias: Tensor | None, branches: int
+    ) -> Tensor:
         settings: dict[str, Any] = wide.settings
         padding = settings["padding"]
         if settings["padding_mode"] != "zeros":
@@ -173,8 +189,8 @@ class _Conv(_Convolution):
             padding = 0
         return type(self).function(
             input,
-            wide.weight,
-            self.biases(wide),
+            weight,
+            bias,
             settings["stride"],
             padding,
             settings["dilation"],

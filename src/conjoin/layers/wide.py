@@ -60,6 +60,7 @@ class Wide(nn.Module):
         running: the buffers that a call updates, the siblings' one after another, by name.
         hidden: whether the siblings read equal tensors, each an object of its own.
         varies: whether it depends on the input if one run pays.
+        paid: whether it did for the example inputs, where it depends on the input.
         weight: the siblings' weights as contiguous blocks, one after another.
         bias: the biases of those that have one likewise, or None.
         biased: which of them have a bias.
@@ -96,6 +97,7 @@ class Wide(nn.Module):
         self.channels_last = memory_format(tensors(layers[0])["weight"]) == "channels_last"
         self.hidden = False
         self.varies = not kind.pays(self)
+        self.paid = False
         self.wasted = 0
         self.identity = uuid.uuid4().hex
         self._collected: dict[str, dict[int, Tensor]] = {}
