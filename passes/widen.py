@@ -17,15 +17,20 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from conjoin.graph import edit, elementwise, hazards, joints, products
 from conjoin.graph.rewriting import Rewrite
-from conjoin.graph.siblings import among
+from conjoin.graph.siblings import Candidate, among
 from conjoin.graph.site import Sightings, Site
-from conjoin.layers import kind_of
+from conjoin.layers import GATHERED, kind_of
+from conjoin.layers.embedding import Embedding
 from conjoin.layers.product import SUFFIX
 from conjoin.layers.wide import WIDE, View, Wide
 from conjoin.merging import Merger, layer_key, merger_of, norm_key
 
 FORESIGHT = 8
 """How many operations behind siblings are looked at, to put those that go on alike together."""
+
+
+MOST_COLUMNS = 2 + GATHERED[0].prepares
+"""As many launches as it takes to read any number of tables, of one width, at once."""
 
 
 class Widen(Rewrite):
@@ -102,10 +107,27 @@ def _merge_siblings(
             strided[str(node.target)] = why
     called = {site.layer: modules[site.layer] for site in sites}
     seen = Sightings(tuple(sites), strided, shapes=merger.shapes(called))
-    for candidate in among(called, merger.shared(called), seen, merger.kinds):
-        if candidate.refusal is None:
+    found = [*among(called, merger.shared(called), seen, merger.kinds)]
+    columns = sum(isinstance(candidate.kind, Embedding) for candidate in found)
+    for candidate in found:
+        if candidate.refusal is None and not _waits(candidate, columns):
             layers = [modules[name] for name in candidate.layers]
             merger.wide(candidate.kind, layers, contiguous=candidate.contiguous, together=True)
+
+
+def _waits(candidate: Candidate, columns: int) -> bool:
+    """Whether siblings are left to `Towers`.
+
+    Those are tables, where all columns at once are fewer launches than all tables of each column,
+    or where what is at once is a copy of them, or no less than one by one.
+
+    Args:
+        candidate: the siblings.
+        columns: how many tensors tables read that are siblings.
+    """
+    if not isinstance(candidate.kind, Embedding):
+        return False
+    return columns > MOST_COLUMNS or candidate.kind.joins(candidate.widths)
 
 
 def _whole(

@@ -83,10 +83,13 @@ class Counts:
         found = found if self.found is None else self.found
         known = {frozenset(names) for depth in self.depths.values() for names in depth.levels}
         levels = [Candidate(level.kind, level.layers, level.widths) for level in self.levels]
+        merged = {name for level in levels for name in level.layers}
         told: set[str] = set()
         for candidate in (*found, *levels):
             told |= {*candidate.layers}
-            if frozenset(candidate.layers) not in known:
+            # Tables that are no siblings may still run at once with others.
+            elsewhere = candidate.refusal is not None and merged.issuperset(candidate.layers)
+            if frozenset(candidate.layers) not in known and not elsewhere:
                 known.add(frozenset(candidate.layers))
                 yield candidate
         # What one graph refuses another one may merge, or refuse for some other reason.

@@ -33,6 +33,7 @@ from conjoin.layers.kind import TENSORS, common, tensors
 from conjoin.layers.owner import lend, may_lend, reclaim
 from conjoin.layers.product import SUFFIX, Product
 from conjoin.layers.wide import View, Wide, fuse, release, wides
+from conjoin.legality import Reason
 from conjoin.policy import gathering
 from conjoin.policy.cost import Policy
 from conjoin.reachable import functions_of, words
@@ -43,6 +44,15 @@ MERGER = "conjoin_merger"
 
 REGION = "conjoin_region"
 """The entry that holds the module of the model whose forward a GraphModule was traced from."""
+
+OF_SIBLINGS = frozenset(
+    {
+        *(Reason.DIFFERENT_SETTINGS, Reason.DIFFERENT_DTYPE, Reason.DIFFERENT_DEVICE),
+        *(Reason.DIFFERENT_REQUIRES_GRAD, Reason.BIAS_ON_SOME, Reason.GROUPED),
+        *(Reason.CALLED_APART, Reason.INPUT_MUTATED, Reason.DOES_NOT_PAY),
+    }
+)
+"""The reasons that concern layers on one tensor, and not each of them by itself."""
 
 REGISTERED = frozenset({"_parameters", "_modules"})
 """Attributes of modules in which raw Parameters that are merged are not found, but products are."""
@@ -138,6 +148,7 @@ class Merger:
         self._shared = overlaps(dict(model.named_modules()))
         self._sightings = sightings
         self._apart: set[str] = set()
+        self._unpaired: set[str] = set()
         if sightings is not None:
             self._apart |= {*sightings.changed, *sightings.listed}
         self.leave(found)
@@ -186,7 +197,7 @@ class Merger:
             if candidate.refusal is not None:
                 self.refused.setdefault(frozenset(candidate.layers), candidate)
                 continue
-            if not self._apart.isdisjoint(candidate.layers):
+            if not (self._apart | self._unpaired).isdisjoint(candidate.layers):
                 continue
             for name in candidate.layers:
                 product = by_name[name]
@@ -245,7 +256,10 @@ class Merger:
 
     def leave(self, found: Iterable[Candidate]) -> None:
         """Leaves alone what has been refused since."""
-        self._apart |= {name for c in found if c.refusal is not None for name in c.layers}
+        for candidate in found:
+            if candidate.refusal is not None:
+                of_siblings = candidate.refusal.reason in OF_SIBLINGS
+                (self._unpaired if of_siblings else self._apart).update(candidate.layers)
         self._look_up()
 
     def kind_of(self, layer: nn.Module) -> Kind | None:
@@ -266,7 +280,8 @@ class Merger:
         name = self._names.get(module)
         shared = tuple(key for key in TENSORS if f"{name}.{key}".lstrip(".") in self._shared)
         seen = None if self._sightings is None else self._sightings.shapes.get(name or "")
-        return name is None, name in self._apart, shared, seen and seen.input
+        left = name in self._apart, name in self._unpaired
+        return name is None, left, shared, seen and seen.input
 
     def shapes(self, modules: Mapping[str, nn.Module]) -> dict[str, Shapes]:
         """What some layers were seen to read and give, by the names given here."""
@@ -348,9 +363,13 @@ class Merger:
         return all(key == keys[0] for key in keys)
 
     def is_free(self, kind: Kind, layer: nn.Module) -> bool:
-        """Whether a layer that is not merged yet may be, looked at by itself."""
+        """Whether a layer that is not merged yet may be, looked at by itself.
+
+        Why it has no siblings is nothing to a kind that is not looked for among those.
+        """
         name = self._names.get(layer)
-        if name is None or name in self._apart or kind.check(layer) is not None:
+        left = self._apart | self._unpaired if kind.siblings else self._apart
+        if name is None or name in left or kind.check(layer) is not None:
             return False
         return held_elsewhere(name, layer, self._shared) is None
 

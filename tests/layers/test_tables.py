@@ -215,6 +215,12 @@ def test_a_frozen_table_and_one_of_another_width():
     assert_equivalent(model, plain, (x,))
 
 
+def test_a_table_without_rows():
+    plain, x = Apart(rows=(5, 0, 5, 3)), torch.zeros(2, 4, dtype=torch.int64)
+    with torch.device("meta"):
+        assert merged(fused(copy.deepcopy(plain).to("meta"), x.to("meta"))) == [3]
+
+
 def test_shared_tables_stay_apart():
     plain, x = Apart(rows=(5,) * 5), numbers(4, rows=(5,) * 5)
     plain.tables[4].weight = plain.tables[0].weight
@@ -391,3 +397,58 @@ def test_stacked_outputs():
         x = numbers(4)
         x = x if cls is Model else {f"c{i}": x[:, i] for i in range(4)}
         assert_equivalent(fused(plain, x), plain, (x,))
+
+
+class Factorized(nn.Module):
+    """Each column is read by a weight and by a vector, as factorization machines do."""
+
+    def __init__(self, columns=8, width=4, first=1):
+        super().__init__()
+        self.weights = nn.ModuleList(nn.Embedding(5, first) for _ in range(columns))
+        self.vectors = nn.ModuleList(nn.Embedding(5, width) for _ in range(columns))
+        self.double()
+
+    def column(self, x, i):
+        return x[:, i]
+
+    def forward(self, x):
+        tables = self.weights, self.vectors
+        first, vectors = (
+            torch.stack([table(self.column(x, i)) for i, table in enumerate(each)], 1)
+            for each in tables
+        )
+        squares = vectors.sum(1).square() - vectors.square().sum(1)
+        return first.sum(1).sum(1, keepdim=True) + squares.sum(1, keepdim=True) / 2
+
+
+class ByName(Factorized):
+    """The columns are tensors of their own, so that two tables are seen to read one."""
+
+    def column(self, x, i):
+        return x[f"c{i}"]
+
+
+@pytest.mark.parametrize("first", [1, 4])
+@pytest.mark.parametrize("cls", [Factorized, ByName])
+def test_tables_that_have_siblings(cls, first):
+    """Those of all columns at once are fewer launches than both of each column."""
+    plain, x = cls(first=first).eval(), numbers(6, rows=(5,) * 8)
+    x = x if cls is Factorized else {f"c{i}": x[:, i] for i in range(8)}
+    model = conjoin.optimize(plain, (x,))
+    if cls is Factorized:
+        assert merged(model) == ([8, 8] if first == 1 else [16])
+    elif first == 1:  # What is joined at each call does not pay, and stays apart.
+        assert merged(model) == [8, 8]
+    assert_equivalent(model, plain, (x,))
+    assert_same_state(conjoin.unfuse(model), plain)
+    groups = conjoin.report(plain, (x,)).groups
+    names = [name for group in groups for name in group.layers]
+    assert len(names) == len({*names}) == 16
+    assert all(group.fused for group in groups)
+
+
+def test_few_columns_are_read_by_siblings():
+    plain, x = Factorized(columns=3, first=4), numbers(6, rows=(5,) * 3)
+    model = conjoin.optimize(plain, (x,))
+    assert merged(model) == [2, 2, 2]
+    assert_equivalent(model, plain, (x,))

@@ -55,10 +55,12 @@ class Tables(Kind):
     prepares = 4
 
     def check(self, layer: nn.Module) -> Verdict | None:
-        """Also refuses `max_norm`, which changes the weight when called, and `sparse`."""
+        """Also refuses `max_norm`, which changes the weight when called, `sparse`, and no rows."""
         for option in ("max_norm", "sparse"):
             if value := getattr(layer, option):
                 return Reason.UNSUPPORTED_OPTION, f"{option}={value}"
+        if layer.num_embeddings == 0:  # There is no first row, nor a last one.
+            return Reason.UNSUPPORTED_OPTION, "num_embeddings=0"
         return super().check(layer)
 
     def kept(self, layers: Sequence[nn.Module]) -> dict[str, object]:
