@@ -3,12 +3,14 @@
 import copy
 import itertools
 import pickle
+import random
 
 import pytest
 import torch
 from derivatives import assert_same_second_derivatives
 from equivalence import assert_close, assert_equivalent, assert_same_state, assert_same_structure
 from torch import nn
+from torch.nn import functional as F
 
 import conjoin
 from conjoin.layers.wide import View, wides
@@ -452,3 +454,45 @@ def test_few_columns_are_read_by_siblings():
     model = conjoin.optimize(plain, (x,))
     assert merged(model) == [2, 2, 2]
     assert_equivalent(model, plain, (x,))
+
+
+JOINTS = {
+    "cat": lambda rows, dim: torch.cat(rows, dim),
+    "stack": lambda rows, dim: torch.stack(rows, dim),
+    "sum": lambda rows, dim: sum(rows),
+    "products": lambda rows, dim: torch.cat([row * rows[0] for row in rows[1:]], dim),
+    "activated": lambda rows, dim: torch.cat([row.relu() for row in rows], dim),
+    "some": lambda rows, dim: torch.cat(rows[1:], dim) * rows[0].sum(),
+    "normalized": lambda rows, dim: torch.stack([F.layer_norm(r, r.shape[-1:]) for r in rows], dim),
+}
+"""What becomes of the rows."""
+
+
+class Drawn(Model):
+    """The rows joined in some order, or what else becomes of them."""
+
+    def __init__(self, order, joint, dim, *args, **options):
+        super().__init__(*args, **options)
+        self.order, self.joint, self.dim = order, joint, dim
+
+    def forward(self, x):
+        rows = self.embedded(x)
+        return self.joint([rows[i] for i in self.order], self.dim).sin()
+
+
+@pytest.mark.parametrize("seed", range(30))
+def test_random(seed):
+    draw = random.Random(seed)
+    count = draw.randint(2, 9)
+    rows = [draw.randint(1, 6) for _ in range(count)]
+    padding = [draw.choice([None, None, draw.randrange(n)]) for n in rows]
+    order = tuple(draw.sample(range(count), count))
+    joint, way = JOINTS[draw.choice([*JOINTS])], draw.choice([column, selected, converted, turned])
+    width, dim = draw.randint(1, 3), draw.choice([-1, 1])
+    plain = Drawn(order, joint, dim, rows, width, way, padding_idx=padding)
+    x = numbers(draw.randint(1, 5), rows=rows)
+    model = fused(plain, x)
+    assert merged(model) == [count]
+    assert_equivalent(model, plain, (x,))
+    assert_equivalent(model, plain, (numbers(draw.randint(1, 9), rows=rows),))
+    assert_same_state(conjoin.unfuse(model), plain)
