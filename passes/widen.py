@@ -110,24 +110,26 @@ def _merge_siblings(
     found = [*among(called, merger.shared(called), seen, merger.kinds)]
     columns = sum(isinstance(candidate.kind, Embedding) for candidate in found)
     for candidate in found:
-        if candidate.refusal is None and not _waits(candidate, columns):
+        if candidate.refusal is None and not _waits(candidate, columns, merger):
             layers = [modules[name] for name in candidate.layers]
             merger.wide(candidate.kind, layers, contiguous=candidate.contiguous, together=True)
 
 
-def _waits(candidate: Candidate, columns: int) -> bool:
+def _waits(candidate: Candidate, columns: int, merger: Merger) -> bool:
     """Whether siblings are left to `Towers`.
 
     Those are tables, where all columns at once are fewer launches than all tables of each column,
-    or where what is at once is a copy of them, or no less than one by one.
+    or where a wide table would be read one by one.
 
     Args:
         candidate: the siblings.
         columns: how many tensors tables read that are siblings.
+        merger: what would merge them.
     """
     if not isinstance(candidate.kind, Embedding):
         return False
-    return columns > MOST_COLUMNS or candidate.kind.joins(candidate.widths)
+    one_by_one = candidate.kind.reads_one_by_one(candidate.widths, training=merger.training)
+    return columns > MOST_COLUMNS or one_by_one
 
 
 def _whole(

@@ -111,6 +111,7 @@ class Merger:
         rewritten: what is called with each graph when all passes are through with it, if anything.
         frozen: whether it merges nothing, and only knows what is merged.
         policy: which layers on tensors of their own it merges.
+        training: whether a backward pass is to be quick too.
     """
 
     def __init__(
@@ -143,7 +144,7 @@ class Merger:
         self.refused: dict[frozenset[str], Candidate] = {}
         self.rewritten: Callable[[fx.GraphModule], None] | None = None
         self._model = model
-        self._training = model.training and torch.is_grad_enabled()
+        self.training = model.training and torch.is_grad_enabled()
         self._ordered: set[str] = set()
         self._shared = overlaps(dict(model.named_modules()))
         self._sightings = sightings
@@ -379,7 +380,7 @@ class Merger:
             return True
         names = [self._names[layer] for layer in layers]
         return self.policy == "always" or gathering.pays(
-            kind, layers, [self._sightings.shapes.get(name) for name in names], self._training
+            kind, layers, [self._sightings.shapes.get(name) for name in names], self.training
         )
 
     def _merge(

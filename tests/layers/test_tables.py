@@ -496,3 +496,12 @@ def test_random(seed):
     assert_equivalent(model, plain, (x,))
     assert_equivalent(model, plain, (numbers(draw.randint(1, 9), rows=rows),))
     assert_same_state(conjoin.unfuse(model), plain)
+
+
+@pytest.mark.parametrize(("training", "expected"), [(True, [2, 2, 2]), (False, [])])
+def test_siblings_of_two_widths_in_a_graph(training, expected):
+    """They are read one by one where no gradient touches all their rows."""
+    plain, x = Factorized(columns=3).train(training), numbers(6, rows=(5,) * 3)
+    model = conjoin.optimize(plain, (x,))
+    assert merged(model) == expected
+    assert_equivalent(model, plain, (x,))
