@@ -18,7 +18,7 @@ from __future__ import annotations
 
 import sys
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -99,7 +99,7 @@ def _gather(
     calls = _calls(graph, modules, merger)
     if len({*calls.values()}) == len(calls):
         return False
-    edges = order.constraints(graph, modules)
+    edges, epochs = order.constraints(graph, modules), hazards.epochs(graph, modules)
     for users in _alike(graph, modules, calls, edges, given):
         layers = [modules[str(user.target)] for user in users]
         kind = calls[users[0]][0]
@@ -108,12 +108,14 @@ def _gather(
         if merger.wide(kind, layers, together=False) is None:
             continue
         inputs = [user.all_input_nodes[0] for user in users]
+        unchanged = len({epochs[node] for node in (*inputs, *users)}) == 1
         with graph.inserting_before(max(inputs).next):
-            made = _at_once(graph, kind, layers, inputs, f"{users[0].target}.{WIDE}")
+            joint = _joined(graph, kind, inputs, unchanged)
+            made = [*joint, *_at_once(graph, kind, layers, joint[-1], users)]
         order.stand_in(edges, users, made)
         bundles.substitute(graph, users, made[-len(users) :])
         order.sort(graph, edges)
-        edit.erase_unread(graph, inputs)
+        edit.erase_unread(graph, [*inputs, *(each for i in inputs for each in i.all_input_nodes)])
         return True
     return False
 
@@ -122,28 +124,43 @@ def _at_once(
     graph: fx.Graph,
     kind: Kind,
     layers: list[nn.Module],
-    inputs: list[fx.Node],
-    target: str,
+    joint: fx.Node,
+    users: list[fx.Node],
 ) -> list[fx.Node]:
-    """Joins tensors, calls a wide layer and cuts what it gives; all these nodes, the parts last."""
+    """Calls a wide layer on what was joined, and cuts what it gives; the nodes, the parts last."""
+    target = f"{users[0].target}.{WIDE}"
     if isinstance(kind, Norm):
-        joint = graph.call_function(bundles.beside, (inputs,))
         whole = graph.call_module(target, (joint,), {"dim": -1})
         sizes = [cast(Tensor, layer.weight).shape[0] for layer in layers]
         parts = bundles.cut(graph, whole, sizes, -1)
     else:
-        joint = _stacked(graph, kind, inputs)
         whole = graph.call_module(target, (joint,), {"apart": True})
         parts = bundles.cut(graph, whole, (1,) * len(layers), None)
-    return [joint, whole, *parts[0].all_input_nodes, *parts]
+    return [whole, *parts[0].all_input_nodes, *parts]
 
 
-def _stacked(graph: fx.Graph, kind: Kind, inputs: list[fx.Node]) -> fx.Node:
-    """Tensors as a stack; columns as those of their table, where strides make no difference."""
-    found = bundles.as_columns(inputs) if kind in GATHERED else None
-    if found is not None:
-        return graph.call_function(bundles.columns, found)
-    return graph.call_function(torch.stack, (inputs,))
+def _joined(
+    graph: fx.Graph, kind: Kind, inputs: Sequence[fx.Node], unchanged: bool
+) -> list[fx.Node]:
+    """Joins tensors as layers of a kind want them; the nodes, what is joined last.
+
+    Columns are joined as those of their table, and before they are made row numbers.
+
+    Args:
+        graph: the graph.
+        kind: the kind.
+        inputs: the tensors.
+        unchanged: whether what they were made of is the same still.
+    """
+    if isinstance(kind, Norm):
+        return [graph.call_function(bundles.beside, (list(inputs),))]
+    if kind in GATHERED and (found := bundles.as_columns(inputs)) is not None:
+        return [graph.call_function(bundles.columns, found)]
+    sources = bundles.before_cast(inputs)
+    if kind in GATHERED and unchanged and sources:
+        before = _joined(graph, kind, sources, unchanged)
+        return [*before, graph.call_method(str(inputs[0].target), (before[-1],))]
+    return [graph.call_function(torch.stack, (list(inputs),))]
 
 
 def _calls(

@@ -505,3 +505,40 @@ def test_siblings_of_two_widths_in_a_graph(training, expected):
     model = conjoin.optimize(plain, (x,))
     assert merged(model) == expected
     assert_equivalent(model, plain, (x,))
+
+
+@pytest.mark.parametrize("way", [column, turned])
+def test_columns_are_made_numbers_at_once(way):
+    """Also where they stand among values of another type."""
+
+    class Cast(Model):
+        def column(self, x, i):
+            return self.way(x, i).long()
+
+        def forward(self, x):
+            return torch.cat([t(self.column(x, i)) for i, t in enumerate(self.tables)], -1).sin()
+
+    rows = ROWS * 2
+    plain, x = Cast(rows, 4, way), numbers(6, rows=rows)
+    traced = torch.fx.symbolic_trace(plain)
+    conjoin.passes.rewrite(traced)
+    assert [node.target for node in traced.graph.nodes].count("long") == 1
+    assert_equivalent(traced, plain, (x.double() + 0.5,))
+    Separate()(traced)
+    assert [node.target for node in traced.graph.nodes].count("long") == 8
+    assert_equivalent(traced, plain, (x.double() + 0.5,))
+    assert_equivalent(fused(plain, x.double()), plain, (x.double(),))
+
+
+def test_changed_after_columns_were_made_numbers():
+    class Changed(Model):
+        def forward(self, x):
+            columns = [x[:, i].long() for i in range(4)]
+            x.mul_(0)
+            return [table(c).sin() for table, c in zip(self.tables, columns, strict=True)]
+
+    plain, x = Changed(), numbers(5).double()
+    model = fused(plain, x)
+    assert merged(model) == [4]
+    for each in (x, x.long()):  # A column that is of the type already is a view of it.
+        assert_equivalent(model, plain, (each,))

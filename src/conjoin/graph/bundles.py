@@ -229,6 +229,20 @@ def columns(whole: Tensor, dim: int, start: int, stop: int) -> Tensor:
     return whole.movedim(dim, 0)[start:stop]
 
 
+CASTS = ("long", "int")
+"""Methods that make row numbers of columns of any type."""
+
+
+def before_cast(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """What nodes make row numbers of, if all of them do nothing else; otherwise nothing."""
+    target = nodes[0].target
+    known = target in CASTS and all(
+        (node.op, node.target, len(node.args), node.kwargs) == ("call_method", target, 1, {})
+        for node in nodes
+    )
+    return [source for node in nodes for source in node.all_input_nodes] if known else []
+
+
 def as_columns(nodes: Sequence[fx.Node]) -> tuple[fx.Node, int, int, int] | None:
     """What `columns` is called with to give nodes stacked; None where they are no such columns."""
     found = [_column(node) for node in nodes]

@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 from conjoin.graph import channelwise, edit, elementwise, hazards, samplewise
-from conjoin.graph.bundles import batched, beside, columns, rejoined
+from conjoin.graph.bundles import CASTS, batched, beside, columns, rejoined
 from conjoin.layers.embedding import unstack
 from conjoin.layers.wide import Wide, wides
 
@@ -200,6 +200,11 @@ class Separation:
         layout = _layout(wide, call)
         if stack.target is columns and layout == (0, True):
             return self._columns(stack, call, wide)
+        if stack.target in CASTS and layout == (0, True) and isinstance(items, fx.Node):
+            before = self._gathered(items, call, wide)
+            self.replaced.setdefault(stack, call)
+            name = str(stack.target)
+            return before and [self._graph.call_method(name, (node,)) for node in before]
         if layout == (0, True):
             known = stack.target is torch.stack and stack.args[1:] in ((), (0,))
         else:
