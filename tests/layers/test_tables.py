@@ -13,6 +13,7 @@ from torch import nn
 from torch.nn import functional as F
 
 import conjoin
+from conjoin import checkpoints
 from conjoin.layers.wide import View, wides
 from conjoin.passes import Separate
 
@@ -542,3 +543,23 @@ def test_changed_after_columns_were_made_numbers():
     assert merged(model) == [4]
     for each in (x, x.long()):  # A column that is of the type already is a view of it.
         assert_equivalent(model, plain, (each,))
+
+
+def test_the_optimizers_state_comes_back():
+    plain, x = Model(padding_idx=(None, 0, None, 2)), numbers(8)
+    model = fused(plain, x)
+    first = torch.optim.Adam(model.parameters())
+    model(x).square().sum().backward()
+    first.step()
+    separate = conjoin.unfuse(model)
+    second = torch.optim.Adam(separate.parameters())
+    second.load_state_dict(checkpoints.separate(first, model))
+    merged_again = fused(separate, x)
+    third = torch.optim.Adam(merged_again.parameters())
+    third.load_state_dict(checkpoints.merge(second.state_dict(), third, merged_again))
+    for each, optimizer in ((model, first), (separate, second), (merged_again, third)):
+        optimizer.zero_grad()
+        each(x).square().sum().backward()
+        optimizer.step()
+    assert_close(separate.state_dict(), model.state_dict())
+    assert_close(merged_again.state_dict(), model.state_dict())
