@@ -463,6 +463,7 @@ JOINTS = {
     "sum": lambda rows, dim: sum(rows),
     "products": lambda rows, dim: torch.cat([row * rows[0] for row in rows[1:]], dim),
     "activated": lambda rows, dim: torch.cat([row.relu() for row in rows], dim),
+    "changed": lambda rows, dim: torch.cat([row.mul_(2).tanh_() for row in rows], dim),
     "some": lambda rows, dim: torch.cat(rows[1:], dim) * rows[0].sum(),
     "normalized": lambda rows, dim: torch.stack([F.layer_norm(r, r.shape[-1:]) for r in rows], dim),
 }
@@ -481,7 +482,7 @@ class Drawn(Model):
         return self.joint([rows[i] for i in self.order], self.dim).sin()
 
 
-@pytest.mark.parametrize("seed", range(30))
+@pytest.mark.parametrize("seed", range(40))
 def test_random(seed):
     draw = random.Random(seed)
     count = draw.randint(2, 9)
@@ -564,3 +565,25 @@ def test_the_optimizers_state_comes_back():
         optimizer.step()
     assert_close(separate.state_dict(), model.state_dict())
     assert_close(merged_again.state_dict(), model.state_dict())
+
+
+def test_tensors_by_name_compiled():
+    """As many graphs as the plain model has, for batches of several sizes."""
+    plain = Given()
+    calls = [{f"c{i}": torch.randint(n, (b,)) for i, n in enumerate(ROWS)} for b in (4, 7, 9)]
+    model = fused(plain, calls[0])
+    counts = []
+    for each in (plain, model):
+        graphs = []
+
+        def keep(graph_module, inputs, graphs=graphs):
+            graphs.append(graph_module)
+            return graph_module
+
+        torch._dynamo.reset()
+        compiled = torch.compile(each, backend=keep, fullgraph=True)
+        for x in calls:
+            assert_close({"": compiled(x)}, {"": plain(x)})
+        counts.append(len(graphs))
+        torch._dynamo.reset()
+    assert counts[0] == counts[1]
