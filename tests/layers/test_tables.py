@@ -587,3 +587,16 @@ def test_tensors_by_name_compiled():
         counts.append(len(graphs))
         torch._dynamo.reset()
     assert counts[0] == counts[1]
+
+
+def test_tables_that_are_read_twice():
+    """As those of DeepFM, by its two parts, each of which looks the columns up itself."""
+
+    class Twice(Model):
+        def forward(self, x):
+            return torch.cat(self.embedded(x), -1).sin(), sum(self.embedded(x)).cos()
+
+    plain, x = Twice(), numbers(6)
+    model = fused(plain, x)
+    assert merged(model) == [4]
+    assert_equivalent(model, plain, (x,))
