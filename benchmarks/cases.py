@@ -14,10 +14,12 @@ from benchmarks.models.control import ActorCritic, TwinCritics, WideActorCritic,
 from benchmarks.models.diffusion import TimeProjections, UNet, WideTimeProjections, WideUNet
 from benchmarks.models.language import Attention, Gated, WideAttention, WideGated
 from benchmarks.models.parts import (
+    Grouped,
     Heads,
     Joined,
     Norms,
     Towers,
+    WideGrouped,
     WideHeads,
     WideJoined,
     WideNorms,
@@ -280,6 +282,20 @@ PASSES = (
         functools.partial(Norms, 2, 64, 64),
         WideNorms,
         _randn((4, 64, 56, 56)),
+    ),
+    Case(
+        "grouped_small",
+        "4 branches of two depthwise 3x3 with BatchNorm and ReLU, 16 channels of 16x16, batch 2",
+        functools.partial(Grouped, 4, 16, 16),
+        WideGrouped,
+        _randn((2, 16, 16, 16)),
+    ),
+    Case(
+        "grouped_large",
+        "2 branches of two 3x3 in 4 groups with BatchNorm and ReLU, 32 channels of 28x28, batch 8",
+        functools.partial(Grouped, 2, 32, 4),
+        WideGrouped,
+        _randn((8, 32, 28, 28)),
     ),
     Case(
         "towers_small",

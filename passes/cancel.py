@@ -2,6 +2,7 @@
 
     cat(W[0], W[1], ..., W[n-1])                          becomes    W
     stack(W[0], ..., W[n-1]), W stacked or of equal parts becomes    W with its dimensions moved
+    cat(W[0], W[1], ..., W[n-1]), W stacked               becomes    the same, and two made one
 
 where the parts come in order, along the dimension that they were cut along, and nobody else reads
 them. `Widen` gives them that order, which is any at first. So `Split -> Unite -> Split` is one
@@ -147,6 +148,13 @@ def _whole(
     if not isinstance(source, fx.Node):
         return None
     bundle = bundles.bundle_at(split)
+    if bundle is not None and bundle.dim is None and joint.target in joints.CATS:
+        if hazards.reads_strides(joint, modules, escapes=True):
+            return None
+        # Of parts (..., c, *rest), along c: (..., n, c, *rest), and then (..., n * c, *rest).
+        outer = dim if dim >= 0 else dim - 1
+        source = graph.call_method("movedim", (source, 0, outer))
+        return graph.call_method("flatten", (source, outer, outer + 1))
     if joint.target not in joints.STACKS:
         given = split.args[2:] or (*split.kwargs.values(),)
         if split.target not in SPLITS or len(given) != 1 or not {*split.kwargs} <= {"dim"}:

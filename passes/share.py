@@ -2,9 +2,9 @@
 
     y_1 = f(x);  y_2 = f(x)        becomes        y = f(x), read by both
 
-for f that acts element by element, joins tensors or gives a view. It saves launches, and shows
-siblings that were hidden behind it: twenty `Linear(SiLU(t))` of a diffusion model read one tensor
-then.
+for f that acts element by element, joins tensors, gives a view, or is one Linear, Embedding or norm
+that is called twice. It saves launches, and shows siblings that were hidden behind it: twenty
+`Linear(SiLU(t))` of a diffusion model read one tensor then.
 """
 
 from __future__ import annotations
@@ -14,7 +14,7 @@ from collections.abc import Hashable, Mapping
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from conjoin.graph import edit, elementwise, hazards
+from conjoin.graph import edit, elementwise, hazards, samplewise
 from conjoin.graph.rewriting import Rewrite
 
 PURE = frozenset(
@@ -61,6 +61,7 @@ def _key(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[Hashable, ...
     first = node.all_input_nodes[0]
     found = elementwise.key(node, first, modules)
     if node.op == "call_module":
+        found = found or samplewise.key(node, first, modules)
         return None if found is None else (found, first)
     if found is None and hazards.called(node) not in PURE:
         return None

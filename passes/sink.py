@@ -110,7 +110,7 @@ def _width(stack: fx.Node, modules: Mapping[str, nn.Module]) -> int:
     while node.args and isinstance(input := node.args[0], fx.Node):
         wide = modules.get(str(node.target)) if node.op == "call_module" else None
         if isinstance(wide, Wide):
-            return wide.widths[0] if wide.kind.output_dim == -1 else 0
+            return wide.kind.outputs(wide)[0] if wide.kind.output_dim == -1 else 0
         if elementwise.key(node, input, modules) is None:
             return 0
         node = input

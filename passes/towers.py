@@ -3,6 +3,7 @@
     y_i = f(p_i, W_i)                becomes        y = f(W), all W_i at once;  y_i = y[i]
 
 Linear      p: (n, ..., in), W: (n, out, in)                        one batched product
+Embedding   p: (n, ...), W_i: (rows_i, width)                       one table, with offsets
 Conv        p: (batch, n * in, *space), W: (n * out, in, *kernel)   one convolution in n groups
 LayerNorm   p: (..., n * c), W: (n * c)                             one of groups of channels
 
@@ -15,8 +16,9 @@ their own, which are of one shape because they are made alike (see `conjoin.grap
 
 from __future__ import annotations
 
+import sys
 from collections import Counter
-from collections.abc import Hashable, Iterator, Mapping
+from collections.abc import Hashable, Iterator, Mapping, Sequence
 from typing import cast
 
 import torch
@@ -25,11 +27,12 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from conjoin.graph import bundles, congruence, edit, hazards, joints, order
 from conjoin.graph.bundles import Bundle
+from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.rewriting import Rewrite
-from conjoin.layers import Kind, Norm
+from conjoin.layers import GATHERED, Kind, Norm
 from conjoin.layers.view import View
 from conjoin.layers.wide import WIDE
-from conjoin.merging import Merger, layer_key, merger_of, norm_key
+from conjoin.merging import Merger, layer_key, merger_of, norm_key, table_key
 
 
 class Towers(Rewrite):
@@ -45,7 +48,9 @@ class Towers(Rewrite):
             graph, lambda bundle: _climb(graph, bundle, modules, epochs, merger, escapes)
         )
         # Layers that read parts go first: what they read needs no stacking.
-        return PassResult(graph_module, changed or _gather(graph, modules, merger))
+        inputs: Inputs | None = graph_module.meta.get(INPUTS, Inputs())
+        changed = changed or _gather(graph, modules, merger, inputs or Inputs())
+        return PassResult(graph_module, changed)
 
 
 def _climb(
@@ -88,23 +93,30 @@ def _climb(
     return []
 
 
-def _gather(graph: fx.Graph, modules: Mapping[str, nn.Module], merger: Merger) -> bool:
+def _gather(
+    graph: fx.Graph, modules: Mapping[str, nn.Module], merger: Merger, given: Inputs
+) -> bool:
     """Merges equal layers that read tensors of one shape; whether there were any."""
     calls = _calls(graph, modules, merger)
     if len({*calls.values()}) == len(calls):
         return False
-    edges = order.constraints(graph, modules)
-    for users in _alike(graph, modules, calls, edges):
+    edges, epochs = order.constraints(graph, modules), hazards.epochs(graph, modules)
+    for users in _alike(graph, modules, calls, edges, given):
         layers = [modules[str(user.target)] for user in users]
-        kind = merger.kind_of(layers[0])
-        if kind is None or merger.wide(kind, layers, together=False) is None:
+        kind = calls[users[0]][0]
+        if kind in GATHERED and not merger.pays(kind, layers):
+            continue
+        if merger.wide(kind, layers, together=False) is None:
             continue
         inputs = [user.all_input_nodes[0] for user in users]
+        unchanged = len({epochs[node] for node in (*inputs, *users)}) == 1
         with graph.inserting_before(max(inputs).next):
-            made = _at_once(graph, kind, layers, inputs, f"{users[0].target}.{WIDE}")
+            joint = _joined(graph, kind, inputs, unchanged)
+            made = [*joint, *_at_once(graph, kind, layers, joint[-1], users)]
         order.stand_in(edges, users, made)
         bundles.substitute(graph, users, made[-len(users) :])
         order.sort(graph, edges)
+        edit.erase_unread(graph, [*inputs, *(each for i in inputs for each in i.all_input_nodes)])
         return True
     return False
 
@@ -113,20 +125,43 @@ def _at_once(
     graph: fx.Graph,
     kind: Kind,
     layers: list[nn.Module],
-    inputs: list[fx.Node],
-    target: str,
+    joint: fx.Node,
+    users: list[fx.Node],
 ) -> list[fx.Node]:
-    """Joins tensors, calls a wide layer and cuts what it gives; all these nodes, the parts last."""
+    """Calls a wide layer on what was joined, and cuts what it gives; the nodes, the parts last."""
+    target = f"{users[0].target}.{WIDE}"
     if isinstance(kind, Norm):
-        joint = graph.call_function(bundles.beside, (inputs,))
         whole = graph.call_module(target, (joint,), {"dim": -1})
         sizes = [cast(Tensor, layer.weight).shape[0] for layer in layers]
         parts = bundles.cut(graph, whole, sizes, -1)
     else:
-        joint = graph.call_function(torch.stack, (inputs,))
         whole = graph.call_module(target, (joint,), {"apart": True})
         parts = bundles.cut(graph, whole, (1,) * len(layers), None)
-    return [joint, whole, *parts[0].all_input_nodes, *parts]
+    return [whole, *parts[0].all_input_nodes, *parts]
+
+
+def _joined(
+    graph: fx.Graph, kind: Kind, inputs: Sequence[fx.Node], unchanged: bool
+) -> list[fx.Node]:
+    """Joins tensors as layers of a kind want them; the nodes, what is joined last.
+
+    Columns are joined as those of their table, and before they are made row numbers.
+
+    Args:
+        graph: the graph.
+        kind: the kind.
+        inputs: the tensors.
+        unchanged: whether what they were made of is the same still.
+    """
+    if isinstance(kind, Norm):
+        return [graph.call_function(bundles.beside, (list(inputs),))]
+    if kind in GATHERED and (found := bundles.as_columns(inputs)) is not None:
+        return [graph.call_function(bundles.columns, found)]
+    sources = bundles.before_cast(inputs)
+    if kind in GATHERED and unchanged and sources:
+        before = _joined(graph, kind, sources, unchanged)
+        return [*before, graph.call_method(str(inputs[0].target), (before[-1],))]
+    return [graph.call_function(torch.stack, (list(inputs),))]
 
 
 def _calls(
@@ -150,18 +185,28 @@ def _alike(
     modules: Mapping[str, nn.Module],
     calls: Mapping[fx.Node, tuple[Kind, Hashable]],
     edges: order.Edges,
+    given: Inputs,
 ) -> Iterator[list[fx.Node]]:
-    """Calls of equal layers of which none depends on another, on different tensors of one shape."""
+    """Calls of equal layers of which none depends on another, on different tensors of one shape.
+
+    Row numbers are mostly inputs of the graph. That those are of one shape is taken for granted for
+    the sake of tables only, since each call must be looked at then.
+    """
     depths = order.depths(graph, edges, calls.__contains__)
     epochs = hazards.epochs(graph, modules)
     shapes = congruence.classes(graph, modules)
+    granted = congruence.classes(graph, modules, given.alike)
     groups: dict[Hashable, list[fx.Node]] = {}
     for node, found in calls.items():
-        input = node.all_input_nodes[0]
-        groups.setdefault((found, depths[node], epochs[node], shapes[input]), []).append(node)
+        shape = (granted if found[0] in GATHERED else shapes)[node.all_input_nodes[0]]
+        groups.setdefault((found, depths[node], epochs[node], shape), []).append(node)
     for users in groups.values():
-        inputs = {user.all_input_nodes[0] for user in users}
-        if len(users) == len(inputs) >= calls[users[0]][0].gathered:
+        inputs = [user.all_input_nodes[0] for user in users]
+        kind = calls[users[0]][0]
+        apart = kind in GATHERED or len({*inputs}) == len(inputs)
+        if apart and len(users) >= kind.gathered:
+            if len({shapes[input] for input in inputs}) > 1:
+                given.limit(sys.maxsize)
             yield _in_order(users, modules)
 
 
@@ -174,7 +219,7 @@ def _gathered_key(
         # What lies side by side is not contiguous; a stack consists of contiguous parts.
         apart = norm[0].gathered == 0 or hazards.reads_strides(node, modules, escapes=True)
         return None if apart else norm
-    found = layer_key(node, input, modules, merger)
+    found = table_key(node, input, modules, merger) or layer_key(node, input, modules, merger)
     return found if found is not None and found[0].stacked else None
 
 

@@ -17,9 +17,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from conjoin.graph import edit, elementwise, hazards, joints, products
 from conjoin.graph.rewriting import Rewrite
-from conjoin.graph.siblings import among
+from conjoin.graph.siblings import Candidate, among
 from conjoin.graph.site import Sightings, Site
-from conjoin.layers import kind_of
+from conjoin.layers import GATHERED, kind_of
+from conjoin.layers.embedding import Embedding
 from conjoin.layers.product import SUFFIX
 from conjoin.layers.view import View
 from conjoin.layers.wide import WIDE, Wide
@@ -29,12 +30,16 @@ FORESIGHT = 8
 """How many operations behind siblings are looked at, to put those that go on alike together."""
 
 
+MOST_COLUMNS = 2 + GATHERED[0].prepares
+"""As many launches as it takes to read any number of tables, of one width, at once."""
+
+
 class Widen(Rewrite):
     """Merges layers that read one tensor, and runs each wide layer once.
 
     A wide layer is left to its views where some of them are not called on the same tensor, where
     something stands between them that might change it, or where it depends on the input if one run
-    pays: what the views compute is the same, in more launches.
+    pays and is not known to: what the views compute is the same, in more launches.
     """
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
@@ -103,10 +108,29 @@ def _merge_siblings(
             strided[str(node.target)] = why
     called = {site.layer: modules[site.layer] for site in sites}
     seen = Sightings(tuple(sites), strided, shapes=merger.shapes(called))
-    for candidate in among(called, merger.shared(called), seen, merger.kinds):
-        if candidate.refusal is None:
+    found = [*among(called, merger.shared(called), seen, merger.kinds)]
+    columns = sum(isinstance(candidate.kind, Embedding) for candidate in found)
+    for candidate in found:
+        if candidate.refusal is None and not _waits(candidate, columns, merger):
             layers = [modules[name] for name in candidate.layers]
             merger.wide(candidate.kind, layers, contiguous=candidate.contiguous, together=True)
+
+
+def _waits(candidate: Candidate, columns: int, merger: Merger) -> bool:
+    """Whether siblings are left to `Towers`.
+
+    Those are tables, where all columns at once are fewer launches than all tables of each column,
+    or where a wide table would be read one by one.
+
+    Args:
+        candidate: the siblings.
+        columns: how many tensors tables read that are siblings.
+        merger: what would merge them.
+    """
+    if not isinstance(candidate.kind, Embedding):
+        return False
+    one_by_one = candidate.kind.reads_one_by_one(candidate.widths, training=merger.training)
+    return columns > MOST_COLUMNS or one_by_one
 
 
 def _whole(
@@ -127,7 +151,7 @@ def _whole(
 
 
 def _runs_once(wide: Wide) -> bool:
-    return wide.together and not wide.varies
+    return wide.together and (wide.paid or not wide.varies)
 
 
 def _in_order(

@@ -59,6 +59,45 @@ class WideNorms(nn.Module):
         return F.adaptive_avg_pool2d(self.wide(x), 1).sigmoid().split(self.width, 1)
 
 
+class GroupedNorm(nn.Sequential):
+    """A convolution with groups, its BatchNorm and a ReLU."""
+
+    def __init__(self, channels: int, groups: int) -> None:
+        conv = nn.Conv2d(channels, channels, 3, padding=1, groups=groups, bias=False)
+        super().__init__(conv, nn.BatchNorm2d(channels), nn.ReLU())
+
+
+class Grouped(nn.Module):
+    """`Sink` and `Towers` behind groups: x (batch, channels, height, width), two layers deep."""
+
+    def __init__(self, count: int, channels: int, groups: int) -> None:
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(GroupedNorm(channels, groups), GroupedNorm(channels, groups))
+            for _ in range(count)
+        )
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return [branch(x) for branch in self.branches]
+
+
+class WideGrouped(nn.Module):
+    """The input repeated, and convolutions of as many groups as all branches have."""
+
+    def __init__(self, plain: Grouped) -> None:
+        super().__init__()
+        self.count = len(plain.branches)
+        conv = plain.branches[0][0][0]
+        channels, groups = conv.out_channels * self.count, conv.groups * self.count
+        first, second = zip(*plain.branches, strict=True)
+        self.wide = nn.Sequential(
+            *(joined(each, GroupedNorm(channels, groups)) for each in (first, second))
+        )
+
+    def forward(self, x: Tensor) -> tuple[Tensor, ...]:
+        return self.wide(x.repeat(1, self.count, 1, 1)).chunk(self.count, 1)
+
+
 class Towers(nn.Module):
     """`Towers`: x (batch, width); a second layer behind each head."""
 

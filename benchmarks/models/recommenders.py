@@ -108,7 +108,7 @@ class WideNeuMF(nn.Module):
 
 
 class DLRM(nn.Module):
-    """Tables that read an index each, so that no two layers read the same tensor."""
+    """Tables that read an index each, which run as one with offsets."""
 
     def __init__(self, tables: int = 16, rows: int = 1000, width: int = 16) -> None:
         super().__init__()
@@ -119,7 +119,7 @@ class DLRM(nn.Module):
         )
 
     def embedded(self, index: Tensor) -> list[Tensor]:
-        return [table(column) for table, column in zip(self.tables, index.unbind(1), strict=True)]
+        return [table(index[:, i]) for i, table in enumerate(self.tables)]
 
     def forward(self, dense: Tensor, index: Tensor) -> Tensor:
         dense = self.bottom(dense)

@@ -114,10 +114,10 @@ def optimize(
             found, sightings = _find(optimized, calls, kinds)
             found = decide(optimized, noted(optimized, found, again=True), sightings, policy)
             if limit is not None:
-                found = _fit(optimized, calls[0], found, sightings, kinds, limit)
+                found = _fit(optimized, calls[0], found, sightings, kinds, limit, policy)
             if optimized is model and not inplace:
                 optimized = _copy(model)
-            _, found = apply(optimized, found, sightings, kinds)
+            _, found = apply(optimized, found, sightings, kinds, policy=policy)
             note(optimized, found)
     return optimized
 
@@ -194,9 +194,9 @@ def report(
         found, sightings = _find(model, calls, kinds)
         found = decide(model, noted(model, found, again=False), sightings, policy)
         if limit is not None:
-            found = _fit(model, calls[0], found, sightings, kinds, limit)
+            found = _fit(model, calls[0], found, sightings, kinds, limit, policy)
         if calls:
-            counts = count(model, calls[0], found, sightings, kinds)
+            counts = count(model, calls[0], found, sightings, kinds, policy)
         else:
             counts = uncounted(model, found, sightings, kinds)
         groups = tuple(
@@ -357,13 +357,14 @@ def _fit(
     sightings: Sightings,
     kinds: tuple[Kind, ...],
     limit: int,
+    policy: Policy,
 ) -> tuple[Candidate, ...]:
     """The groups with which a call stays within a limit of memory, predicted on copies."""
 
     def fitted(copied: Callable[[], Copy]) -> tuple[Candidate, ...]:
         def need(groups: Sequence[Candidate]) -> Need:
             merged = copied()
-            levels = apply(merged.model, groups, sightings, kinds)[0].levels
+            levels = apply(merged.model, groups, sightings, kinds, policy=policy)[0].levels
             behind = (Candidate(level.kind, level.layers, level.widths) for level in levels)
             return Need(merged.count(call, {}).peak or 0, tuple(behind))
 

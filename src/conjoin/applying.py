@@ -15,6 +15,7 @@ from conjoin.layers.owner import reclaim
 from conjoin.layers.releasing import release
 from conjoin.layers.view import views
 from conjoin.merging import MERGER, Merger
+from conjoin.policy.cost import Policy
 from conjoin.policy.deciding import DECIDED, leave_apart
 from conjoin.tracing import graph_modules, regions
 
@@ -25,6 +26,7 @@ def apply(
     sightings: Sightings,
     kinds: tuple[Kind, ...],
     depths: Depths | None = None,
+    policy: Policy = "auto",
 ) -> tuple[Merger, tuple[Candidate, ...]]:
     """Merges groups, and what the rewritten forwards can run at once beyond them.
 
@@ -34,11 +36,12 @@ def apply(
         sightings: what was seen of it.
         kinds: the kinds of layer.
         depths: what watches the rewritten graphs, for a report.
+        policy: which of the layers behind groups are merged, where that may not pay.
 
     Returns:
         The merger, and what became of what was found.
     """
-    merger = Merger(model, kinds, sightings, found)
+    merger = Merger(model, kinds, sightings, found, policy=policy)
     if depths is not None:
         merger.rewritten = depths.watch
     if merger.merge_all(found):

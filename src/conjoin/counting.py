@@ -24,6 +24,7 @@ from conjoin.layers.product import SUFFIX
 from conjoin.layers.view import wides
 from conjoin.layers.wide import Wide
 from conjoin.merging import Level, Merger
+from conjoin.policy.cost import Policy
 from conjoin.report import Group
 from conjoin.tracing.observe import Call, Copy, UncopyableError
 from conjoin.tracing.undisturbed import undisturbed
@@ -83,10 +84,13 @@ class Counts:
         found = found if self.found is None else self.found
         known = {frozenset(names) for depth in self.depths.values() for names in depth.levels}
         levels = [Candidate(level.kind, level.layers, level.widths) for level in self.levels]
+        merged = {name for level in levels for name in level.layers}
         told: set[str] = set()
         for candidate in (*found, *levels):
             told |= {*candidate.layers}
-            if frozenset(candidate.layers) not in known:
+            # Tables that are no siblings may still run at once with others.
+            elsewhere = candidate.refusal is not None and merged.issuperset(candidate.layers)
+            if frozenset(candidate.layers) not in known and not elsewhere:
                 known.add(frozenset(candidate.layers))
                 yield candidate
         # What one graph refuses another one may merge, or refuse for some other reason.
@@ -132,9 +136,12 @@ def count(
     found: Sequence[Candidate],
     sightings: Sightings,
     kinds: tuple[Kind, ...],
+    policy: Policy,
 ) -> Counts:
     """The launches of a call of the model, plain and optimized."""
-    counts = on_copies(model, lambda copied: _count_on(copied, call, found, sightings, kinds))
+    counts = on_copies(
+        model, lambda copied: _count_on(copied, call, found, sightings, kinds, policy)
+    )
     return counts or Counts()
 
 
@@ -156,12 +163,13 @@ def _count_on(
     found: Sequence[Candidate],
     sightings: Sightings,
     kinds: tuple[Kind, ...],
+    policy: Policy,
 ) -> Counts:
     """The launches, counted on copies of the model."""
     plain, optimized = copied(), copied()
     restore(plain.model)
     depths = Depths(optimized.model)
-    merger, found = apply(optimized.model, found, sightings, kinds, depths)
+    merger, found = apply(optimized.model, found, sightings, kinds, depths, policy)
     levels = _levels(optimized.model)
     groups = [candidate.layers for candidate in (*found, *merger.refused.values())]
     groups += [level.layers for level in levels.values()]
@@ -213,7 +221,7 @@ def _products(model: nn.Module, names: Collection[str]) -> dict[str, nn.Paramete
 def _levels(model: nn.Module) -> dict[Wide, Level]:
     """What is merged in a model, by wide layer."""
     return {
-        wide: Level(wide.kind, tuple(name for name, _ in members), tuple(wide.widths))
+        wide: Level(wide.kind, tuple(name for name, _ in members), tuple(wide.kind.outputs(wide)))
         for wide, members in wides(model).items()
     }
 

@@ -90,8 +90,8 @@ class Reason(enum.Enum):
     )
     IN_PROGRAM = (
         "In this exported program the layers cannot run as one: something that may change what "
-        "they read stands between them, or a wide layer would be right for some of the sizes only "
-        "that the program is for. "
+        "they read stands between them, a wide layer would be right for some of the sizes only "
+        "that the program is for, or it would need a tensor that the program does not hold. "
         "Optimize the model before exporting it."
     )
     UNSUPPORTED_OPTION = (

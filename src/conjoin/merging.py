@@ -9,6 +9,7 @@ import itertools
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
+import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
@@ -16,7 +17,18 @@ from conjoin.graph import edit, hazards, products
 from conjoin.graph.products import Call
 from conjoin.graph.siblings import Candidate, among, held_elsewhere, overlaps
 from conjoin.graph.site import Shapes, Sightings, Site
-from conjoin.layers import KINDS, NORMS, PRODUCTS, Kind, Norm, activation, kind_of, norm_of
+from conjoin.layers import (
+    GATHERED,
+    KINDS,
+    NORMS,
+    PRODUCTS,
+    Kind,
+    Norm,
+    activation,
+    kind_of,
+    norm_of,
+)
+from conjoin.layers.embedding import Embedding
 from conjoin.layers.fusing import fuse
 from conjoin.layers.kind import TENSORS, common, tensors
 from conjoin.layers.owner import lend, may_lend, reclaim
@@ -24,6 +36,9 @@ from conjoin.layers.product import SUFFIX, Product
 from conjoin.layers.releasing import release
 from conjoin.layers.view import View, wides
 from conjoin.layers.wide import Wide
+from conjoin.legality import Reason
+from conjoin.policy import gathering
+from conjoin.policy.cost import Policy
 from conjoin.reachable import functions_of, words
 
 MERGER = "conjoin_merger"
@@ -32,6 +47,15 @@ MERGER = "conjoin_merger"
 
 REGION = "conjoin_region"
 """The entry that holds the module of the model whose forward a GraphModule was traced from."""
+
+OF_SIBLINGS = frozenset(
+    {
+        *(Reason.DIFFERENT_SETTINGS, Reason.DIFFERENT_DTYPE, Reason.DIFFERENT_DEVICE),
+        *(Reason.DIFFERENT_REQUIRES_GRAD, Reason.BIAS_ON_SOME, Reason.GROUPED),
+        *(Reason.CALLED_APART, Reason.INPUT_MUTATED, Reason.DOES_NOT_PAY),
+    }
+)
+"""The reasons that concern layers on one tensor, and not each of them by itself."""
 
 REGISTERED = frozenset({"_parameters", "_modules"})
 """Attributes of modules in which raw Parameters that are merged are not found, but products are."""
@@ -89,6 +113,8 @@ class Merger:
         refused: the products that read one tensor and stay as they are, and why.
         rewritten: what is called with each graph when all passes are through with it, if anything.
         frozen: whether it merges nothing, and only knows what is merged.
+        policy: which layers on tensors of their own it merges.
+        training: whether a backward pass is to be quick too.
     """
 
     def __init__(
@@ -100,6 +126,7 @@ class Merger:
         *,
         frozen: bool = False,
         escapes: bool = True,
+        policy: Policy = "auto",
     ) -> None:
         """Looks at the model's parameters once.
 
@@ -110,18 +137,22 @@ class Merger:
             found: its siblings; those that were refused are left alone.
             frozen: merge nothing, and know what is merged.
             escapes: whether something beyond the graphs reads their outputs.
+            policy: which of the layers on tensors of their own are merged, where that may not pay.
         """
         self.frozen = frozen
+        self.policy = policy
         self._escapes = escapes
         self.kinds = kinds
         self.levels: list[Level] = []
         self.refused: dict[frozenset[str], Candidate] = {}
         self.rewritten: Callable[[fx.GraphModule], None] | None = None
         self._model = model
+        self.training = model.training and torch.is_grad_enabled()
         self._ordered: set[str] = set()
         self._shared = overlaps(dict(model.named_modules()))
         self._sightings = sightings
         self._apart: set[str] = set()
+        self._unpaired: set[str] = set()
         if sightings is not None:
             self._apart |= {*sightings.changed, *sightings.listed}
         self.leave(found)
@@ -170,7 +201,7 @@ class Merger:
             if candidate.refusal is not None:
                 self.refused.setdefault(frozenset(candidate.layers), candidate)
                 continue
-            if not self._apart.isdisjoint(candidate.layers):
+            if not (self._apart | self._unpaired).isdisjoint(candidate.layers):
                 continue
             for name in candidate.layers:
                 product = by_name[name]
@@ -229,7 +260,10 @@ class Merger:
 
     def leave(self, found: Iterable[Candidate]) -> None:
         """Leaves alone what has been refused since."""
-        self._apart |= {name for c in found if c.refusal is not None for name in c.layers}
+        for candidate in found:
+            if candidate.refusal is not None:
+                of_siblings = candidate.refusal.reason in OF_SIBLINGS
+                (self._unpaired if of_siblings else self._apart).update(candidate.layers)
         self._look_up()
 
     def kind_of(self, layer: nn.Module) -> Kind | None:
@@ -250,7 +284,8 @@ class Merger:
         name = self._names.get(module)
         shared = tuple(key for key in TENSORS if f"{name}.{key}".lstrip(".") in self._shared)
         seen = None if self._sightings is None else self._sightings.shapes.get(name or "")
-        return name is None, name in self._apart, shared, seen and seen.input
+        left = name in self._apart, name in self._unpaired
+        return name is None, left, shared, seen and seen.input
 
     def shapes(self, modules: Mapping[str, nn.Module]) -> dict[str, Shapes]:
         """What some layers were seen to read and give, by the names given here."""
@@ -298,7 +333,7 @@ class Merger:
             return None
         wide = self._merge(kind, layers, contiguous, together=together)
         names = tuple(self._names[layer] for layer in layers)
-        self.levels.append(Level(kind, names, tuple(wide.widths)))
+        self.levels.append(Level(kind, names, tuple(kind.outputs(wide))))
         return wide
 
     def reorder(self, views: Sequence[nn.Module], order: Sequence[int]) -> None:
@@ -324,16 +359,32 @@ class Merger:
         """Whether layers may become one wide layer."""
         if len(set(layers)) < len(layers) or any(isinstance(layer, View) for layer in layers):
             return False
-        for layer in layers:
-            name = self._names.get(layer)
-            if name is None or name in self._apart or kind.check(layer) is not None:
-                return False
-            if held_elsewhere(name, layer, self._shared) is not None:
-                return False
+        if not all(self.is_free(kind, layer) for layer in layers):
+            return False
         keys = [common(kind, layer, tensors(layer)) for layer in layers]
         if together and kind.bias_on_some:  # Whether that pays has been looked at.
             keys = [{**key, "bias": None} for key in keys]
         return all(key == keys[0] for key in keys)
+
+    def is_free(self, kind: Kind, layer: nn.Module) -> bool:
+        """Whether a layer that is not merged yet may be, looked at by itself.
+
+        Why it has no siblings is nothing to a kind that is not looked for among those.
+        """
+        name = self._names.get(layer)
+        left = self._apart | self._unpaired if kind.siblings else self._apart
+        if name is None or name in left or kind.check(layer) is not None:
+            return False
+        return held_elsewhere(name, layer, self._shared) is None
+
+    def pays(self, kind: Kind, layers: Sequence[nn.Module]) -> bool:
+        """Whether layers on tensors of their own take less time at once, as far as is known."""
+        if self._sightings is None or any(isinstance(layer, View) for layer in layers):
+            return True
+        names = [self._names[layer] for layer in layers]
+        return self.policy == "always" or gathering.pays(
+            kind, layers, [self._sightings.shapes.get(name) for name in names], self.training
+        )
 
     def _merge(
         self,
@@ -348,7 +399,11 @@ class Merger:
             if isinstance(layer, View):
                 release(layer)
         enclosing = self._model.get_submodule(common_path([self._names[layer] for layer in layers]))
-        return fuse(kind, layers, enclosing, contiguous, leader, together=together)
+        wide = fuse(kind, layers, enclosing, contiguous, leader, together=together)
+        seen = {} if self._sightings is None else self._sightings.shapes
+        # Siblings for which it did not pay in the example have been refused.
+        wide.paid = wide.varies and not wide.channels_last and self._names[layers[0]] in seen
+        return wide
 
 
 def layer_key(
@@ -364,6 +419,26 @@ def layer_key(
         return None
     shape = tuple(weight.shape)
     return kind, (shape, tuple(kind.key(layer).items()))
+
+
+def table_key(
+    node: fx.Node, input: fx.Node, modules: Mapping[str, nn.Module], merger: Merger
+) -> tuple[Kind, Hashable] | None:
+    """What a table that reads `input` is; equal for those that can run at once.
+
+    Those that are merged go with each other, in any order.
+    """
+    if node.op != "call_module" or edit.only_input(node) is not input:
+        return None
+    layer = modules[str(node.target)]
+    kind = kind_of(layer, GATHERED)
+    if kind not in GATHERED:
+        return None
+    if isinstance(layer, View):
+        return kind, layer.wide_layer.identity
+    if not isinstance(kind_of(layer, merger.kinds), Embedding) or not merger.is_free(kind, layer):
+        return None
+    return kind, tuple(common(kind, layer, tensors(layer)).items())
 
 
 def norm_key(

@@ -34,6 +34,11 @@ CONGRUENT = {
     "parts of one size": lambda m, x: [
         torch.unsafe_split_with_sizes(x, [2, 1, 2], -1)[i] for i in (0, 2)
     ],
+    "columns": lambda m, x: (x[:, 0], x[:, 2]),
+    "columns from behind": lambda m, x: (x[..., 0], x[..., -1]),
+    "columns that are selected": lambda m, x: (x.select(1, 0), x.select(1, 2)),
+    "rows of what is a tensor": lambda m, x: (x.t()[0], x.t()[1]),
+    "parts that are unbound": lambda m, x: [x.unbind(1)[i] for i in (0, 1)],
     "chosen elements": lambda m, x: (torch.where(x > 0, m.a(x), 0 * m.a(x)),) * 2,
 }
 
@@ -46,6 +51,9 @@ OTHERS = {
     ],
     "chunks": lambda m, x: [x.chunk(2)[i] for i in (0, 1)],
     "slices": lambda m, x: (x[1:], x[2:]),
+    "items of what may be no tensor": lambda m, x: (x[0], x[1]),
+    "a column and a mask": lambda m, x: (x[:, 0], x[:, True]),
+    "columns along other dimensions": lambda m, x: (x.select(0, 0), x.select(1, 0)),
     "rows and an element": lambda m, x: (m.a(x)[[0, 1]], m.b(x)[0, 1]),
     "what is not zero": lambda m, x: (
         x[torch.where(m.a(x))[0]],

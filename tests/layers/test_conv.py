@@ -1,15 +1,20 @@
 """Siblings of convolutions and transposed convolutions: values, gradients, second derivatives."""
 
+import copy
+import pickle
+
 import pytest
 import torch
 from derivatives import assert_same_second_derivatives
-from equivalence import assert_equivalent, assert_same_state
+from equivalence import assert_close, assert_equivalent, assert_same_state
 from families import EVERY_KIND, WIDTHS, Family, assert_runs_once, case, fused, wide_runs
 from torch import nn
 
 import conjoin
 from conjoin.layers.view import wides
 from conjoin.legality import Reason
+
+LAST = torch.channels_last
 
 CONVOLUTIONS = {
     "stride": case(nn.Conv1d, 2, (2, 2, 9), kernel_size=3, stride=2, padding=1),
@@ -205,10 +210,96 @@ def test_grouped_in_a_rewritten_forward():
     assert_equivalent(model, plain, (x,))
     large = torch.randn(1, 6, 90, 90, dtype=torch.float64)
     assert_equivalent(model, plain, (large,))
-    assert_runs_once(model.eval(), x)
-    (group,) = conjoin.report(plain, (x,)).groups
-    assert (group.fused, group.launches) == (True, (4, 2))
+    with wide_runs() as runs:
+        model.eval()(x)
+    assert len(runs) == 2
+    (group,) = conjoin.report(plain.eval(), (x,)).groups
+    assert (group.fused, group.launches) == (True, (8, 3))
     assert_same_state(conjoin.unfuse(model), plain)
+
+
+class Deep(nn.Module):
+    """Branches of two grouped layers."""
+
+    def __init__(self, number=3, groups=2, bias=False):
+        super().__init__()
+
+        def layer():
+            conv = nn.Conv2d(4, 4, 3, padding=1, groups=groups, bias=bias)
+            return nn.Sequential(conv, nn.BatchNorm2d(4), nn.ReLU())
+
+        self.branches = nn.ModuleList(nn.Sequential(layer(), layer()) for _ in range(number))
+
+    def forward(self, x):
+        return [branch(x).sum((-1, -2)).sin() for branch in self.branches]
+
+
+def grouped_input(batch=2, size=6):
+    return torch.randn(batch, 4, size, size, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("groups", [2, 4])
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_is_behind_grouped_siblings_runs_at_once(groups, bias):
+    plain, x = Deep(groups=groups, bias=bias).double(), grouped_input()
+    model = conjoin.optimize(plain, (x,))
+    with wide_runs() as runs:
+        copy.deepcopy(model)(x)
+    assert len(runs) == 4
+    (group,) = conjoin.report(plain, (x,)).groups
+    operations = ["Conv2d", "BatchNorm2d", "ReLU"] * 2
+    assert [*group.depth[0].operations[:6]] == operations
+    for each in (x, grouped_input(3, 5), grouped_input(1, 200), x.to(memory_format=LAST)):
+        assert_equivalent(model, plain, (each,))
+    assert_same_state(conjoin.unfuse(model), plain)
+
+
+def test_trains_alike_behind_grouped_siblings():
+    plain, x = Deep().double(), grouped_input()
+    model = conjoin.optimize(plain, (x,))
+    for each in (plain, model):
+        optimizer = torch.optim.Adam(each.parameters(), lr=0.1, weight_decay=0.01)
+        for batch in (x, grouped_input(1, 200) * 0 + 1, x.flip(0)):
+            optimizer.zero_grad()
+            sum(y.sum() for y in each(batch)).backward()
+            optimizer.step()
+    assert_close(model.state_dict(), plain.state_dict())
+
+
+def test_a_copy_runs_at_once_what_is_behind_grouped_siblings():
+    plain, x = Deep().double(), grouped_input()
+    model = conjoin.optimize(plain, (x,))
+    for again in (copy.deepcopy(model), pickle.loads(pickle.dumps(model))):
+        assert_equivalent(again, plain, (x,))
+        with wide_runs() as runs:
+            again(x)
+        assert len(runs) == 4
+
+
+def test_grouped_siblings_of_unknown_inputs_are_asked():
+    """What is behind them stays apart then."""
+    plain, x = Deep().double(), grouped_input()
+    for model in (conjoin.optimize(plain), conjoin.optimize(plain.to(memory_format=LAST), (x,))):
+        assert {wide.kind.name for wide in wides(model)} == {"Conv2d"}
+        assert_equivalent(model, plain, (x,))
+
+
+def test_grouped_siblings_compiled():
+    """No size guards a graph: they run one by one, and what is behind them at once."""
+    plain, x = Deep().double(), grouped_input()
+    model = conjoin.optimize(plain, (x,))
+    graphs = []
+
+    def keep(graph_module, inputs):
+        graphs.append(graph_module)
+        return graph_module
+
+    torch._dynamo.reset()
+    compiled = torch.compile(model, backend=keep, dynamic=True)
+    for each in (x, grouped_input(3, 90)):
+        torch.testing.assert_close(compiled(each), plain(each))
+    assert len(graphs) == 1
+    torch._dynamo.reset()
 
 
 def test_grouped_that_read_a_large_tensor_stay_apart():

@@ -60,6 +60,38 @@ def test_gone(script):
     assert_same(traced, plain, randn(3, 4), randn(2, 4, 4), randn(4))
 
 
+def in_a_stack(m, x):
+    """Layers on tensors of their own, of which the last gives a stack."""
+    return [getattr(m, name + "2")(getattr(m, name)(x).sin()) for name in "abc"]
+
+
+OF_A_STACK = {
+    "cat at the end": lambda m, x: torch.cat(in_a_stack(m, x), -1).sin(),
+    "cat in front": lambda m, x: torch.cat(in_a_stack(m, x)).sin(),
+    "cat along another dimension": lambda m, x: torch.cat(in_a_stack(m, x), 1).sin(),
+    "cat along another one from behind": lambda m, x: torch.cat(in_a_stack(m, x), -2).sin(),
+}
+
+
+@pytest.mark.parametrize("script", OF_A_STACK.values(), ids=OF_A_STACK)
+def test_of_a_stack(script):
+    traced, plain = both(Scripted(script, **linears("", "2")))
+    assert not {"cat", "unstack"} & {*targets(traced)}
+    inputs = randn(3, 4), randn(1, 4), randn(2, 5, 4), randn(4)
+    assert_same(traced, plain, *inputs)
+    Separate()(traced)
+    assert targets(traced).count("cat") == 1
+    assert_same(traced, plain, *inputs)
+
+
+@pytest.mark.parametrize("reader", [lambda h: h.view(-1), lambda h: h])
+def test_a_cat_of_a_stack_that_is_read_by_strides(reader):
+    script = Scripted(lambda m, x: reader(torch.cat(in_a_stack(m, x), -1)), **linears("", "2"))
+    traced, plain = both(script)
+    assert "cat" in targets(traced)
+    assert_same(traced, plain, randn(3, 4), randn(1, 4))
+
+
 @pytest.mark.parametrize("script", LEFT.values(), ids=LEFT)
 def test_left(script):
     traced, plain = both(Scripted(script, **linears()))

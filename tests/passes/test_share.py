@@ -14,8 +14,16 @@ def noted(module, note):
     return module
 
 
+def hooked(module):
+    module.register_forward_hook(lambda module, args, output: output * 2)
+    return module
+
+
 def modules():
     return {
+        "layer": nn.Linear(4, 4),
+        "norm": nn.LayerNorm(4),
+        "hooked": hooked(nn.Linear(4, 4)),
         "r": nn.ReLU(),
         "s": nn.ReLU(),
         "i": nn.ReLU(inplace=True),
@@ -50,6 +58,8 @@ SHARED = {
     "views": lambda m, x: x.flatten(0).sin() + x.flatten(0).cos(),
     "chains": lambda m, x: F.silu(x).exp().sin() + F.silu(x).exp().cos(),
     "lists": lambda m, x: m.lists(x).sin() + m.lists2(x).cos(),
+    "a layer that is called twice": lambda m, x: m.layer(x).sin() + m.layer(x).cos(),
+    "a norm that is called twice": lambda m, x: m.norm(x).sin() + m.norm(x).cos(),
     "idle dropout": lambda m, x: m.z(x).sin() + m.r(x).cos() + m.z(x).cos(),
 }
 
@@ -58,6 +68,8 @@ APART = {
     "another number": lambda m, x: (x * 2).sin() + (x * 3).cos(),
     "zeros of two signs": lambda m, x: ((x * 0.0).sin(), (x * -0.0).reciprocal().sign()),
     "dropout": lambda m, x: m.d(x).sin() + m.e(x).cos(),
+    "a layer with a hook": lambda m, x: m.hooked(x).sin() + m.hooked(x).cos(),
+    "a layer that is changed later": lambda m, x: m.layer(x).mul_(2).sin() + m.layer(x).sin(),
     "outputs": lambda m, x: (F.silu(x), F.silu(x)),
     "in-place": lambda m, x: m.i(x * 1).sin() + m.i(x * 1).cos(),
     "changed later": lambda m, x: F.silu(x).mul_(2).sin() + F.silu(x).sin(),

@@ -217,6 +217,56 @@ def beside(tensors: Sequence[Tensor]) -> Tensor:
     return torch.cat(list(tensors), -1)
 
 
+def columns(whole: Tensor, dim: int, start: int, stop: int) -> Tensor:
+    """The columns of a tensor from `start` to `stop` along a dimension, stacked: (stop - start, *).
+
+    Raises:
+        IndexError: there are not as many, or no such dimension, as for the columns one by one.
+    """
+    if has_torch_function_unary(whole):  # A graph that is traced again keeps the call.
+        return handle_torch_function(columns, (whole,), whole, dim, start, stop)
+    whole.select(dim, stop - 1)
+    return whole.movedim(dim, 0)[start:stop]
+
+
+CASTS = ("long", "int")
+"""Methods that make row numbers of columns of any type."""
+
+
+def before_cast(nodes: Sequence[fx.Node]) -> list[fx.Node]:
+    """What nodes make row numbers of, if all of them do nothing else; otherwise nothing."""
+    target = nodes[0].target
+    known = target in CASTS and all(
+        (node.op, node.target, len(node.args), node.kwargs) == ("call_method", target, 1, {})
+        for node in nodes
+    )
+    return [source for node in nodes for source in node.all_input_nodes] if known else []
+
+
+def as_columns(nodes: Sequence[fx.Node]) -> tuple[fx.Node, int, int, int] | None:
+    """What `columns` is called with to give nodes stacked; None where they are no such columns."""
+    found = [_column(node) for node in nodes]
+    first = found[0]
+    if first is None or found != [(*first[:2], first[2] + i) for i in range(len(nodes))]:
+        return None
+    return *first, first[2] + len(nodes)
+
+
+def _column(node: fx.Node) -> tuple[fx.Node, int, int] | None:
+    """Of which tensor a node is a column, along which dimension, and which one."""
+    if node.kwargs or not node.args or not isinstance(whole := node.args[0], fx.Node):
+        return None
+    given: Any = node.args[1:]
+    if node.target is operator.getitem and isinstance(given[0], tuple):
+        *before, place = given[0]
+        # Where there is none, a number may be the name of something.
+        given = (len(before), place) if before and before == [slice(None)] * len(before) else ()
+    elif node.target not in ("select", torch.select):
+        return None
+    plain = len(given) == 2 and all(type(number) is int and number >= 0 for number in given)
+    return (whole, *given) if plain else None
+
+
 def side_by_side(graph: fx.Graph, stack: fx.Node) -> fx.Node:
     """Stacked parts (n, ..., c) as (..., n * c), at the graph's insert point."""
     inside = graph.call_method("movedim", (stack, 0, -2))

@@ -23,7 +23,7 @@ NAMES = elementwise.NAMES | frozenset(
     "contiguous clone softmax log_softmax softmax_of_parts sum mean amax amin norm matmul bmm mm "
     "baddbmm addmm einsum cat concat stack where dropout layer_norm rms_norm normalize linear pad "
     "interpolate size dim numel getattr getitem matmul floordiv mod unsafe_split_with_sizes "
-    "unstack split chunk batched layer_norm_of_parts instance_norm_of_images "
+    "unstack unbind split chunk select slice batched layer_norm_of_parts instance_norm_of_images "
     "long int float double half bfloat16 bool".split()
 )
 """Functions and methods whose result has a shape that follows from the shapes of the inputs."""
@@ -37,7 +37,7 @@ SIZES = frozenset({"size", "dim", "numel"})
 TENSORS = (
     NAMES
     - SIZES
-    - frozenset("getattr getitem split chunk unstack where".split())
+    - frozenset("getattr getitem split chunk unstack unbind where".split())
     - {*("unsafe_split_with_sizes", "floordiv", "mod")}
 )
 """Those whose result is a tensor whatever they are given."""
@@ -119,6 +119,8 @@ def _key(
         arguments = tuple(
             found[each] if isinstance(each, fx.Node) else type(each) for each in node.args
         )
+    elif hazards.called(node) == "select" and len(node.args) == 3 and type(node.args[2]) is int:
+        arguments = elementwise.comparable(node.args[:2], found.__getitem__)
     else:
         arguments = elementwise.comparable((node.args, node.kwargs), found.__getitem__)
     return None if arguments is None else (node.op, made, arguments)
@@ -188,7 +190,19 @@ def _item_key(
         return found[whole], size
     if any(sorts[each] is not int for each in node.all_input_nodes if each is not whole):
         return None
-    return found[whole], elementwise.comparable(index, found.__getitem__)
+    return found[whole], elementwise.comparable(_kept_by(index, sorts[whole]), found.__getitem__)
+
+
+def _kept_by(index: Any, sort: type | None) -> Any:
+    """An index of a tensor without what changes no shape: which row or column it takes."""
+    several = isinstance(index, tuple)
+    parts = index if several else (index,)
+    # Nothing but a tensor takes slices, or all that is left, beside numbers.
+    if sort is not Tensor and not (
+        several and any(p is ... or isinstance(p, slice) for p in parts)
+    ):
+        return index
+    return tuple("one" if type(part) is int else part for part in parts)
 
 
 def _module_key(module: nn.Module) -> Hashable | None:
@@ -233,7 +247,7 @@ def _size_of_part(node: fx.Node) -> Hashable | None:
     if not isinstance(split, fx.Node) or not isinstance(index, int):
         return None
     name = hazards.called(split)
-    if name == "unstack":
+    if name in ("unstack", "unbind"):
         return "stacked"
     sizes = split.args[1] if name == "unsafe_split_with_sizes" else None
     if not isinstance(sizes, (list, tuple)) or not -len(sizes) <= index < len(sizes):

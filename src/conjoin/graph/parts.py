@@ -25,7 +25,7 @@ from torch.fx.node import map_arg
 from torch.nn import functional as F
 
 from conjoin.graph import channelwise, edit, elementwise, hazards, samplewise
-from conjoin.graph.bundles import batched, beside, rejoined
+from conjoin.graph.bundles import CASTS, batched, beside, columns, rejoined
 from conjoin.layers.embedding import unstack
 from conjoin.layers.view import wides
 from conjoin.layers.wide import Wide
@@ -199,6 +199,13 @@ class Separation:
         """What was stacked for a wide layer, or put side by side."""
         items = stack.args[0] if stack.args else None
         layout = _layout(wide, call)
+        if stack.target is columns and layout == (0, True):
+            return self._columns(stack, call, wide)
+        if stack.target in CASTS and layout == (0, True) and isinstance(items, fx.Node):
+            before = self._gathered(items, call, wide)
+            self.replaced.setdefault(stack, call)
+            name = str(stack.target)
+            return before and [self._graph.call_method(name, (node,)) for node in before]
         if layout == (0, True):
             known = stack.target is torch.stack and stack.args[1:] in ((), (0,))
         else:
@@ -215,6 +222,17 @@ class Separation:
             return None
         self.replaced.setdefault(stack, call)
         return nodes
+
+    def _columns(self, stack: fx.Node, call: fx.Node, wide: Wide) -> Sequence[fx.Node] | None:
+        """The columns of a table that a wide layer reads."""
+        whole, dim, start, stop = stack.args
+        if stop - start != len(wide.widths) or self._epochs[stack] != self._epochs[call]:  # type: ignore[operator]
+            return None
+        self.replaced.setdefault(stack, call)
+        return [
+            self._graph.call_method("select", (whole, dim, place))
+            for place in range(start, stop)  # type: ignore[arg-type]
+        ]
 
     def _batched(self, node: fx.Node) -> Parts | None:
         """What was stacked for one layer."""
@@ -290,6 +308,9 @@ class Separation:
             return dataclasses.replace(held, dim=to) if isinstance(to, int) else None
         if node.target == "flatten" and held.stacked and (held.dim, given) == (-2, (-2,)):
             return dataclasses.replace(held, dim=-1, stacked=False, sizes=None)
+        if node.target == "flatten" and held.stacked and given == (held.dim, held.dim + 1):
+            # How they lie is told from the end, and here the rank decides that.
+            return self._joint(torch.cat, held, held.dim if held.dim >= 0 else held.dim + 1)
         if node.target == "unflatten" and not held.stacked and held.equal:
             shape = tuple(given[1]) if isinstance(given[1], (list, tuple)) else ()
             if (given[0], shape) == (held.dim, (len(held.nodes), -1)):

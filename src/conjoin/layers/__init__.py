@@ -20,6 +20,7 @@ from conjoin.layers.kind import Kind
 from conjoin.layers.linear import Linear
 from conjoin.layers.norm import NORMALIZATIONS, Norm
 from conjoin.layers.prelu import PReLU
+from conjoin.layers.tables import Tables
 from conjoin.layers.view import View
 
 KINDS: tuple[Kind, ...] = (
@@ -41,15 +42,19 @@ NORMS: tuple[Kind, ...] = (*NORMALIZATIONS, PReLU())
 """The kinds that follow wide layers and keep the number of channels."""
 
 
+GATHERED: tuple[Kind, ...] = (Tables(),)
+"""The kinds that layers on tensors of their own are merged as, where that is another one."""
+
+
 def kind_of(layer: object, kinds: tuple[Kind, ...] = KINDS) -> Kind | None:
     """The kind that `layer` is of: that for the most specific class; None where it is of none.
 
-    A view is of the kind that it was fused as, also where that is not among `kinds`; but for
-    normalizations, which are asked for by themselves.
+    A view is of the kind that it was fused as, also where that is not among `kinds`; but for those
+    that are not looked for among siblings, which are asked for by themselves.
     """
     if isinstance(layer, View):
         kind = layer.wide_layer.kind
-        asked = not isinstance(kind, Norm) or any(type(each) is type(kind) for each in kinds)
+        asked = kind.siblings or any(type(each) is type(kind) for each in kinds)
         return kind if asked else None
     classes = type(layer).__mro__
     return next((kind for cls in classes for kind in kinds if kind.layer is cls), None)
@@ -133,4 +138,4 @@ def _are_names(settings: object) -> bool:
     return isinstance(settings, tuple) and all(isinstance(name, str) for name in settings)
 
 
-__all__ = ["KINDS", "NORMS", "Kind", "Norm", "checked", "kind_of", "norm_of"]
+__all__ = ["GATHERED", "KINDS", "NORMS", "Kind", "Norm", "checked", "kind_of", "norm_of"]

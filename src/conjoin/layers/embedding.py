@@ -7,13 +7,7 @@ Tables of different widths cannot be read with one lookup unless their rows are 
 memory, and then a checkpoint could not hold them as views. They are joined to (rows, sum width_i)
 at each call that needs a gradient, which touches every row anyway, and read one by one otherwise.
 
-Tables that read a tensor each, such as a column, stay apart. One table of all rows, read with
-offsets, is exact where each number is compared with the rows of its own table first, and one beyond
-them is sent beyond all, so that it raises as before. But stacking, comparing and adding are five
-operations on all numbers: measured on one core, 8 to 26 tables take 0.4 to 0.9 of their time then
-up to 256 rows a batch, 0.8 to 1.2 at 1,024, and up to 2.3 above, forward and in training, and
-which it is only a call tells. Those that read it by themselves then, as slices of one table, would
-each give a gradient of the size of all.
+Tables that read a tensor each, such as a column, are of another kind (`tables.py`).
 """
 
 from __future__ import annotations

@@ -122,6 +122,12 @@ class Kind(ABC):
     gathered: ClassVar[int] = 2
     """How many there must be, so that it pays to join tensors of their own for it; 0 for never."""
 
+    prepares: ClassVar[int] = 0
+    """How many launches it takes to compute from what was joined what the wide layer reads."""
+
+    siblings: ClassVar[bool] = True
+    """Whether layers that read one tensor are looked for and merged as of this kind."""
+
     running: ClassVar[tuple[str, ...]] = ()
     """Buffers of a layer that a call updates; the wide layer holds those of all siblings."""
 
@@ -153,6 +159,18 @@ class Kind(ABC):
     def key(self, layer: nn.Module) -> dict[str, object]:
         """What must be equal for layers to be siblings, by the name that a user knows it by."""
         return {name: _hashable(getattr(layer, name)) for name in self.settings}
+
+    def kept(self, layers: Sequence[nn.Module]) -> dict[str, object]:
+        """The settings that a wide layer of these has; by default those that are common to them."""
+        return self.key(layers[0])
+
+    def outputs(self, wide: Wide) -> list[int]:
+        """The numbers of channels of the siblings' outputs."""
+        return wide.widths
+
+    def constants(self, wide: Wide) -> tuple[Tensor, ...]:
+        """Tensors that a wide layer keeps beside what trains, on the device of its weight."""
+        return ()
 
     def check(self, layer: nn.Module) -> Verdict | None:
         """Why this layer, looked at by itself, cannot be merged; None where it can."""

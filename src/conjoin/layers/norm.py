@@ -41,6 +41,7 @@ class Norm(Kind):
     """How many branches there must be, so that merging saves more than it adds."""
 
     gathered = 0
+    siblings = False
 
     def spreads(self, layer: nn.Module) -> bool:
         """Whether a layer goes with any number of channels."""

@@ -60,7 +60,8 @@ class Wide(nn.Module):
 
     Attributes:
         kind: the kind of the siblings.
-        settings: the settings that they have in common, by name.
+        settings: their settings, by name.
+        constants: what the kind keeps beside the parameters.
         shapes: the shapes of their weights.
         widths: the numbers of their output channels.
         channels_last: whether the weights are in that memory format.
@@ -69,6 +70,7 @@ class Wide(nn.Module):
         running: the buffers that a call updates, the siblings' one after another, by name.
         hidden: whether the siblings read equal tensors, each an object of its own.
         varies: whether it depends on the input if one run pays.
+        paid: whether it did for the example inputs, where it depends on the input.
         weight: the siblings' weights as contiguous blocks, one after another.
         bias: the biases of those that have one likewise, or None.
         biased: which of them have a bias.
@@ -89,7 +91,7 @@ class Wide(nn.Module):
         """Merges `layers`, which must have been checked to go together."""
         super().__init__()
         self.kind = kind
-        self.settings = kind.key(layers[0])
+        self.settings = kind.kept(layers)
         self.shapes = kind.shapes(layers)
         self.widths = [shape[kind.weight_dim] for shape in self.shapes]
         self.biased = tuple("bias" in tensors(layer) for layer in layers)
@@ -105,6 +107,7 @@ class Wide(nn.Module):
         self.channels_last = memory_format(tensors(layers[0])["weight"]) == "channels_last"
         self.hidden = False
         self.varies = not kind.pays(self)
+        self.paid = False
         self.wasted = 0
         self.identity = uuid.uuid4().hex
         self._collected: dict[str, dict[int, Tensor]] = {}
@@ -112,6 +115,7 @@ class Wide(nn.Module):
         self.register_parameter("weight", self._merge("weight", layers))
         self.register_parameter("bias", self._merge("bias", layers))
         self._zeros: Tensor | None = self._new_zeros()
+        self.constants = kind.constants(self)
         self.running = {
             name: _row([layer._buffers[name] for layer in layers])
             for name in kind.running
@@ -392,6 +396,7 @@ class Wide(nn.Module):
                 merged = self.kind.merge(self, name, [blocks[i] for i in sorted(blocks)])
                 setattr(self, name, like(merged, getattr(self, name)))
                 self._zeros = self._new_zeros()
+                self.constants = self.kind.constants(self)
                 del self._collected[name]
 
     def convert(self, fn: Any, index: int) -> None:
@@ -406,6 +411,7 @@ class Wide(nn.Module):
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
         self._zeros = self._new_zeros()  # Not converted: `to_empty` makes them anything.
+        self.constants = self.kind.constants(self)
         for part in list(self.handed_out.values()):
             part.bound()
         self.running = {name: fn(whole) for name, whole in self.running.items()}

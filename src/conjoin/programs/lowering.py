@@ -365,7 +365,7 @@ def _with(wide: Wide, tensors: Mapping[str, Any]) -> Wide:
     wide._parameters = {}
     for name in TENSORS:
         wide.__dict__[name] = tensors.get(name)
-    wide._zeros = None
+    wide._zeros, wide.constants = None, ()
     wide.running = {name: tensors[name] for name in wide.running}
     wide._lent = wide._cut(wide.running)
     return wide

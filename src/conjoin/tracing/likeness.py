@@ -87,7 +87,16 @@ def _part(view: View, number: Callable[[Hashable], int]) -> Hashable:
     )
 
 
-OF_WIDE = ("biased", "contiguous", "together", "channels_last", "hidden", "training", "varies")
+OF_WIDE = (
+    "biased",
+    "contiguous",
+    "together",
+    "channels_last",
+    "hidden",
+    "training",
+    "varies",
+    "paid",
+)
 """What a rewritten forward, or a pass, may ask of a wide layer beside its sizes."""
 
 
