@@ -71,7 +71,7 @@ class TimeEmbedding(nn.Module):
 
 
 class ActorCritic(nn.Module):
-    """The critic's output is changed in place; the actor's leaves the graph. It is not rewritten."""
+    """The critic's output is changed in place; the actor's leaves the graph. Not rewritten."""
 
     def __init__(self):
         super().__init__()
