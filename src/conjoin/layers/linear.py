@@ -11,10 +11,10 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from conjoin.layers import batched
 from conjoin.layers.kind import Kind
 
 if TYPE_CHECKING:
@@ -38,10 +38,7 @@ class Linear(Kind):
         count, (out, width) = len(wide.widths), wide.shapes[0]
         flat = input.dim() == 3
         rows = input if flat else input.reshape(count, -1, width)
-        weight = wide.weight.view(count, out, width).transpose(1, 2)
         bias = self.biases(wide)
-        if bias is None:
-            product = torch.bmm(rows, weight)
-        else:
-            product = torch.baddbmm(bias.view(count, 1, out), rows, weight)
+        biases = None if bias is None else bias.view(count, 1, out)
+        product = batched.product(rows, wide.weight.view(count, out, width), biases)
         return product if flat else product.view(*input.shape[:-1], out)
