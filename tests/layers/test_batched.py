@@ -7,6 +7,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from conjoin.layers import batched
 
 
+@pytest.fixture(autouse=True)
+def _of_any_size(monkeypatch):
+    monkeypatch.setattr(batched, "LARGE", 0)
+
+
 def _of(*shape, dtype=torch.float64, grad=True):
     generator = torch.Generator().manual_seed(sum(shape))
     return torch.randn(shape, dtype=dtype, generator=generator).requires_grad_(grad)
@@ -87,3 +92,13 @@ def test_transforms_and_autocast_have_products_of_their_own():
     assert product.dtype is torch.bfloat16
     product.float().sum().backward()
     assert all(each.grad.dtype is torch.float32 for each in operands)
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "width", "own"),
+    [(1, 128, 128, True), (1, 64, 64, False), (512, 1, 128, True), (512, 16, 16, False)],
+)
+def test_a_gradient_of_its_own_has_to_pay(monkeypatch, rows, out, width, own):
+    monkeypatch.undo()
+    product = batched.product(_of(2, rows, width), _of(2, out, width), None)
+    assert (type(product.grad_fn).__name__ == "_ProductBackward") is own

@@ -18,9 +18,19 @@ from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
 
+LARGE = 2**14
+"""How many elements a weight has at least, or the rows beside few outputs, for that to pay.
+
+A function of one's own takes some 20 microseconds in a step of training, as measured on one core;
+that is what it saves for weights of 128 x 128, and for 64 rows of 256 and one output."""
+
+FEW = 8
+"""Up to so many outputs x^T g is slow: it takes more than three times what g^T x takes."""
+
+
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(n, rows, in), (n, out, in) and (n, 1, out) -> (n, rows, out)."""
-    if _is_plain(rows, weight):
+    if _is_plain(rows, weight) and _is_large(rows, weight):
         return _Product.apply(rows, weight, bias)  # type: ignore[no-any-return]
     return _multiply(rows, weight, bias)
 
@@ -28,6 +38,11 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     turned = weight.transpose(1, 2)
     return torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias, rows, turned)
+
+
+def _is_large(rows: Tensor, weight: Tensor) -> bool:
+    _, out, width = weight.shape
+    return max(out, rows.shape[1] if out <= FEW else 0) * width >= LARGE
 
 
 def _is_plain(rows: Tensor, weight: Tensor) -> bool:
