@@ -22,9 +22,8 @@ from conjoin.policy.cost import (
 
 FORWARD = Setting(training=False)
 TRAINING = Setting(training=True)
-FLAT = Machine(
-    call=1.0, cut=0.5, step=0.0, rate=1.0, bandwidth=1e9, written=((0.0, 0.0), (1e9, 0.0))
-)
+NONE = ((0.0, 0.0), (1e9, 0.0))
+FLAT = Machine(1.0, 0.5, 0.0, 1.0, bandwidth=1e9, written=NONE, joined=NONE, packed=NONE)
 """A machine on which only calls and arithmetic take time."""
 
 

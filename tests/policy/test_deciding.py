@@ -15,13 +15,17 @@ from conjoin.legality import Reason
 from conjoin.policy import deciding, machine, race
 from conjoin.policy.cost import Machine
 
+ASKING = ((0.0, 0.0), (2**14, 1e-7), (2**14 + 1, 1.0), (2**15, 2.0))
+
 SMALL = Machine(
     call=1e-6,
     cut=1e-6,
     step=0.0,
     rate=1e15,
     bandwidth=1e15,
-    written=((0.0, 0.0), (2**14, 1e-7), (2**14 + 1, 1.0), (2**15, 2.0)),
+    written=ASKING,
+    joined=ASKING,
+    packed=((0.0, 0.0), (1.0, 0.0)),
 )
 """A machine that has to ask for each 16 KiB, and takes a second for that."""
 

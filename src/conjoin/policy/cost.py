@@ -3,7 +3,8 @@
 k layers read x. They may run by themselves, as one wide layer, or in between as several, and what
 one of these layers takes is taken to be
 
-    launches * call  +  max(2 * multiply-adds / rate, bytes read / bandwidth)  +  new bytes
+    launches * call  +  max(2 * multiply-adds / rate + weights laid out anew, bytes read / bandwidth)
+                     +  new bytes
 
 summed over the forward pass and, in training, the backward pass and what a step of Adam takes for
 each parameter. All constants are measured on the machine (see `machine.py`). What differs:
@@ -12,10 +13,12 @@ each parameter. All constants are measured on the machine (see `machine.py`). Wh
   layers' gradients of x; for a wide layer also one where the weights are joined at each call;
 - what it takes to cut a wide output where nothing carries the wide form on: the split itself, the
   cat that is its backward pass, and a copy for each part that must be contiguous;
-- bytes: x is read once for each layer; sums, cats, copies and joined weights are new bytes, and so
-  are tensors of a weight's size that an optimizer makes and drops again;
+- bytes: x is read once for each layer; sums are new bytes, and so are tensors of a weight's size
+  that an optimizer makes and drops again; cats, copies and joined weights are read as well;
 - what a new byte takes: not the same in a tensor that lies in a cache, in one that does not, and in
-  one that the allocator asks the system for at each call, whose pages are all faulted in anew.
+  one that the allocator asks the system for at each call, whose pages are all faulted in anew;
+- how a library reads a weight: with more than one row it lays it out anew, which takes longer for
+  one large weight than for as many bytes in several, if the large one leaves a cache.
 
 What is done to the parts, and how well a library does at one width or another, are not in it. So it
 is an estimate, and labelled so; `policy="measure"` measures.
@@ -57,6 +60,10 @@ The constants are not exact to more. Near the edge one wide layer is taken: what
 layers may gain from it."""
 
 
+Table = tuple[tuple[float, float], ...]
+"""Numbers of bytes, which ascend, and the seconds that were measured with them."""
+
+
 @dataclass(frozen=True, slots=True)
 class Machine:
     """What is measured of a device, in seconds and bytes.
@@ -69,6 +76,8 @@ class Machine:
         bandwidth: bytes read in a second, from memory.
         written: what it takes to fill a tensor that is new, beyond `call`, by its number of bytes,
             which ascend.
+        joined: likewise what it takes to join two tensors side by side, by the bytes of the result.
+        packed: likewise what a product takes beyond its arithmetic, by the bytes of its weight.
     """
 
     call: float
@@ -76,14 +85,29 @@ class Machine:
     step: float
     rate: float
     bandwidth: float
-    written: tuple[tuple[float, float], ...]
+    written: Table
+    joined: Table
+    packed: Table
 
     def new(self, size: float) -> float:
-        """Seconds to fill a new tensor of `size` bytes, between and beyond what was measured."""
-        sizes = [at for at, _ in self.written]
-        right = min(bisect.bisect_left(sizes, size), len(sizes) - 1)
-        (low, before), (high, after) = self.written[max(right, 1) - 1], self.written[max(right, 1)]
-        return max(0.0, before + (after - before) * (size - low) / (high - low))
+        """Seconds to fill a new tensor of `size` bytes."""
+        return _between(self.written, size)
+
+    def copy(self, size: float) -> float:
+        """Seconds to fill one of `size` bytes with what lies elsewhere in another order."""
+        return _between(self.joined, size)
+
+    def pack(self, size: float) -> float:
+        """Seconds to lay out a weight of `size` bytes for a product."""
+        return _between(self.packed, size)
+
+
+def _between(table: Table, size: float) -> float:
+    """The seconds for a size, between and beyond what was measured."""
+    sizes = [at for at, _ in table]
+    right = max(min(bisect.bisect_left(sizes, size), len(sizes) - 1), 1)
+    (low, before), (high, after) = table[right - 1], table[right]
+    return max(0.0, before + (after - before) * (size - low) / (high - low))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +122,7 @@ class Work:
         operations: its multiplications and additions.
         biased: whether it has a bias.
         contiguous: whether its part of a wide output must be made contiguous.
+        several: whether its weight is multiplied with more than one row.
     """
 
     input: int
@@ -107,6 +132,7 @@ class Work:
     operations: int
     biased: bool = False
     contiguous: bool = False
+    several: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -176,28 +202,36 @@ def _seconds_of(machine: Machine, form: Form, works: Sequence[Work], setting: Se
 def _layer(machine: Machine, layers: Sequence[Work], setting: Setting) -> float:
     """What it takes to run one layer that is as wide as all of these."""
     if len(layers) > 1 and setting.one_by_one:
-        joint = machine.call + machine.new(sum(each.output for each in layers))
+        joint = machine.call + machine.copy(sum(each.output for each in layers))
         return joint + sum(_layer(machine, [each], setting) for each in layers)
     joined = len(layers) > 1 and setting.joined
     cut = len(layers) > 1 and setting.cut
     output, weight = sum(each.output for each in layers), sum(each.weight for each in layers)
-    new = [output, *(each.output for each in layers if cut and each.contiguous)]
-    new += [weight] if joined else []
+    copies = [each.output for each in layers if cut and each.contiguous]
+    copies += [weight] if joined else []
     biased = {each.biased for each in layers}
-    launches, products = len(new) + (len(biased) > 1), 1  # Zeros fill the gaps of a bias.
+    launches, products = 1 + (len(biased) > 1), 1  # Zeros fill the gaps of a bias.
+    new = [output]
     if setting.training:
         back = [weight, *([layers[0].input] if setting.passed_on else [])]
         products += len(back)
-        back += [output] if cut else []  # The cat of the parts' gradients.
-        back += [weight] if joined else []
+        copies += [output] if cut else []  # The cat of the parts' gradients.
+        copies += [weight] if joined else []
         launches += len(back) + any(biased)
         new += [*back, *[weight] * TEMPORARIES]
-    operations = sum(each.operations for each in layers)
-    read = layers[0].input + sum(each.read for each in layers)
-    product = max(operations / machine.rate, read / machine.bandwidth)
-    fixed = launches * machine.call + cut * machine.cut
+    fixed = (launches + len(copies)) * machine.call + cut * machine.cut
     fixed += setting.training * (1 + any(biased)) * machine.step
-    return fixed + products * product + sum(map(machine.new, new))
+    moved = sum(map(machine.new, new)) + sum(map(machine.copy, copies))
+    return fixed + products * _product(machine, layers) + moved
+
+
+def _product(machine: Machine, layers: Sequence[Work]) -> float:
+    """What the arithmetic of one layer takes that is as wide as these."""
+    operations = sum(each.operations for each in layers)
+    weight, read = sum(each.weight for each in layers), sum(each.read for each in layers)
+    several = any(each.several for each in layers)
+    computed = operations / machine.rate + (machine.pack(weight) if several else 0.0)
+    return max(computed, (layers[0].input + read) / machine.bandwidth)
 
 
 def forms(widths: Sequence[int], names: Sequence[str]) -> Iterator[Form]:

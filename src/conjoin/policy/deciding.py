@@ -83,6 +83,7 @@ class Group:
             operations=0 if looked_up else 2 * outputs * weight.numel() // max(width, 1),
             biased="bias" in held,
             contiguous=position in self.contiguous,
+            several=not looked_up and outputs > width,
         )
 
     def setting(self, *, cut: bool = True) -> Setting:
