@@ -29,6 +29,7 @@ from conjoin.graph.rewriting import Rewrite
 from conjoin.layers import Kind, Norm
 from conjoin.layers.wide import WIDE, View
 from conjoin.merging import Merger, layer_key, merger_of, norm_key
+from conjoin.policy.cost import Lie
 
 
 class Towers(Rewrite):
@@ -71,7 +72,8 @@ def _climb(
         users = bundles.readers(bundle, positions)
         layers = [modules[str(user.target)] for user in users]
         kind = merger.kind_of(layers[0])
-        if kind is None or merger.wide(kind, layers, together=False) is None:
+        lie: Lie = "stack" if bundle.dim is None else "beside"
+        if kind is None or merger.wide(kind, layers, together=False, lie=lie) is None:
             continue
         inner = bundles.carve(graph, bundle, positions.start, positions.stop)
         count = len(layers)
@@ -96,7 +98,7 @@ def _gather(graph: fx.Graph, modules: Mapping[str, nn.Module], merger: Merger) -
     for users in _alike(graph, modules, calls, edges):
         layers = [modules[str(user.target)] for user in users]
         kind = merger.kind_of(layers[0])
-        if kind is None or merger.wide(kind, layers, together=False) is None:
+        if kind is None or merger.wide(kind, layers, together=False, lie="apart") is None:
             continue
         inputs = [user.all_input_nodes[0] for user in users]
         with graph.inserting_before(max(inputs).next):

@@ -25,6 +25,7 @@ from conjoin.memory import Memory
 from conjoin.policy.budget import Need, fit
 from conjoin.policy.cost import Policy
 from conjoin.policy.deciding import check_policy, decide, note, noted
+from conjoin.policy.levels import Against, estimates
 from conjoin.reachable import remembering
 from conjoin.report import Group, Report
 from conjoin.tracing import graph_modules
@@ -113,11 +114,12 @@ def optimize(
         with graph_modules.lifted(optimized):
             found, sightings = _find(optimized, calls, kinds)
             found = decide(optimized, noted(optimized, found, again=True), sightings, policy)
+            against = estimates(optimized, sightings, policy)
             if limit is not None:
-                found = _fit(optimized, calls[0], found, sightings, kinds, limit)
+                found = _fit(optimized, calls[0], found, sightings, kinds, against, limit)
             if optimized is model and not inplace:
                 optimized = _copy(model)
-            _, found = apply(optimized, found, sightings, kinds)
+            _, found = apply(optimized, found, sightings, kinds, against)
             note(optimized, found)
     return optimized
 
@@ -193,10 +195,11 @@ def report(
     with _no_collection(), remembering(), graph_modules.lifted(model):
         found, sightings = _find(model, calls, kinds)
         found = decide(model, noted(model, found, again=False), sightings, policy)
+        against = estimates(model, sightings, policy)
         if limit is not None:
-            found = _fit(model, calls[0], found, sightings, kinds, limit)
+            found = _fit(model, calls[0], found, sightings, kinds, against, limit)
         if calls:
-            counts = count(model, calls[0], found, sightings, kinds)
+            counts = count(model, calls[0], found, sightings, kinds, against)
         else:
             counts = uncounted(model, found, sightings, kinds)
         groups = tuple(
@@ -356,6 +359,7 @@ def _fit(
     found: tuple[Candidate, ...],
     sightings: Sightings,
     kinds: tuple[Kind, ...],
+    against: Against | None,
     limit: int,
 ) -> tuple[Candidate, ...]:
     """The groups with which a call stays within a limit of memory, predicted on copies."""
@@ -363,7 +367,7 @@ def _fit(
     def fitted(copied: Callable[[], Copy]) -> tuple[Candidate, ...]:
         def need(groups: Sequence[Candidate]) -> Need:
             merged = copied()
-            levels = apply(merged.model, groups, sightings, kinds)[0].levels
+            levels = apply(merged.model, groups, sightings, kinds, against)[0].levels
             behind = (Candidate(level.kind, level.layers, level.widths) for level in levels)
             return Need(merged.count(call, {}).peak or 0, tuple(behind))
 

@@ -14,6 +14,7 @@ from conjoin.layers.owner import reclaim
 from conjoin.layers.wide import release, unmark, views
 from conjoin.merging import MERGER, Merger
 from conjoin.policy.deciding import DECIDED, leave_apart
+from conjoin.policy.levels import Against
 from conjoin.tracing import graph_modules, regions
 
 
@@ -22,6 +23,7 @@ def apply(
     found: Sequence[Candidate],
     sightings: Sightings,
     kinds: tuple[Kind, ...],
+    against: Against | None = None,
     depths: Depths | None = None,
 ) -> tuple[Merger, tuple[Candidate, ...]]:
     """Merges groups, and what the rewritten forwards can run at once beyond them.
@@ -31,12 +33,13 @@ def apply(
         found: its groups and refusals.
         sightings: what was seen of it.
         kinds: the kinds of layer.
+        against: what is against merging layers behind the groups, if anything.
         depths: what watches the rewritten graphs, for a report.
 
     Returns:
         The merger, and what became of what was found.
     """
-    merger = Merger(model, kinds, sightings, found)
+    merger = Merger(model, kinds, sightings, found, against=against)
     if depths is not None:
         merger.rewritten = depths.watch
     if merger.merge_all(found):

@@ -23,6 +23,7 @@ from conjoin.layers.owner import raw_parameters
 from conjoin.layers.product import SUFFIX
 from conjoin.layers.wide import Wide, wides
 from conjoin.merging import Level, Merger
+from conjoin.policy.levels import Against
 from conjoin.report import Group
 from conjoin.tracing.observe import Call, Copy, UncopyableError
 from conjoin.tracing.undisturbed import undisturbed
@@ -64,7 +65,7 @@ class Counts:
         optimized: those of the optimized model, also by wide layer, by the least name of a layer.
         apart: those of layers whose wide layer did not run, without rewritten forwards.
         levels: what was merged beyond what was found at first, or runs in a rewritten forward.
-        refused: products that read one tensor and stay as they are.
+        refused: what was found in graphs and stays as it is.
         found: what became of what was found; None where nothing was merged.
         depths: what is behind groups, by their layers.
     """
@@ -131,9 +132,12 @@ def count(
     found: Sequence[Candidate],
     sightings: Sightings,
     kinds: tuple[Kind, ...],
+    against: Against | None = None,
 ) -> Counts:
     """The launches of a call of the model, plain and optimized."""
-    counts = on_copies(model, lambda copied: _count_on(copied, call, found, sightings, kinds))
+    counts = on_copies(
+        model, lambda copied: _count_on(copied, call, found, sightings, kinds, against)
+    )
     return counts or Counts()
 
 
@@ -155,12 +159,13 @@ def _count_on(
     found: Sequence[Candidate],
     sightings: Sightings,
     kinds: tuple[Kind, ...],
+    against: Against | None,
 ) -> Counts:
     """The launches, counted on copies of the model."""
     plain, optimized = copied(), copied()
     restore(plain.model)
     depths = Depths(optimized.model)
-    merger, found = apply(optimized.model, found, sightings, kinds, depths)
+    merger, found = apply(optimized.model, found, sightings, kinds, against, depths)
     levels = _levels(optimized.model)
     groups = [candidate.layers for candidate in (*found, *merger.refused.values())]
     groups += [level.layers for level in levels.values()]

@@ -21,6 +21,8 @@ from conjoin.layers.kind import TENSORS, common, tensors
 from conjoin.layers.owner import lend, may_lend, reclaim
 from conjoin.layers.product import SUFFIX, Product
 from conjoin.layers.wide import View, Wide, fuse, release, wides
+from conjoin.legality import Reason, Refusal
+from conjoin.policy.cost import Figures, Lie
 from conjoin.reachable import functions_of, words
 
 MERGER = "conjoin_merger"
@@ -83,7 +85,8 @@ class Merger:
     Attributes:
         kinds: the kinds of layer that siblings are looked for in.
         levels: what it has merged beyond the siblings that were found at first.
-        refused: the products that read one tensor and stay as they are, and why.
+        refused: what was found in graphs and stays as it is, and why: products that read one tensor,
+            and layers that it does not pay to run at once.
         rewritten: what is called with each graph when all passes are through with it, if anything.
         frozen: whether it merges nothing, and only knows what is merged.
     """
@@ -97,6 +100,7 @@ class Merger:
         *,
         frozen: bool = False,
         escapes: bool = True,
+        against: Callable[[Candidate, Lie], Figures | None] | None = None,
     ) -> None:
         """Looks at the model's parameters once.
 
@@ -107,8 +111,10 @@ class Merger:
             found: its siblings; those that were refused are left alone.
             frozen: merge nothing, and know what is merged.
             escapes: whether something beyond the graphs reads their outputs.
+            against: what is against merging layers that read tensors of their own, if anything.
         """
         self.frozen = frozen
+        self._against = against
         self._escapes = escapes
         self.kinds = kinds
         self.levels: list[Level] = []
@@ -277,6 +283,7 @@ class Merger:
         *,
         together: bool,
         contiguous: frozenset[int] = frozenset(),
+        lie: Lie = "beside",
     ) -> Wide | None:
         """The wide layer of these layers, merged now if they may be and are not yet.
 
@@ -285,6 +292,7 @@ class Merger:
             layers: the layers, in the order of the parts.
             together: whether they are called on one tensor.
             contiguous: the positions of those whose output must be contiguous.
+            lie: how the tensors lie that they are called on, if not on one.
 
         Returns:
             The wide layer; None where they stay apart.
@@ -293,10 +301,25 @@ class Merger:
             return known
         if self.frozen or not self.may_merge(kind, layers, together=together):
             return None
-        wide = self._merge(kind, layers, contiguous, together=together)
         names = tuple(self._names[layer] for layer in layers)
+        if not together and self._is_against(kind, layers, names, lie):
+            return None
+        wide = self._merge(kind, layers, contiguous, together=together)
         self.levels.append(Level(kind, names, tuple(wide.widths)))
         return wide
+
+    def _is_against(
+        self, kind: Kind, layers: Sequence[nn.Module], names: tuple[str, ...], lie: Lie
+    ) -> bool:
+        """Whether it does not pay to run layers at once that may be merged; and notes why."""
+        widths = tuple(tensors(layer)["weight"].shape[kind.weight_dim] for layer in layers)
+        candidate = Candidate(kind, names, widths)
+        figures = self._against(candidate, lie) if self._against else None
+        if figures is not None:
+            refusal = Refusal(names, Reason.DOES_NOT_PAY, str(figures))
+            found = dataclasses.replace(candidate, refusal=refusal, figures=figures)
+            self.refused.setdefault(frozenset(names), found)
+        return figures is not None
 
     def reorder(self, views: Sequence[nn.Module], order: Sequence[int]) -> None:
         """Puts the parts of a wide layer in another order; the first that asks decides.

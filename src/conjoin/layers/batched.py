@@ -31,7 +31,7 @@ FEW = 8
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(n, rows, in), (n, out, in) and (n, 1, out) -> (n, rows, out)."""
     if _is_plain(rows, weight) and _is_large(rows, weight):
-        return _Product.apply(rows, weight, bias)  # type: ignore[no-any-return]
+        return _Product.apply(rows, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
     return _multiply(rows, weight, bias)
 
 

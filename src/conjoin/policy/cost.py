@@ -135,6 +135,13 @@ class Work:
     several: bool = False
 
 
+NUMBERS = ("input", "output", "weight", "read", "operations")
+FLAGS = ("biased", "contiguous", "several")
+
+Lie = Literal["beside", "stack", "apart"]
+"""How the tensors lie that layers read: side by side in one, in a stack, or each by itself."""
+
+
 @dataclass(frozen=True, slots=True)
 class Setting:
     """What the calls of a group have in common.
@@ -146,6 +153,7 @@ class Setting:
         one_by_one: whether a wide layer runs its parts by themselves and joins what they give.
         cut: whether its output is cut right behind it; otherwise more may run on it first, or it
             may not be cut at all.
+        stacked: whether layers that read tensors of their own are one batched product.
     """
 
     training: bool
@@ -153,6 +161,7 @@ class Setting:
     joined: bool = False
     one_by_one: bool = False
     cut: bool = True
+    stacked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -199,8 +208,57 @@ def _seconds_of(machine: Machine, form: Form, works: Sequence[Work], setting: Se
     return seconds(machine, [[works[i] for i in run] for run in form], setting)
 
 
-def _layer(machine: Machine, layers: Sequence[Work], setting: Setting) -> float:
-    """What it takes to run one layer that is as wide as all of these."""
+def level(machine: Machine, works: Sequence[Work], setting: Setting, lie: Lie) -> Figures:
+    """What layers take that read tensors of their own, by themselves and as one layer.
+
+    It is taken for granted that nothing behind a batched product goes on wide, so that it must be
+    quicker by itself: the rates are the same, and what it saves is launches. A convolution in
+    groups reads what lies side by side as it is, so it is left apart only where it is slower.
+
+    Args:
+        machine: what is measured of the device.
+        works: what each layer does.
+        setting: what they have in common.
+        lie: how the tensors lie.
+    """
+    apart = sum(_layer(machine, [work], setting) for work in works)
+    arithmetic = sum(_product(machine, [work]) for work in works)
+    whole = _layer(machine, [_together(works)], setting, arithmetic)
+    read, given = (sum(getattr(work, name) for work in works) for name in ("input", "output"))
+    copied = machine.call + machine.copy(read)
+    if lie == "apart":
+        whole += copied  # They are joined first.
+    elif setting.training and setting.passed_on:
+        apart += copied  # Cut here, the gradients are joined.
+        whole += copied if lie == "beside" and setting.stacked else 0.0
+    if lie != "apart":
+        apart += machine.cut
+    if lie == "apart" or setting.stacked:
+        whole += machine.cut
+        whole += setting.training * (machine.call + machine.copy(given))
+    most = apart if setting.stacked or lie == "apart" else apart * (1 + MARGIN)
+    chosen, layers = (whole, 1) if whole <= most else (apart, len(works))
+    return Figures(apart, whole, chosen, layers, measured=False, training=setting.training)
+
+
+def _together(works: Sequence[Work]) -> Work:
+    """What layers do together."""
+    numbers = (sum(getattr(work, name) for work in works) for name in NUMBERS)
+    flags = (any(getattr(work, name) for work in works) for name in FLAGS)
+    return Work(*numbers, *flags)
+
+
+def _layer(
+    machine: Machine, layers: Sequence[Work], setting: Setting, arithmetic: float | None = None
+) -> float:
+    """What it takes to run one layer that is as wide as all of these.
+
+    Args:
+        machine: what is measured of the device.
+        layers: what they do.
+        setting: what they have in common.
+        arithmetic: what a product takes, where it is not that of one wide layer.
+    """
     if len(layers) > 1 and setting.one_by_one:
         joint = machine.call + machine.copy(sum(each.output for each in layers))
         return joint + sum(_layer(machine, [each], setting) for each in layers)
@@ -222,7 +280,8 @@ def _layer(machine: Machine, layers: Sequence[Work], setting: Setting) -> float:
     fixed = (launches + len(copies)) * machine.call + cut * machine.cut
     fixed += setting.training * (1 + any(biased)) * machine.step
     moved = sum(map(machine.new, new)) + sum(map(machine.copy, copies))
-    return fixed + products * _product(machine, layers) + moved
+    product = _product(machine, layers) if arithmetic is None else arithmetic
+    return fixed + products * product + moved
 
 
 def _product(machine: Machine, layers: Sequence[Work]) -> float:

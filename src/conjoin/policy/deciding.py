@@ -92,7 +92,8 @@ class Group:
         passed_on = any(shapes.passed_on for shapes in self.shapes)
         joined = self.kind.joins(widths)
         one_by_one = self.kind.reads_one_by_one(widths, training=self.training)
-        return Setting(self.training, passed_on, joined, one_by_one, cut)
+        stacked = bool(self.kind.stacked)
+        return Setting(self.training, passed_on, joined, one_by_one, cut, stacked)
 
     def key(self) -> Hashable:
         """What is equal for groups that take the same time."""
@@ -132,7 +133,7 @@ def _decided(
     layers = tuple(model.get_submodule(name) for name in candidate.layers)
     if (merged := _as_merged(layers)) is not None:
         return pieces(candidate, merged, sightings)
-    group = None if policy == "always" else _group(model, candidate, layers, sightings)
+    group = None if policy == "always" else group_of(candidate, layers, sightings, trains(model))
     if group is None:
         return (candidate,)
     known = machine.constants(group.weight.device, group.weight.dtype)
@@ -145,8 +146,13 @@ def _decided(
     return _chosen(candidate, form, figures, sightings)
 
 
-def _group(
-    model: nn.Module, candidate: Candidate, layers: tuple[nn.Module, ...], sightings: Sightings
+def trains(model: nn.Module) -> bool:
+    """Whether a step of training is to be quick, or forward only."""
+    return model.training and torch.is_grad_enabled()
+
+
+def group_of(
+    candidate: Candidate, layers: tuple[nn.Module, ...], sightings: Sightings, training: bool
 ) -> Group | None:
     """A candidate in what was seen of it; None where its layers were not run, or are not real."""
     if not all(name in sightings.shapes for name in candidate.layers):
@@ -156,7 +162,7 @@ def _group(
     held = [tensor for layer in layers for tensor in tensors(layer).values()]
     if any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in held):
         return None
-    training = model.training and torch.is_grad_enabled() and any(t.requires_grad for t in held)
+    training = training and any(tensor.requires_grad for tensor in held)
     shapes = tuple(sightings.shapes[name] for name in candidate.layers)
     contiguous = candidate.contiguous
     return Group(candidate.kind, candidate.layers, layers, shapes, contiguous, training)

@@ -125,11 +125,11 @@ def read(path: Path, key: tuple[str, ...]) -> Machine | None:
         if held["format"] != FORMAT or held["key"] != list(key):
             return None
         fields = held["constants"]
-        tables = {
+        known: dict[str, Any] = {
             name: tuple((float(size), float(taken)) for size, taken in fields.pop(name))
             for name in TABLES
         }
-        found = Machine(**{name: float(value) for name, value in fields.items()}, **tables)
+        found = Machine(**known | {name: float(value) for name, value in fields.items()})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return found if _is_possible(found) else None
@@ -211,7 +211,7 @@ def _table(sizes: Sequence[int], taken: list[float]) -> Table:
 def _joining(source: Tensor, size: int, device: torch.device) -> float:
     """The seconds that it takes to make a tensor of so many numbers of two beside each other."""
     several = min(IN_USE, max(1, READ // 4 // source.itemsize // size))
-    pieces = source.split(size)[:several]
+    pieces = torch.split(source, size)[:several]
     halves = [piece.view(2, -1, min(SIDE, size) // 2).unbind() for piece in pieces]
 
     def join() -> None:  # None of them is kept, or the next would need memory of its own.
@@ -233,11 +233,16 @@ def _packed(weights: Tensor, call: float, rate: float, device: torch.device) -> 
     rows = weights.new_full((ROWS, FEATURES), 0.5)
     taken = []
     for size in WEIGHTS:
-        each = weights.split(size // FEATURES // weights.itemsize)
-        products = least(lambda each=each: [F.linear(rows, weight) for weight in each], device)
+        each = torch.split(weights, size // FEATURES // weights.itemsize)
+        products = least(functools.partial(_multiply, rows, each), device)
         seconds = products / len(each) - call - ROWS * size // weights.itemsize * 2 / rate
         taken.append((size, max(0.0, seconds)))
     return tuple(taken)
+
+
+def _multiply(rows: Tensor, weights: Sequence[Tensor]) -> None:
+    for weight in weights:
+        F.linear(rows, weight)
 
 
 def _step_of_adam(device: torch.device, dtype: torch.dtype, count: int) -> float:
