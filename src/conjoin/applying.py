@@ -49,7 +49,7 @@ def apply(
         regions.install(model, sightings.calls, {MERGER: merger})
         running = regions.covered(model) | called
         merger.give_back(running)
-        settled = leave_apart(model, found, running)
+        settled = leave_apart(model, found, running, regions.cuts(model))
         if settled == tuple(found):
             return merger, settled
         merger.leave(settled)

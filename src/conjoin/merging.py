@@ -85,8 +85,8 @@ class Merger:
     Attributes:
         kinds: the kinds of layer that siblings are looked for in.
         levels: what it has merged beyond the siblings that were found at first.
-        refused: what was found in graphs and stays as it is, and why: products that read one tensor,
-            and layers that it does not pay to run at once.
+        refused: what was found in graphs and stays as it is, and why: products that read one
+            tensor, and layers that it does not pay to run at once.
         rewritten: what is called with each graph when all passes are through with it, if anything.
         frozen: whether it merges nothing, and only knows what is merged.
     """

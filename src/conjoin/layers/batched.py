@@ -17,7 +17,6 @@ from torch import Tensor
 from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 
-
 LARGE = 2**14
 """How many elements a weight has at least, or the rows beside few outputs, for that to pay.
 

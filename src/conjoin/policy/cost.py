@@ -3,7 +3,7 @@
 k layers read x. They may run by themselves, as one wide layer, or in between as several, and what
 one of these layers takes is taken to be
 
-    launches * call  +  max(2 * multiply-adds / rate + weights laid out anew, bytes read / bandwidth)
+    launches * call  +  max(2 * multiply-adds / rate + weights laid out, bytes read / bandwidth)
                      +  new bytes
 
 summed over the forward pass and, in training, the backward pass and what a step of Adam takes for
@@ -194,6 +194,24 @@ class Figures:
             ", a training step" if self.training else ", forward",
         ]
         return "".join(parts)
+
+
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What a group takes where its output is cut.
+
+    Attributes:
+        figures: what it takes where that is at once.
+        spared: what each operation spares that runs on the output before.
+    """
+
+    figures: Figures
+    spared: float
+
+    def pays(self, carried: int) -> bool:
+        """Whether one wide layer does with so many operations behind it."""
+        whole = self.figures.whole - carried * self.spared
+        return whole <= self.figures.apart * (1 + MARGIN)
 
 
 def seconds(machine: Machine, forms: Sequence[Sequence[Work]], setting: Setting) -> float:

@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import get_args
 
 import torch
@@ -24,7 +24,18 @@ from conjoin.layers.kind import common, tensors
 from conjoin.layers.wide import View, Wide, release
 from conjoin.legality import Reason, Refusal
 from conjoin.policy import machine, race
-from conjoin.policy.cost import Figures, Form, Machine, Policy, Setting, Work, choose, likely, pick
+from conjoin.policy.cost import (
+    Cut,
+    Figures,
+    Form,
+    Machine,
+    Policy,
+    Setting,
+    Work,
+    choose,
+    likely,
+    pick,
+)
 
 DECIDED = "_conjoin_decided"
 """The attribute of an optimized model that holds the groups that were left alone by choice, and
@@ -196,9 +207,16 @@ def _estimated(
     """
     works = group.works()
     form, figures = choose(known, works, group.names, group.setting(cut=False))
+    apart = tuple((position,) for position in range(len(works)))
     in_lockstep, cut = choose(known, works, group.names, group.setting())
-    if len(in_lockstep) == len(group.names):
+    if in_lockstep == apart:
         candidate = dataclasses.replace(candidate, lockstep=cut)
+    # A forward that is rewritten reads a part as it lies, nearly everywhere.
+    works = [dataclasses.replace(work, contiguous=False) for work in works]
+    rewritten, cut = choose(known, works, group.names, group.setting())
+    if rewritten == apart:
+        spared = known.call * (len(works) - 1) * (1 + group.training)
+        candidate = dataclasses.replace(candidate, cut=Cut(cut, spared))
     return _chosen(candidate, form, figures, sightings)
 
 
@@ -266,25 +284,44 @@ def pieces(candidate: Candidate, form: Form, sightings: Sightings) -> Iterator[C
 
 
 def leave_apart(
-    model: nn.Module, found: Iterable[Candidate], running: Collection[Wide]
+    model: nn.Module,
+    found: Iterable[Candidate],
+    running: Collection[Wide],
+    cuts: Mapping[Wide, int],
 ) -> tuple[Candidate, ...]:
-    """Undoes what does not pay where no forward is rewritten; the groups as they are then.
+    """Undoes what does not pay where no forward is rewritten, or does no more than cut it.
 
     Args:
         model: the model, in which the groups are merged.
         found: the groups and refusals.
         running: the wide layers that a rewritten forward runs.
+        cuts: those whose output is cut, and after how many operations.
+
+    Returns:
+        The groups as they are then.
     """
     left: list[Candidate] = []
     for candidate in found:
-        views = (model.get_submodule(name) for name in candidate.layers if candidate.lockstep)
+        against = candidate.lockstep or candidate.cut
+        views = (model.get_submodule(name) for name in candidate.layers if against)
         held = [view for view in views if isinstance(view, View)]
-        if candidate.lockstep and held and held[0].wide_layer not in running:
+        figures = _against(candidate, held[0].wide_layer, running, cuts) if held else None
+        if figures is not None:
             for view in held:
                 release(view)
-            candidate = _left_alone(candidate, candidate.lockstep)
+            candidate = _left_alone(candidate, figures)
         left.append(candidate)
     return tuple(left)
+
+
+def _against(
+    candidate: Candidate, wide: Wide, running: Collection[Wide], cuts: Mapping[Wide, int]
+) -> Figures | None:
+    """What is against a wide layer in the way in which it runs."""
+    if wide not in running:
+        return candidate.lockstep
+    cut = candidate.cut if wide in cuts else None
+    return None if cut is None or cut.pays(cuts[wide]) else cut.figures
 
 
 def note(model: nn.Module, decided: Iterable[Candidate]) -> None:

@@ -1,4 +1,4 @@
-"""Whether layers behind the siblings are to run at once, which is asked while graphs are rewritten."""
+"""Does it pay to run layers behind the siblings at once? Asked while graphs are rewritten."""
 
 from __future__ import annotations
 

@@ -414,6 +414,20 @@ def covered(module: nn.Module) -> set[Wide]:
     return set().union(*map(_whole, _regions(module)))
 
 
+def cuts(module: nn.Module) -> dict[Wide, int]:
+    """The wide layers of whose output no rewritten forward does more than a little and cut it.
+
+    With the number of operations that run on it before, at most.
+    """
+    found: dict[Wide, list[int | None]] = {}
+    for region in _regions(module):
+        for variants in vars(region)[PLAN].variants.values():
+            for path, count in itertools.chain(*(each.traced.cuts for each in variants)):
+                found.setdefault(cast(Wide, region.get_submodule(path)), []).append(count)
+    known = {wide: [n for n in counts if n is not None] for wide, counts in found.items()}
+    return {wide: max(known[wide]) for wide, each in found.items() if None not in each}
+
+
 def _structures(calls: Mapping[str, Mapping[Structure, Alike]] | None, name: str) -> _Structures:
     found: _Structures | None = (calls or {}).get(name)  # type: ignore[assignment]
     return found or {None: ()}

@@ -31,6 +31,7 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from conjoin.graph import channelwise, edit, elementwise, products
+from conjoin.graph.bundles import CARRIED
 from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.wide import View
@@ -80,6 +81,8 @@ class Traced:
         alike: for each tensor of a call a number, equal for those that must be of one shape.
         most: how many elements they may have all together; None where that does not matter, nor
             which are alike.
+        cuts: the paths of wide layers that it calls, and how many operations run on what each
+            gives before it is cut; None where it is not.
     """
 
     function: Callable[..., Any]
@@ -95,6 +98,7 @@ class Traced:
     shared: tuple[tuple[Any, tuple[Any, ...]], ...]
     alike: Alike
     most: int | None
+    cuts: tuple[tuple[str, int | None], ...]
 
 
 class _Tracer(fx.Tracer):
@@ -266,6 +270,7 @@ def trace(
         tuple(pair for value, _ in sandbox.shared.values() for pair in snapshots(value)),
         inputs.alike if inputs is not None else (),
         inputs.most if inputs is not None else None,
+        graph_module.meta.get(CARRIED, ()),
     )
 
 
