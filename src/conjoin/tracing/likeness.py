@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from conjoin.layers.wide import ENCLOSES, View, Wide
 from conjoin.tracing.proxies import UnsoundError
@@ -109,6 +110,8 @@ def _held(
 def _facts(tensor: Tensor) -> tuple[Hashable, ...]:
     if nn.parameter.is_lazy(tensor):
         return (type(tensor),)
+    # Those of a fake tensor, which stands for a plain one, are its own affair.
+    attributes = {} if isinstance(tensor, FakeTensor) else vars(tensor)
     return (
         type(tensor),
         tensor.shape,
@@ -117,7 +120,7 @@ def _facts(tensor: Tensor) -> tuple[Hashable, ...]:
         tensor.device,
         tensor.layout,
         tensor.requires_grad,
-        tuple((name, id(value)) for name, value in vars(tensor).items()),
+        tuple((name, id(value)) for name, value in attributes.items()),
     )
 
 
