@@ -236,10 +236,10 @@ def _seconds_of(machine: Machine, form: Form, works: Sequence[Work], setting: Se
 def level(machine: Machine, works: Sequence[Work], setting: Setting, lie: Lie) -> Figures:
     """What layers take that read tensors of their own, by themselves and as one layer.
 
-    It is taken for granted that nothing behind a batched product goes on wide, so that it must be
-    quicker by itself, and by enough: the rates are the same, and what it saves is launches. A
-    convolution in groups reads what lies side by side as it is, so it is left apart only where it
-    is slower.
+    A batched product must save enough by itself: the rates are the same, and what it saves is
+    launches. Where tensors are joined for it, no bundle was there before, so that one operation
+    behind is taken to run at once as well. A convolution in groups reads what lies side by side as
+    it is, so it is left apart only where it is slower.
 
     Args:
         machine: what is measured of the device.
@@ -253,17 +253,17 @@ def level(machine: Machine, works: Sequence[Work], setting: Setting, lie: Lie) -
     read, given = (sum(getattr(work, name) for work in works) for name in ("input", "output"))
     copied = machine.call + machine.copy(read)
     if lie == "apart":
-        whole += copied  # They are joined first.
-    elif setting.training and setting.passed_on:
-        apart += copied  # Cut here, the gradients are joined.
-        whole += copied if lie == "beside" and setting.stacked else 0.0
-    if lie != "apart":
+        behind = (len(works) - 1) * machine.call * (1 + setting.training)
+        whole += copied - behind
+    else:
         apart += machine.cut
-    if lie == "apart" or setting.stacked:
-        whole += machine.cut
+        if setting.training and setting.passed_on:
+            apart += copied  # Cut here, the gradients are joined.
+            whole += copied if lie == "beside" and setting.stacked else 0.0
+    if setting.stacked:
+        whole += machine.cut * (lie != "apart")
         whole += setting.training * (machine.call + machine.copy(given))
-    joins = setting.stacked or lie == "apart"
-    most = apart * (1 - LEAST_SAVED if joins else 1 + MARGIN)
+    most = apart * (1 - LEAST_SAVED if setting.stacked else 1 + MARGIN)
     chosen, layers = (whole, 1) if whole <= most else (apart, len(works))
     return Figures(apart, whole, chosen, layers, measured=False, training=setting.training)
 

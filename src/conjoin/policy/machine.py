@@ -46,8 +46,10 @@ JOINED = (*(2**power for power in range(12, 25, 2)), 31 * 2**20, 2**25, 2**26)
 IN_USE = 4
 """How many times the bytes of a tensor a step goes through before it comes back to it."""
 
-WEIGHTS = tuple(2**power for power in range(16, 26))
-"""Bytes of the weights that are multiplied with a few rows, one after another of `READ / 4`."""
+WEIGHTS = (0, *(2**power for power in range(16, 26)))
+"""Bytes of the weights that are multiplied with a few rows, one after another of `READ / 4`.
+
+None at all takes nothing; the rest of what small ones take is in `call`."""
 
 ROWS, FEATURES = 4, 1024
 """How many rows that are, so few that their arithmetic hides nothing, and of how many numbers."""
@@ -231,8 +233,8 @@ def _packed(weights: Tensor, call: float, rate: float, device: torch.device) -> 
         device: the device.
     """
     rows = weights.new_full((ROWS, FEATURES), 0.5)
-    taken = []
-    for size in WEIGHTS:
+    taken = [(WEIGHTS[0], 0.0)]
+    for size in WEIGHTS[1:]:
         each = torch.split(weights, size // FEATURES // weights.itemsize)
         products = least(functools.partial(_multiply, rows, each), device)
         seconds = products / len(each) - call - ROWS * size // weights.itemsize * 2 / rate
