@@ -48,6 +48,7 @@ def _is_plain(rows: Tensor, weight: Tensor) -> bool:
     """Whether a step of training goes on, and nothing that looks into the product or changes it."""
     return (
         weight.requires_grad
+        and isinstance(rows.shape[1], int)  # And no symbol, of which nothing may be asked.
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(rows.device.type)

@@ -17,8 +17,9 @@ each parameter. All constants are measured on the machine (see `machine.py`). Wh
   that an optimizer makes and drops again; cats, copies and joined weights are read as well;
 - what a new byte takes: not the same in a tensor that lies in a cache, in one that does not, and in
   one that the allocator asks the system for at each call, whose pages are all faulted in anew;
-- how a library reads a weight: with more than one row it lays it out anew, which takes longer for
-  one large weight than for as many bytes in several, if the large one leaves a cache.
+- how a library reads a weight beside two or three rows, too few for what it does with many: MKL
+  lays the whole weight out anew, in memory that it asks for at each call. On one core 36 MB in one
+  weight took 1.2 times what they took in 22, and several times where the system had to give it.
 
 What is done to the parts, and how well a library does at one width or another, are not in it. So it
 is an estimate, and labelled so; `policy="measure"` measures.
@@ -84,7 +85,8 @@ class Machine:
         written: what it takes to fill a tensor that is new, beyond `call`, by its number of bytes,
             which ascend.
         joined: likewise what it takes to join two tensors side by side, by the bytes of the result.
-        packed: likewise what a product takes beyond its arithmetic, by the bytes of its weight.
+        packed: likewise what a product of few rows takes beyond its arithmetic, by the bytes of
+            its weight.
     """
 
     call: float
@@ -105,7 +107,7 @@ class Machine:
         return _between(self.joined, size)
 
     def pack(self, size: float) -> float:
-        """Seconds to lay out a weight of `size` bytes for a product."""
+        """Seconds to lay out a weight of `size` bytes for a product of few rows."""
         return _between(self.packed, size)
 
 
@@ -129,7 +131,7 @@ class Work:
         operations: its multiplications and additions.
         biased: whether it has a bias.
         contiguous: whether its part of a wide output must be made contiguous.
-        several: whether its weight is multiplied with more than one row.
+        few: whether its weight is multiplied with two or three rows.
     """
 
     input: int
@@ -139,11 +141,11 @@ class Work:
     operations: int
     biased: bool = False
     contiguous: bool = False
-    several: bool = False
+    few: bool = False
 
 
 NUMBERS = ("input", "output", "weight", "read", "operations")
-FLAGS = ("biased", "contiguous", "several")
+FLAGS = ("biased", "contiguous", "few")
 
 Lie = Literal["beside", "stack", "apart"]
 """How the tensors lie that layers read: side by side in one, in a stack, or each by itself."""
@@ -315,8 +317,8 @@ def _product(machine: Machine, layers: Sequence[Work]) -> float:
     """What the arithmetic of one layer takes that is as wide as these."""
     operations = sum(each.operations for each in layers)
     weight, read = sum(each.weight for each in layers), sum(each.read for each in layers)
-    several = any(each.several for each in layers)
-    computed = operations / machine.rate + (machine.pack(weight) if several else 0.0)
+    few = any(each.few for each in layers)
+    computed = operations / machine.rate + (machine.pack(weight) if few else 0.0)
     return max(computed, (layers[0].input + read) / machine.bandwidth)
 
 

@@ -45,6 +45,10 @@ CHOICES = frozenset({Reason.DOES_NOT_PAY, Reason.EXCEEDS_MEMORY})
 """The reasons why a group that could be merged is left alone."""
 
 
+MANY = 4
+"""Rows from which on a library has a way of its own for a product; of one row it is another one."""
+
+
 def check_policy(policy: object) -> None:
     """Raises ValueError where there is no such policy."""
     known = get_args(Policy)
@@ -94,7 +98,7 @@ class Group:
             operations=0 if looked_up else 2 * outputs * weight.numel() // max(width, 1),
             biased="bias" in held,
             contiguous=position in self.contiguous,
-            several=not looked_up and outputs > width,
+            few=not looked_up and 1 < outputs // max(width, 1) < MANY,
         )
 
     def setting(self, *, cut: bool = True) -> Setting:

@@ -51,8 +51,8 @@ WEIGHTS = (0, *(2**power for power in range(16, 26)))
 
 None at all takes nothing; the rest of what small ones take is in `call`."""
 
-ROWS, FEATURES = 4, 1024
-"""How many rows that are, so few that their arithmetic hides nothing, and of how many numbers."""
+ROWS, FEATURES = 2, 1024
+"""How many rows that are, so few that their arithmetic hides nothing, and how long they are."""
 
 SIDE = 512
 """Rows and columns of the matrices whose product tells the rate."""
