@@ -168,7 +168,7 @@ def write(path: Path, key: tuple[str, ...], found: Machine) -> None:
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measures a device, which takes some tenths of a second.
+    """Measures a device, which takes about a second.
 
     No random numbers are drawn, and the memory is given back.
 
