@@ -14,11 +14,11 @@ from conjoin.policy.cost import (
     Setting,
     Work,
     choose,
-    forms,
     likely,
     pick,
     seconds,
 )
+from conjoin.policy.forms import forms
 
 FORWARD = Setting(training=False)
 TRAINING = Setting(training=True)

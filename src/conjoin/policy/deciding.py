@@ -24,18 +24,8 @@ from conjoin.layers.kind import common, tensors
 from conjoin.layers.wide import View, Wide, release
 from conjoin.legality import Reason, Refusal
 from conjoin.policy import machine, race
-from conjoin.policy.cost import (
-    Cut,
-    Figures,
-    Form,
-    Machine,
-    Policy,
-    Setting,
-    Work,
-    choose,
-    likely,
-    pick,
-)
+from conjoin.policy.cost import Cut, Figures, Machine, Policy, Setting, Work, choose, likely, pick
+from conjoin.policy.forms import Form
 
 DECIDED = "_conjoin_decided"
 """The attribute of an optimized model that holds the groups that were left alone by choice, and
