@@ -10,7 +10,7 @@ from torch import fx
 from torch.fx.passes.infra.pass_base import PassBase
 
 from conjoin import merging
-from conjoin.graph import rewriting
+from conjoin.graph import bundles, rewriting
 from conjoin.passes.batch import Batch
 from conjoin.passes.cancel import Cancel
 from conjoin.passes.lift import Lift
@@ -52,7 +52,9 @@ def rewrite(graph_module: fx.GraphModule) -> bool:
 
 def rewrite_traced(graph_module: fx.GraphModule) -> bool:
     """The same for a graph that was traced just now, in the mode that it was traced in."""
-    return run_all(graph_module, PIPELINE)
+    changed = run_all(graph_module, PIPELINE)
+    bundles.note_carried(graph_module)
+    return changed
 
 
 def run_all(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> bool:

@@ -33,6 +33,7 @@ from conjoin.layers import GATHERED, Kind, Norm
 from conjoin.layers.view import View
 from conjoin.layers.wide import WIDE
 from conjoin.merging import Merger, layer_key, merger_of, norm_key, table_key
+from conjoin.policy.cost import Lie
 
 
 class Towers(Rewrite):
@@ -77,7 +78,8 @@ def _climb(
         users = bundles.readers(bundle, positions)
         layers = [modules[str(user.target)] for user in users]
         kind = merger.kind_of(layers[0])
-        if kind is None or merger.wide(kind, layers, together=False) is None:
+        lie: Lie = "stack" if bundle.dim is None else "beside"
+        if kind is None or merger.wide(kind, layers, together=False, lie=lie) is None:
             continue
         inner = bundles.carve(graph, bundle, positions.start, positions.stop)
         count = len(layers)
@@ -106,7 +108,7 @@ def _gather(
         kind = calls[users[0]][0]
         if kind in GATHERED and not merger.pays(kind, layers):
             continue
-        if merger.wide(kind, layers, together=False) is None:
+        if merger.wide(kind, layers, together=False, lie="apart") is None:
             continue
         inputs = [user.all_input_nodes[0] for user in users]
         unchanged = len({epochs[node] for node in (*inputs, *users)}) == 1

@@ -4,17 +4,21 @@ from conjoin.policy.cost import Machine
 
 MEGABYTE = 2**20
 
+WRITTEN = (
+    (2**12, 0.0),
+    (31 * MEGABYTE, 3.1e-3),
+    (32 * MEGABYTE, 1.3e-2),
+    (64 * MEGABYTE, 2.6e-2),
+)
+
 STEADY = Machine(
     call=4e-6,
     cut=2e-6,
     step=2e-5,
     rate=5e10,
     bandwidth=1e10,
-    written=(
-        (2**12, 0.0),
-        (31 * MEGABYTE, 3.1e-3),
-        (32 * MEGABYTE, 1.3e-2),
-        (64 * MEGABYTE, 2.6e-2),
-    ),
+    written=WRITTEN,
+    joined=WRITTEN,
+    packed=((0, 0.0), (MEGABYTE, 0.0)),
 )
 """A core and a memory such as are common, with an allocator that asks the system for 32 MiB."""

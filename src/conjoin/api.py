@@ -25,6 +25,7 @@ from conjoin.memory import Memory
 from conjoin.policy.budget import Need, fit
 from conjoin.policy.cost import Policy
 from conjoin.policy.deciding import check_policy, decide, note, noted
+from conjoin.policy.levels import Against, estimates
 from conjoin.reachable import remembering
 from conjoin.report import Group, Report
 from conjoin.tracing import graph_modules
@@ -69,9 +70,11 @@ def optimize(
         policy: which groups are merged, of those that can be. With `"auto"` all but those that an
             estimate from the shapes of the example inputs is against; it may divide a group into
             several wide layers. With `"measure"` each group is timed by itself, on its device, and
-            the quickest form is taken. With `"always"` all. What is quick is looked at in the mode
-            that the model is in: a step of training where it is in training mode and gradients
-            are on, otherwise forward. Without example inputs no shapes are known, and all merge.
+            the quickest form is taken. With `"always"` all. Layers behind the groups are merged
+            where an estimate is not against it, but with `"always"`. What is quick is looked at in
+            the mode that the model is in: a step of training where it is in training mode and
+            gradients are on, otherwise forward. Without example inputs no shapes are known, and
+            all merge.
         memory_budget: bytes as an `int`, or a fraction of the memory of the model's device as a
             `float`, that a call with the example inputs may need, forward and, where gradients are
             on, backward. Groups for which the predicted peak would be above it, and above that of
@@ -113,11 +116,12 @@ def optimize(
         with graph_modules.lifted(optimized):
             found, sightings = _find(optimized, calls, kinds)
             found = decide(optimized, noted(optimized, found, again=True), sightings, policy)
+            against = estimates(optimized, sightings, policy)
             if limit is not None:
-                found = _fit(optimized, calls[0], found, sightings, kinds, limit, policy)
+                found = _fit(optimized, calls[0], found, sightings, kinds, against, limit, policy)
             if optimized is model and not inplace:
                 optimized = _copy(model)
-            _, found = apply(optimized, found, sightings, kinds, policy=policy)
+            _, found = apply(optimized, found, sightings, kinds, against, policy=policy)
             note(optimized, found)
     return optimized
 
@@ -193,10 +197,11 @@ def report(
     with _no_collection(), remembering(), graph_modules.lifted(model):
         found, sightings = _find(model, calls, kinds)
         found = decide(model, noted(model, found, again=False), sightings, policy)
+        against = estimates(model, sightings, policy)
         if limit is not None:
-            found = _fit(model, calls[0], found, sightings, kinds, limit, policy)
+            found = _fit(model, calls[0], found, sightings, kinds, against, limit, policy)
         if calls:
-            counts = count(model, calls[0], found, sightings, kinds, policy)
+            counts = count(model, calls[0], found, sightings, kinds, against, policy)
         else:
             counts = uncounted(model, found, sightings, kinds)
         groups = tuple(
@@ -356,6 +361,7 @@ def _fit(
     found: tuple[Candidate, ...],
     sightings: Sightings,
     kinds: tuple[Kind, ...],
+    against: Against | None,
     limit: int,
     policy: Policy,
 ) -> tuple[Candidate, ...]:
@@ -364,7 +370,7 @@ def _fit(
     def fitted(copied: Callable[[], Copy]) -> tuple[Candidate, ...]:
         def need(groups: Sequence[Candidate]) -> Need:
             merged = copied()
-            levels = apply(merged.model, groups, sightings, kinds, policy=policy)[0].levels
+            levels = apply(merged.model, groups, sightings, kinds, against, policy=policy)[0].levels
             behind = (Candidate(level.kind, level.layers, level.widths) for level in levels)
             return Need(merged.count(call, {}).peak or 0, tuple(behind))
 

@@ -17,6 +17,7 @@ from conjoin.layers.view import views
 from conjoin.merging import MERGER, Merger
 from conjoin.policy.cost import Policy
 from conjoin.policy.deciding import DECIDED, leave_apart
+from conjoin.policy.levels import Against
 from conjoin.tracing import graph_modules, regions
 
 
@@ -25,6 +26,7 @@ def apply(
     found: Sequence[Candidate],
     sightings: Sightings,
     kinds: tuple[Kind, ...],
+    against: Against | None = None,
     depths: Depths | None = None,
     policy: Policy = "auto",
 ) -> tuple[Merger, tuple[Candidate, ...]]:
@@ -35,13 +37,14 @@ def apply(
         found: its groups and refusals.
         sightings: what was seen of it.
         kinds: the kinds of layer.
+        against: what is against merging layers behind the groups, if anything.
         depths: what watches the rewritten graphs, for a report.
         policy: which of the layers behind groups are merged, where that may not pay.
 
     Returns:
         The merger, and what became of what was found.
     """
-    merger = Merger(model, kinds, sightings, found, policy=policy)
+    merger = Merger(model, kinds, sightings, found, against=against, policy=policy)
     if depths is not None:
         merger.rewritten = depths.watch
     if merger.merge_all(found):
@@ -51,7 +54,7 @@ def apply(
         regions.install(model, sightings.calls, {MERGER: merger})
         running = regions.covered(model) | called
         merger.give_back(running)
-        settled = leave_apart(model, found, running)
+        settled = leave_apart(model, found, running, regions.cuts(model))
         if settled == tuple(found):
             return merger, settled
         merger.leave(settled)

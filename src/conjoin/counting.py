@@ -25,6 +25,7 @@ from conjoin.layers.view import wides
 from conjoin.layers.wide import Wide
 from conjoin.merging import Level, Merger
 from conjoin.policy.cost import Policy
+from conjoin.policy.levels import Against
 from conjoin.report import Group
 from conjoin.tracing.observe import Call, Copy, UncopyableError
 from conjoin.tracing.undisturbed import undisturbed
@@ -66,7 +67,7 @@ class Counts:
         optimized: those of the optimized model, also by wide layer, by the least name of a layer.
         apart: those of layers whose wide layer did not run, without rewritten forwards.
         levels: what was merged beyond what was found at first, or runs in a rewritten forward.
-        refused: products that read one tensor and stay as they are.
+        refused: what was found in graphs and stays as it is.
         found: what became of what was found; None where nothing was merged.
         depths: what is behind groups, by their layers.
     """
@@ -136,11 +137,12 @@ def count(
     found: Sequence[Candidate],
     sightings: Sightings,
     kinds: tuple[Kind, ...],
-    policy: Policy,
+    against: Against | None = None,
+    policy: Policy = "auto",
 ) -> Counts:
     """The launches of a call of the model, plain and optimized."""
     counts = on_copies(
-        model, lambda copied: _count_on(copied, call, found, sightings, kinds, policy)
+        model, lambda copied: _count_on(copied, call, found, sightings, kinds, against, policy)
     )
     return counts or Counts()
 
@@ -163,13 +165,14 @@ def _count_on(
     found: Sequence[Candidate],
     sightings: Sightings,
     kinds: tuple[Kind, ...],
+    against: Against | None,
     policy: Policy,
 ) -> Counts:
     """The launches, counted on copies of the model."""
     plain, optimized = copied(), copied()
     restore(plain.model)
     depths = Depths(optimized.model)
-    merger, found = apply(optimized.model, found, sightings, kinds, depths, policy)
+    merger, found = apply(optimized.model, found, sightings, kinds, against, depths, policy)
     levels = _levels(optimized.model)
     groups = [candidate.layers for candidate in (*found, *merger.refused.values())]
     groups += [level.layers for level in levels.values()]

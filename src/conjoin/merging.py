@@ -36,9 +36,9 @@ from conjoin.layers.product import SUFFIX, Product
 from conjoin.layers.releasing import release
 from conjoin.layers.view import View, wides
 from conjoin.layers.wide import Wide
-from conjoin.legality import Reason
+from conjoin.legality import Reason, Refusal
 from conjoin.policy import gathering
-from conjoin.policy.cost import Policy
+from conjoin.policy.cost import Figures, Lie, Policy
 from conjoin.reachable import functions_of, words
 
 MERGER = "conjoin_merger"
@@ -110,7 +110,8 @@ class Merger:
     Attributes:
         kinds: the kinds of layer that siblings are looked for in.
         levels: what it has merged beyond the siblings that were found at first.
-        refused: the products that read one tensor and stay as they are, and why.
+        refused: what was found in graphs and stays as it is, and why: products that read one
+            tensor, and layers that it does not pay to run at once.
         rewritten: what is called with each graph when all passes are through with it, if anything.
         frozen: whether it merges nothing, and only knows what is merged.
         policy: which layers on tensors of their own it merges.
@@ -126,6 +127,7 @@ class Merger:
         *,
         frozen: bool = False,
         escapes: bool = True,
+        against: Callable[[Candidate, Lie], Figures | None] | None = None,
         policy: Policy = "auto",
     ) -> None:
         """Looks at the model's parameters once.
@@ -137,9 +139,11 @@ class Merger:
             found: its siblings; those that were refused are left alone.
             frozen: merge nothing, and know what is merged.
             escapes: whether something beyond the graphs reads their outputs.
-            policy: which of the layers on tensors of their own are merged, where that may not pay.
+            against: what is against merging layers that read tensors of their own, if anything.
+            policy: which of the tables on tensors of their own are merged, where that may not pay.
         """
         self.frozen = frozen
+        self._against = against
         self.policy = policy
         self._escapes = escapes
         self.kinds = kinds
@@ -315,6 +319,7 @@ class Merger:
         *,
         together: bool,
         contiguous: frozenset[int] = frozenset(),
+        lie: Lie = "beside",
     ) -> Wide | None:
         """The wide layer of these layers, merged now if they may be and are not yet.
 
@@ -323,6 +328,7 @@ class Merger:
             layers: the layers, in the order of the parts.
             together: whether they are called on one tensor.
             contiguous: the positions of those whose output must be contiguous.
+            lie: how the tensors lie that they are called on, if not on one.
 
         Returns:
             The wide layer; None where they stay apart.
@@ -331,10 +337,26 @@ class Merger:
             return known
         if self.frozen or not self.may_merge(kind, layers, together=together):
             return None
-        wide = self._merge(kind, layers, contiguous, together=together)
         names = tuple(self._names[layer] for layer in layers)
+        asks = not together and kind not in GATHERED  # These have been asked for.
+        if asks and self._is_against(kind, layers, names, lie):
+            return None
+        wide = self._merge(kind, layers, contiguous, together=together)
         self.levels.append(Level(kind, names, tuple(kind.outputs(wide))))
         return wide
+
+    def _is_against(
+        self, kind: Kind, layers: Sequence[nn.Module], names: tuple[str, ...], lie: Lie
+    ) -> bool:
+        """Whether it does not pay to run layers at once that may be merged; and notes why."""
+        widths = tuple(tensors(layer)["weight"].shape[kind.weight_dim] for layer in layers)
+        candidate = Candidate(kind, names, widths)
+        figures = self._against(candidate, lie) if self._against else None
+        if figures is not None:
+            refusal = Refusal(names, Reason.DOES_NOT_PAY, str(figures))
+            found = dataclasses.replace(candidate, refusal=refusal, figures=figures)
+            self.refused.setdefault(frozenset(names), found)
+        return figures is not None
 
     def reorder(self, views: Sequence[nn.Module], order: Sequence[int]) -> None:
         """Puts the parts of a wide layer in another order; the first that asks decides.

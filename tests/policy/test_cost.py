@@ -14,17 +14,16 @@ from conjoin.policy.cost import (
     Setting,
     Work,
     choose,
-    forms,
     likely,
     pick,
     seconds,
 )
+from conjoin.policy.forms import forms
 
 FORWARD = Setting(training=False)
 TRAINING = Setting(training=True)
-FLAT = Machine(
-    call=1.0, cut=0.5, step=0.0, rate=1.0, bandwidth=1e9, written=((0.0, 0.0), (1e9, 0.0))
-)
+NONE = ((0.0, 0.0), (1e9, 0.0))
+FLAT = Machine(1.0, 0.5, 0.0, 1.0, bandwidth=1e9, written=NONE, joined=NONE, packed=NONE)
 """A machine on which only calls and arithmetic take time."""
 
 
@@ -231,3 +230,13 @@ def test_forms_for_a_race():
 )
 def test_figures_in_words(figures, words):
     assert str(figures) == words
+
+
+@pytest.mark.parametrize("few", [True, False])
+def test_a_large_weight_beside_few_rows_is_read_slowly(few):
+    leaving = dataclasses.replace(FLAT, packed=((0.0, 0.0), (1e3, 10.0), (2e3, 100.0)))
+    works = [dataclasses.replace(linear(8), weight=10**3, few=few) for _ in range(2)]
+    _, figures = choose(leaving, works, names(2), FORWARD)
+    expected = (22, 101.5) if few else (2, 1.5)
+    assert (figures.apart, figures.whole) == pytest.approx(expected)
+    assert figures.layers == (2 if few else 1)

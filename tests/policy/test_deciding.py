@@ -1,6 +1,7 @@
 """Which groups are merged by which policy, in whole models."""
 
 import copy
+import dataclasses
 import pickle
 
 import pytest
@@ -15,13 +16,17 @@ from conjoin.legality import Reason
 from conjoin.policy import deciding, machine, race
 from conjoin.policy.cost import Machine
 
+ASKING = ((0.0, 0.0), (2**14, 1e-7), (2**14 + 1, 1.0), (2**15, 2.0))
+
 SMALL = Machine(
     call=1e-6,
     cut=1e-6,
     step=0.0,
     rate=1e15,
     bandwidth=1e15,
-    written=((0.0, 0.0), (2**14, 1e-7), (2**14 + 1, 1.0), (2**15, 2.0)),
+    written=ASKING,
+    joined=ASKING,
+    packed=((0.0, 0.0), (1.0, 0.0)),
 )
 """A machine that has to ask for each 16 KiB, and takes a second for that."""
 
@@ -326,3 +331,38 @@ def test_a_race_that_cannot_be_run_merges_all(x, monkeypatch):
 def test_nothing_is_measured_without_inputs(look):
     with pytest.raises(ValueError, match="Pass example_inputs"):
         look(Mixed(), policy="measure")
+
+
+class Carried(nn.Module):
+    """Two layers, activations on what they give, and something that reads it as it lies."""
+
+    def __init__(self, activations, *, joined=False):
+        super().__init__()
+        self.a, self.b = nn.Linear(32, 4), nn.Linear(32, 4)
+        self.activations, self.joined = activations, joined
+
+    def forward(self, x):
+        branches = [self.a(x), self.b(x)]
+        for _ in range(self.activations):
+            branches = [torch.sigmoid(branch) for branch in branches]
+        return torch.cat(branches, -1) if self.joined else tuple(branches)
+
+
+CUTTING = dataclasses.replace(SMALL, joined=((0.0, 0.0), (1.0, 5e-6), (2**20, 5e-6)))
+"""A machine on which the cat of two gradients takes five microseconds."""
+
+
+@pytest.mark.parametrize(
+    ("activations", "joined", "fused"),
+    [(0, False, False), (1, False, False), (4, False, True), (0, True, True)],
+)
+def test_what_is_only_cut_has_to_pay_by_itself(monkeypatch, activations, joined, fused):
+    monkeypatch.setattr(machine, "constants", lambda device, dtype: CUTTING)
+    model, x = Carried(activations, joined=joined), (torch.randn(1, 32),)
+    made = conjoin.optimize(model, x)
+    assert bool(wides(made)) is fused
+    for told in (conjoin.report(model, x), conjoin.report(made, x)):
+        (group,) = told.groups
+        assert group.fused is fused
+        assert fused or group.figures.apart < group.figures.whole
+    assert wides(conjoin.optimize(model, x, policy="always"))

@@ -17,7 +17,8 @@ from conjoin.policy.cost import Machine
 CPU = torch.device("cpu")
 KEY = ("a device", "cpu", "torch.float32")
 FOUND = Machine(
-    1e-6, 1e-6, 2e-5, 1e11, 1e10, tuple((float(size), 1e-9 * size) for size in machine.SIZES)
+    *(1e-6, 1e-6, 2e-5, 1e11, 1e10),
+    *(tuple((float(n), 1e-9 * n) for n in sizes) for sizes in machine.TABLES.values()),
 )
 
 
@@ -83,6 +84,8 @@ def changed(**fields):
                 {"written": []},
                 {"written": [[1, 2, 3]]},
                 {"written": [[size, -1.0] for size in machine.SIZES]},
+                {"joined": [[size, 1e-6] for size in machine.SIZES]},
+                {"packed": [[size, math.inf] for size in machine.WEIGHTS]},
             )
         ),
     ],

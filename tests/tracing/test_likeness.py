@@ -91,6 +91,15 @@ def test_like_modules_are_traced_once(monkeypatch):
     assert_equivalent(model, fused, (x,))
 
 
+def test_so_are_those_of_a_copy_that_predicts_memory(monkeypatch):
+    config = Scale(2.0)
+    model = nn.Sequential(*[Configured(config) for _ in range(4)]).double()
+    traced = traces(monkeypatch)
+    conjoin.optimize(model, (torch.randn(5, 6, dtype=torch.float64),), memory_budget=2**40)
+    blocks = [block for block in traced if isinstance(block, Configured)]
+    assert len(blocks) == 2  # One of the copy, and one of the model.
+
+
 CHANGES = {
     "a number": lambda block: setattr(block, "scale", 0.5),
     "the sign of zero": lambda block: setattr(block, "scale", -0.0),

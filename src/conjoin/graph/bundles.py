@@ -17,7 +17,16 @@ import torch
 from torch import Tensor, fx
 from torch.overrides import handle_torch_function, has_torch_function, has_torch_function_unary
 
+from conjoin.graph import edit
 from conjoin.layers.embedding import unstack
+from conjoin.layers.wide import Wide
+
+CUTS = frozenset({torch.unsafe_split_with_sizes, torch.split, unstack})
+"""The functions that cut a wide tensor."""
+
+CARRIED = "conjoin_carried"
+"""The entry of a GraphModule's `meta` that holds the paths of wide layers, and how many operations
+run on what each gives before it is cut; None where it is not."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -95,6 +104,32 @@ def cut(
     else:
         split = graph.call_function(torch.unsafe_split_with_sizes, (whole, list(sizes), dim))
     return tuple(graph.call_function(operator.getitem, (split, i)) for i in range(len(sizes)))
+
+
+def note_carried(graph_module: fx.GraphModule) -> None:
+    """Notes of each wide layer that a graph calls how soon what it gives is cut again."""
+    modules = edit.called_modules(graph_module)
+    calls = [node for node in graph_module.graph.nodes if node.op == "call_module"]
+    found = (
+        (str(n.target), _carried(n)) for n in calls if isinstance(modules[str(n.target)], Wide)
+    )
+    graph_module.meta[CARRIED] = tuple(found)
+
+
+def _carried(whole: fx.Node) -> int | None:
+    """How many operations run on a wide tensor before it is cut; None where none cuts it at once.
+
+    What joins it with others, or reads it as a stack, is taken for something that gains by it.
+    """
+    count, node = 0, whole
+    while len(node.users) == 1:
+        user = next(iter(node.users))
+        if user.target in CUTS:
+            return count
+        if "apart" in user.kwargs or len(user.all_input_nodes) > 1:
+            return None
+        count, node = count + 1, user
+    return None
 
 
 def carve(graph: fx.Graph, bundle: Bundle, start: int, stop: int) -> Bundle:

@@ -21,7 +21,7 @@ from conjoin.layers.kind import Verdict, common, tensors
 from conjoin.layers.view import View, wides
 from conjoin.layers.wide import Wide
 from conjoin.legality import Reason, Refusal
-from conjoin.policy.cost import Figures
+from conjoin.policy.cost import Cut, Figures
 from conjoin.reachable import OF_MODULES, held_by
 
 DIFFERENCE = {
@@ -50,6 +50,7 @@ class Candidate:
         note: what else there is to say of it.
         lockstep: what they take where no forward is rewritten to run them, if they are to stay
             apart there; None where they may be merged.
+        cut: what they take where one is, and what they give is cut again at once; likewise.
     """
 
     kind: Kind
@@ -61,6 +62,7 @@ class Candidate:
     figures: Figures | None = None
     note: str = ""
     lockstep: Figures | None = None
+    cut: Cut | None = None
 
 
 def candidates(

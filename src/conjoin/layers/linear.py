@@ -12,10 +12,10 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
-import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
+from conjoin.layers import batched
 from conjoin.layers.kind import Kind
 
 if TYPE_CHECKING:
@@ -54,9 +54,6 @@ def _batched(input: Tensor, weight: Tensor, bias: Tensor | None, shape: tuple[in
     count, out, width = shape
     flat = input.dim() == 3
     rows = input if flat else input.reshape(count, -1, width)
-    stack = weight.view(shape).transpose(1, 2)
-    if bias is None:
-        product = torch.bmm(rows, stack)
-    else:
-        product = torch.baddbmm(bias.view(count, 1, out), rows, stack)
+    biases = None if bias is None else bias.view(count, 1, out)
+    product = batched.product(rows, weight.view(shape), biases)
     return product if flat else product.view(*input.shape[:-1], out)

@@ -17,8 +17,8 @@ from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Sightings
 from conjoin.legality import Reason, Refusal
 from conjoin.memory import told
-from conjoin.policy.cost import Form, forms
 from conjoin.policy.deciding import pieces
+from conjoin.policy.forms import Form, forms
 
 
 @dataclasses.dataclass(frozen=True, slots=True)

@@ -3,7 +3,8 @@
 k layers read x. They may run by themselves, as one wide layer, or in between as several, and what
 one of these layers takes is taken to be
 
-    launches * call  +  max(2 * multiply-adds / rate, bytes read / bandwidth)  +  new bytes
+    launches * call  +  max(2 * multiply-adds / rate + weights laid out, bytes read / bandwidth)
+                     +  new bytes
 
 summed over the forward pass and, in training, the backward pass and what a step of Adam takes for
 each parameter. All constants are measured on the machine (see `machine.py`). What differs:
@@ -12,10 +13,13 @@ each parameter. All constants are measured on the machine (see `machine.py`). Wh
   layers' gradients of x; for a wide layer also one where the weights are joined at each call;
 - what it takes to cut a wide output where nothing carries the wide form on: the split itself, the
   cat that is its backward pass, and a copy for each part that must be contiguous;
-- bytes: x is read once for each layer; sums, cats, copies and joined weights are new bytes, and so
-  are tensors of a weight's size that an optimizer makes and drops again;
+- bytes: x is read once for each layer; sums are new bytes, and so are tensors of a weight's size
+  that an optimizer makes and drops again; cats, copies and joined weights are read as well;
 - what a new byte takes: not the same in a tensor that lies in a cache, in one that does not, and in
-  one that the allocator asks the system for at each call, whose pages are all faulted in anew.
+  one that the allocator asks the system for at each call, whose pages are all faulted in anew;
+- how a library reads a weight beside two or three rows, too few for what it does with many: MKL
+  lays the whole weight out anew, in memory that it asks for at each call. On one core 36 MB in one
+  weight took 1.2 times what they took in 22, and several times where the system had to give it.
 
 What is done to the parts, and how well a library does at one width or another, are not in it. So it
 is an estimate, and labelled so; `policy="measure"` measures.
@@ -24,16 +28,14 @@ is an estimate, and labelled so; `policy="measure"` measures.
 from __future__ import annotations
 
 import bisect
-import re
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
+from conjoin.policy.forms import Form, forms
+
 Policy = Literal["auto", "always", "measure"]
 """Which groups are fused: those that an estimate is not against, all, or those that won a race."""
-
-Form = tuple[tuple[int, ...], ...]
-"""The positions of layers, those that run as one together."""
 
 MOST_BETWEEN = 3
 """How many forms between one wide layer and none are raced: each holds the weights once more."""
@@ -50,11 +52,22 @@ is given much back at once gives it to the system, and asks for it again in the 
 core, 22 layers of 1.6 MB took 24 ms of processor time in a step of training, and as 11, 8, 4 and 2
 layers 27, 38, 37 and 53 ms, where the estimate was a few percent less than for 22."""
 
+LEAST_SAVED = 0.005
+"""What share of the time a batched product must save, by an estimate.
+
+Where the arithmetic hides the launches it saves next to nothing, and what it reads and gives is as
+large as what all layers read and give one after another, which leaves a cache sooner: on one core,
+two critics of 256 x 256 took 1.03 to 1.05 of their time forward with 4,096 rows."""
+
 MARGIN = 0.02
 """By how much slower than the quickest form another may be and still be taken.
 
 The constants are not exact to more. Near the edge one wide layer is taken: what is behind the
 layers may gain from it."""
+
+
+Table = tuple[tuple[float, float], ...]
+"""Numbers of bytes, which ascend, and the seconds that were measured with them."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,6 +82,9 @@ class Machine:
         bandwidth: bytes read in a second, from memory.
         written: what it takes to fill a tensor that is new, beyond `call`, by its number of bytes,
             which ascend.
+        joined: likewise what it takes to join two tensors side by side, by the bytes of the result.
+        packed: likewise what a product of few rows takes beyond its arithmetic, by the bytes of
+            its weight.
     """
 
     call: float
@@ -76,14 +92,29 @@ class Machine:
     step: float
     rate: float
     bandwidth: float
-    written: tuple[tuple[float, float], ...]
+    written: Table
+    joined: Table
+    packed: Table
 
     def new(self, size: float) -> float:
-        """Seconds to fill a new tensor of `size` bytes, between and beyond what was measured."""
-        sizes = [at for at, _ in self.written]
-        right = min(bisect.bisect_left(sizes, size), len(sizes) - 1)
-        (low, before), (high, after) = self.written[max(right, 1) - 1], self.written[max(right, 1)]
-        return max(0.0, before + (after - before) * (size - low) / (high - low))
+        """Seconds to fill a new tensor of `size` bytes."""
+        return _between(self.written, size)
+
+    def copy(self, size: float) -> float:
+        """Seconds to fill one of `size` bytes with what lies elsewhere in another order."""
+        return _between(self.joined, size)
+
+    def pack(self, size: float) -> float:
+        """Seconds to lay out a weight of `size` bytes for a product of few rows."""
+        return _between(self.packed, size)
+
+
+def _between(table: Table, size: float) -> float:
+    """The seconds for a size, between and beyond what was measured."""
+    sizes = [at for at, _ in table]
+    right = max(min(bisect.bisect_left(sizes, size), len(sizes) - 1), 1)
+    (low, before), (high, after) = table[right - 1], table[right]
+    return max(0.0, before + (after - before) * (size - low) / (high - low))
 
 
 @dataclass(frozen=True, slots=True)
@@ -98,6 +129,7 @@ class Work:
         operations: its multiplications and additions.
         biased: whether it has a bias.
         contiguous: whether its part of a wide output must be made contiguous.
+        few: whether its weight is multiplied with two or three rows.
     """
 
     input: int
@@ -107,6 +139,14 @@ class Work:
     operations: int
     biased: bool = False
     contiguous: bool = False
+    few: bool = False
+
+
+NUMBERS = ("input", "output", "weight", "read", "operations")
+FLAGS = ("biased", "contiguous", "few")
+
+Lie = Literal["beside", "stack", "apart"]
+"""How the tensors lie that layers read: side by side in one, in a stack, or each by itself."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -120,6 +160,7 @@ class Setting:
         one_by_one: whether a wide layer runs its parts by themselves and joins what they give.
         cut: whether its output is cut right behind it; otherwise more may run on it first, or it
             may not be cut at all.
+        stacked: whether layers that read tensors of their own are one batched product.
     """
 
     training: bool
@@ -127,6 +168,7 @@ class Setting:
     joined: bool = False
     one_by_one: bool = False
     cut: bool = True
+    stacked: bool = False
 
 
 @dataclass(frozen=True, slots=True)
@@ -161,6 +203,24 @@ class Figures:
         return "".join(parts)
 
 
+@dataclass(frozen=True, slots=True)
+class Cut:
+    """What a group takes where its output is cut.
+
+    Attributes:
+        figures: what it takes where that is at once.
+        spared: what each operation spares that runs on the output before.
+    """
+
+    figures: Figures
+    spared: float
+
+    def pays(self, carried: int) -> bool:
+        """Whether one wide layer does with so many operations behind it."""
+        whole = self.figures.whole - carried * self.spared
+        return whole <= self.figures.apart * (1 + MARGIN)
+
+
 def seconds(machine: Machine, forms: Sequence[Sequence[Work]], setting: Setting) -> float:
     """What it takes to run layers that read one tensor, each list of them as one layer."""
     taken = sum(_layer(machine, layers, setting) for layers in forms)
@@ -173,79 +233,91 @@ def _seconds_of(machine: Machine, form: Form, works: Sequence[Work], setting: Se
     return seconds(machine, [[works[i] for i in run] for run in form], setting)
 
 
-def _layer(machine: Machine, layers: Sequence[Work], setting: Setting) -> float:
-    """What it takes to run one layer that is as wide as all of these."""
+def level(machine: Machine, works: Sequence[Work], setting: Setting, lie: Lie) -> Figures:
+    """What layers take that read tensors of their own, by themselves and as one layer.
+
+    A batched product must save enough by itself: the rates are the same, and what it saves is
+    launches. Where tensors are joined for it, no bundle was there before, so that one operation
+    behind is taken to run at once as well. A convolution in groups reads what lies side by side as
+    it is, so it is left apart only where it is slower.
+
+    Args:
+        machine: what is measured of the device.
+        works: what each layer does.
+        setting: what they have in common.
+        lie: how the tensors lie.
+    """
+    apart = sum(_layer(machine, [work], setting) for work in works)
+    arithmetic = sum(_product(machine, [work]) for work in works)
+    whole = _layer(machine, [_together(works)], setting, arithmetic)
+    read, given = (sum(getattr(work, name) for work in works) for name in ("input", "output"))
+    copied = machine.call + machine.copy(read)
+    if lie == "apart":
+        behind = (len(works) - 1) * machine.call * (1 + setting.training)
+        whole += copied - behind
+    else:
+        apart += machine.cut
+        if setting.training and setting.passed_on:
+            apart += copied  # Cut here, the gradients are joined.
+            whole += copied if lie == "beside" and setting.stacked else 0.0
+    if setting.stacked:
+        whole += machine.cut * (lie != "apart")
+        whole += setting.training * (machine.call + machine.copy(given))
+    most = apart * (1 - LEAST_SAVED if setting.stacked else 1 + MARGIN)
+    chosen, layers = (whole, 1) if whole <= most else (apart, len(works))
+    return Figures(apart, whole, chosen, layers, measured=False, training=setting.training)
+
+
+def _together(works: Sequence[Work]) -> Work:
+    """What layers do together."""
+    numbers = (sum(getattr(work, name) for work in works) for name in NUMBERS)
+    flags = (any(getattr(work, name) for work in works) for name in FLAGS)
+    return Work(*numbers, *flags)
+
+
+def _layer(
+    machine: Machine, layers: Sequence[Work], setting: Setting, arithmetic: float | None = None
+) -> float:
+    """What it takes to run one layer that is as wide as all of these.
+
+    Args:
+        machine: what is measured of the device.
+        layers: what they do.
+        setting: what they have in common.
+        arithmetic: what a product takes, where it is not that of one wide layer.
+    """
     if len(layers) > 1 and setting.one_by_one:
-        joint = machine.call + machine.new(sum(each.output for each in layers))
+        joint = machine.call + machine.copy(sum(each.output for each in layers))
         return joint + sum(_layer(machine, [each], setting) for each in layers)
     joined = len(layers) > 1 and setting.joined
     cut = len(layers) > 1 and setting.cut
     output, weight = sum(each.output for each in layers), sum(each.weight for each in layers)
-    new = [output, *(each.output for each in layers if cut and each.contiguous)]
-    new += [weight] if joined else []
+    copies = [each.output for each in layers if cut and each.contiguous]
+    copies += [weight] if joined else []
     biased = {each.biased for each in layers}
-    launches, products = len(new) + (len(biased) > 1), 1  # Zeros fill the gaps of a bias.
+    launches, products = 1 + (len(biased) > 1), 1  # Zeros fill the gaps of a bias.
+    new = [output]
     if setting.training:
         back = [weight, *([layers[0].input] if setting.passed_on else [])]
         products += len(back)
-        back += [output] if cut else []  # The cat of the parts' gradients.
-        back += [weight] if joined else []
+        copies += [output] if cut else []  # The cat of the parts' gradients.
+        copies += [weight] if joined else []
         launches += len(back) + any(biased)
         new += [*back, *[weight] * TEMPORARIES]
-    operations = sum(each.operations for each in layers)
-    read = layers[0].input + sum(each.read for each in layers)
-    product = max(operations / machine.rate, read / machine.bandwidth)
-    fixed = launches * machine.call + cut * machine.cut
+    fixed = (launches + len(copies)) * machine.call + cut * machine.cut
     fixed += setting.training * (1 + any(biased)) * machine.step
-    return fixed + products * product + sum(map(machine.new, new))
+    moved = sum(map(machine.new, new)) + sum(map(machine.copy, copies))
+    product = _product(machine, layers) if arithmetic is None else arithmetic
+    return fixed + products * product + moved
 
 
-def forms(widths: Sequence[int], names: Sequence[str]) -> Iterator[Form]:
-    """Ways to run layers as one or several, from one wide layer to all by themselves.
-
-    Each is as even as can be, with neighbours by width and name together; the order in which the
-    layers are given decides nothing. None leaves a layer alone beside others that run as one: where
-    a wider one does not pay, the rest of a few seldom does.
-
-    Args:
-        widths: the numbers of the layers' channels.
-        names: their names.
-    """
-    order = sorted(range(len(widths)), key=lambda i: (widths[i], _natural(names[i])))
-    known: set[Form] = set()
-    for count in _counts(len(widths)):
-        form = _cut(widths, order, count)
-        alone = sum(len(run) == 1 for run in form)
-        if form not in known and alone in (0, len(order)):
-            known.add(form)
-            yield form
-
-
-def _natural(name: str) -> list[tuple[bool, int, str]]:
-    """A name as people sort it: with the numbers in it as numbers."""
-    return [
-        (part.isdigit(), int(part) if part.isdigit() else 0, part)
-        for part in re.split(r"([0-9]+)", name)
-    ]
-
-
-def _counts(most: int) -> list[int]:
-    """1, 2, 3, 4, 6, 8, 11, 16, 23, ..., `most`: few, for any number of layers, and close."""
-    counts = {round(2 ** (half / 2)) for half in range(2 * most.bit_length())}
-    return sorted(count for count in {*counts, most} if count <= most)
-
-
-def _cut(widths: Sequence[int], order: Sequence[int], count: int) -> Form:
-    """Neighbours together, in about `count` runs of about one width; all alone for as many."""
-    if count == len(order):
-        return tuple((position,) for position in sorted(order))
-    total, before = sum(widths), 0
-    runs: dict[int, list[int]] = {}
-    for position in order:
-        middle = before + widths[position] / 2
-        runs.setdefault(int(middle * count / total) if total else 0, []).append(position)
-        before += widths[position]
-    return tuple(sorted(tuple(sorted(run)) for run in runs.values()))
+def _product(machine: Machine, layers: Sequence[Work]) -> float:
+    """What the arithmetic of one layer takes that is as wide as these."""
+    operations = sum(each.operations for each in layers)
+    weight, read = sum(each.weight for each in layers), sum(each.read for each in layers)
+    few = any(each.few for each in layers)
+    computed = operations / machine.rate + (machine.pack(weight) if few else 0.0)
+    return max(computed, (layers[0].input + read) / machine.bandwidth)
 
 
 def choose(

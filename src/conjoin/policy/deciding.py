@@ -10,7 +10,7 @@ from __future__ import annotations
 import dataclasses
 import itertools
 import math
-from collections.abc import Collection, Hashable, Iterable, Iterator, Sequence
+from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import get_args
 
 import torch
@@ -26,7 +26,8 @@ from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
 from conjoin.legality import Reason, Refusal
 from conjoin.policy import machine, race
-from conjoin.policy.cost import Figures, Form, Machine, Policy, Setting, Work, choose, likely, pick
+from conjoin.policy.cost import Cut, Figures, Machine, Policy, Setting, Work, choose, likely, pick
+from conjoin.policy.forms import Form
 
 DECIDED = "_conjoin_decided"
 """The attribute of an optimized model that holds the groups that were left alone by choice, and
@@ -34,6 +35,10 @@ those of which the time was measured."""
 
 CHOICES = frozenset({Reason.DOES_NOT_PAY, Reason.EXCEEDS_MEMORY})
 """The reasons why a group that could be merged is left alone."""
+
+
+MANY = 4
+"""Rows from which on a library has a way of its own for a product; of one row it is another one."""
 
 
 def check_policy(policy: object) -> None:
@@ -85,6 +90,7 @@ class Group:
             operations=0 if looked_up else 2 * outputs * weight.numel() // max(width, 1),
             biased="bias" in held,
             contiguous=position in self.contiguous,
+            few=not looked_up and 1 < outputs // max(width, 1) < MANY,
         )
 
     def setting(self, *, cut: bool = True) -> Setting:
@@ -93,7 +99,8 @@ class Group:
         passed_on = any(shapes.passed_on for shapes in self.shapes)
         joined = self.kind.joins(widths)
         one_by_one = self.kind.reads_one_by_one(widths, training=self.training)
-        return Setting(self.training, passed_on, joined, one_by_one, cut)
+        stacked = bool(self.kind.stacked)
+        return Setting(self.training, passed_on, joined, one_by_one, cut, stacked)
 
     def key(self) -> Hashable:
         """What is equal for groups that take the same time."""
@@ -133,7 +140,7 @@ def _decided(
     layers = tuple(model.get_submodule(name) for name in candidate.layers)
     if (merged := _as_merged(layers)) is not None:
         return pieces(candidate, merged, sightings)
-    group = None if policy == "always" else _group(model, candidate, layers, sightings)
+    group = None if policy == "always" else group_of(candidate, layers, sightings, trains(model))
     if group is None:
         return (candidate,)
     known = machine.constants(group.weight.device, group.weight.dtype)
@@ -146,8 +153,13 @@ def _decided(
     return _chosen(candidate, form, figures, sightings)
 
 
-def _group(
-    model: nn.Module, candidate: Candidate, layers: tuple[nn.Module, ...], sightings: Sightings
+def trains(model: nn.Module) -> bool:
+    """Whether a step of training is to be quick, or forward only."""
+    return model.training and torch.is_grad_enabled()
+
+
+def group_of(
+    candidate: Candidate, layers: tuple[nn.Module, ...], sightings: Sightings, training: bool
 ) -> Group | None:
     """A candidate in what was seen of it; None where its layers were not run, or are not real."""
     if not all(name in sightings.shapes for name in candidate.layers):
@@ -157,7 +169,7 @@ def _group(
     held = [tensor for layer in layers for tensor in tensors(layer).values()]
     if any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in held):
         return None
-    training = model.training and torch.is_grad_enabled() and any(t.requires_grad for t in held)
+    training = training and any(tensor.requires_grad for tensor in held)
     shapes = tuple(sightings.shapes[name] for name in candidate.layers)
     contiguous = candidate.contiguous
     return Group(candidate.kind, candidate.layers, layers, shapes, contiguous, training)
@@ -191,9 +203,16 @@ def _estimated(
     """
     works = group.works()
     form, figures = choose(known, works, group.names, group.setting(cut=False))
+    apart = tuple((position,) for position in range(len(works)))
     in_lockstep, cut = choose(known, works, group.names, group.setting())
-    if len(in_lockstep) == len(group.names):
+    if in_lockstep == apart:
         candidate = dataclasses.replace(candidate, lockstep=cut)
+    # A forward that is rewritten reads a part as it lies, nearly everywhere.
+    works = [dataclasses.replace(work, contiguous=False) for work in works]
+    rewritten, cut = choose(known, works, group.names, group.setting())
+    if rewritten == apart:
+        spared = known.call * (len(works) - 1) * (1 + group.training)
+        candidate = dataclasses.replace(candidate, cut=Cut(cut, spared))
     return _chosen(candidate, form, figures, sightings)
 
 
@@ -261,25 +280,44 @@ def pieces(candidate: Candidate, form: Form, sightings: Sightings) -> Iterator[C
 
 
 def leave_apart(
-    model: nn.Module, found: Iterable[Candidate], running: Collection[Wide]
+    model: nn.Module,
+    found: Iterable[Candidate],
+    running: Collection[Wide],
+    cuts: Mapping[Wide, int],
 ) -> tuple[Candidate, ...]:
-    """Undoes what does not pay where no forward is rewritten; the groups as they are then.
+    """Undoes what does not pay where no forward is rewritten, or does no more than cut it.
 
     Args:
         model: the model, in which the groups are merged.
         found: the groups and refusals.
         running: the wide layers that a rewritten forward runs.
+        cuts: those whose output is cut, and after how many operations.
+
+    Returns:
+        The groups as they are then.
     """
     left: list[Candidate] = []
     for candidate in found:
-        views = (model.get_submodule(name) for name in candidate.layers if candidate.lockstep)
+        against = candidate.lockstep or candidate.cut
+        views = (model.get_submodule(name) for name in candidate.layers if against)
         held = [view for view in views if isinstance(view, View)]
-        if candidate.lockstep and held and held[0].wide_layer not in running:
+        figures = _against(candidate, held[0].wide_layer, running, cuts) if held else None
+        if figures is not None:
             for view in held:
                 release(view)
-            candidate = _left_alone(candidate, candidate.lockstep)
+            candidate = _left_alone(candidate, figures)
         left.append(candidate)
     return tuple(left)
+
+
+def _against(
+    candidate: Candidate, wide: Wide, running: Collection[Wide], cuts: Mapping[Wide, int]
+) -> Figures | None:
+    """What is against a wide layer in the way in which it runs."""
+    if wide not in running:
+        return candidate.lockstep
+    cut = candidate.cut if wide in cuts else None
+    return None if cut is None or cut.pays(cuts[wide]) else cut.figures
 
 
 def note(model: nn.Module, decided: Iterable[Candidate]) -> None:

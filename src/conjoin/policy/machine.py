@@ -17,17 +17,18 @@ import os
 import platform
 import tempfile
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
 import torch
+from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.adam import adam
 
-from conjoin.policy.cost import Machine
+from conjoin.policy.cost import Machine, Table
 
-FORMAT = 1
+FORMAT = 2
 """The version of what is measured, and of the files that hold it."""
 
 DEVICES = ("cpu", "cuda")
@@ -39,6 +40,20 @@ SIZES = (*(2**power for power in range(8, 25)), 31 * 2**20, 2**25, 2**26)
 From 32 MiB on glibc's `malloc` asks the system for each (`DEFAULT_MMAP_THRESHOLD_MAX`), so there is
 one just below, too."""
 
+JOINED = (*(2**power for power in range(12, 25, 2)), 31 * 2**20, 2**25, 2**26)
+"""Bytes of the tensors that are made of two."""
+
+IN_USE = 4
+"""How many times the bytes of a tensor a step goes through before it comes back to it."""
+
+WEIGHTS = (0, *(2**power for power in range(16, 26)))
+"""Bytes of the weights that are multiplied with a few rows, one after another of `READ / 4`.
+
+None at all takes nothing; the rest of what small ones take is in `call`."""
+
+ROWS, FEATURES = 2, 1024
+"""How many rows that are, so few that their arithmetic hides nothing, and how long they are."""
+
 SIDE = 512
 """Rows and columns of the matrices whose product tells the rate."""
 
@@ -48,7 +63,10 @@ READ = 2**27
 MORE = 4
 """By how many parameters the steps of Adam differ that tell what one of them adds."""
 
-ROUNDS = 7
+TABLES = {"written": SIZES, "joined": JOINED, "packed": WEIGHTS}
+"""What is measured by numbers of bytes, and by which."""
+
+ROUNDS = 5
 """How often each thing is timed. The least counts: what disturbs it only adds."""
 
 BLOCK = 2e-4
@@ -109,8 +127,11 @@ def read(path: Path, key: tuple[str, ...]) -> Machine | None:
         if held["format"] != FORMAT or held["key"] != list(key):
             return None
         fields = held["constants"]
-        written = tuple((float(size), float(taken)) for size, taken in fields.pop("written"))
-        found = Machine(**{name: float(value) for name, value in fields.items()}, written=written)
+        known: dict[str, Any] = {
+            name: tuple((float(size), float(taken)) for size, taken in fields.pop(name))
+            for name in TABLES
+        }
+        found = Machine(**known | {name: float(value) for name, value in fields.items()})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return found if _is_possible(found) else None
@@ -119,14 +140,17 @@ def read(path: Path, key: tuple[str, ...]) -> Machine | None:
 def _is_possible(found: Machine) -> bool:
     """Whether the numbers can have been measured."""
     positive = (found.call, found.cut, found.rate, found.bandwidth)
-    sizes = tuple(size for size, _ in found.written)
     return (
         all(math.isfinite(number) and number > 0 for number in positive)
         and math.isfinite(found.step)
         and found.step >= 0
-        and sizes == SIZES
-        and all(math.isfinite(taken) and taken >= 0 for _, taken in found.written)
+        and all(_is_table(getattr(found, name), sizes) for name, sizes in TABLES.items())
     )
+
+
+def _is_table(table: Table, sizes: tuple[int, ...]) -> bool:
+    known = tuple(size for size, _ in table) == sizes
+    return known and all(math.isfinite(taken) and taken >= 0 for _, taken in table)
 
 
 def write(path: Path, key: tuple[str, ...], found: Machine) -> None:
@@ -144,7 +168,7 @@ def write(path: Path, key: tuple[str, ...], found: Machine) -> None:
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measures a device, which takes some tenths of a second.
+    """Measures a device, which takes about a second.
 
     No random numbers are drawn, and the memory is given back.
 
@@ -160,20 +184,67 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         product = least(lambda: F.linear(square, square), device)
         long = full((READ // dtype.itemsize,))
         reading = least(long.sum, device)
+        rate = 2 * SIDE**3 / product
+        packed = _packed(long[: len(long) // 4].view(-1, FEATURES), call, rate, device)
+        joined = [_joining(long, n // dtype.itemsize, device) for n in JOINED]
         del long
         filled = [least(functools.partial(full, (n // dtype.itemsize,)), device) for n in SIZES]
     few_parameters, more = (_step_of_adam(device, dtype, count) for count in (1, 1 + MORE))
-    # What disturbs a timing only adds, so that more bytes take no less.
-    for larger in reversed(range(len(filled) - 1)):
-        filled[larger] = min(filled[larger : larger + 2])
     return Machine(
         call=call,
         cut=cut,
         step=max(0.0, more - few_parameters) / MORE,
-        rate=2 * SIDE**3 / product,
+        rate=rate,
         bandwidth=READ / reading,
-        written=tuple((n, taken - filled[0]) for n, taken in zip(SIZES, filled, strict=True)),
+        written=_table(SIZES, filled),
+        joined=_table(JOINED, joined),
+        packed=packed,
     )
+
+
+def _table(sizes: Sequence[int], taken: list[float]) -> Table:
+    """What more bytes take beyond what the fewest do."""
+    # What disturbs a timing only adds, so that more bytes take no less.
+    for larger in reversed(range(len(taken) - 1)):
+        taken[larger] = min(taken[larger : larger + 2])
+    return tuple((size, seconds - taken[0]) for size, seconds in zip(sizes, taken, strict=True))
+
+
+def _joining(source: Tensor, size: int, device: torch.device) -> float:
+    """The seconds that it takes to make a tensor of so many numbers of two beside each other."""
+    several = min(IN_USE, max(1, READ // 4 // source.itemsize // size))
+    pieces = torch.split(source, size)[:several]
+    halves = [piece.view(2, -1, min(SIDE, size) // 2).unbind() for piece in pieces]
+
+    def join() -> None:  # None of them is kept, or the next would need memory of its own.
+        for each in halves:
+            torch.cat(each, 1)
+
+    return least(join, device) / len(halves)
+
+
+def _packed(weights: Tensor, call: float, rate: float, device: torch.device) -> Table:
+    """What products of a few rows take beyond calls and arithmetic, by the bytes of the weight.
+
+    Args:
+        weights: more of them than a cache holds, one below the other.
+        call: what a call takes.
+        rate: floating-point operations in a second.
+        device: the device.
+    """
+    rows = weights.new_full((ROWS, FEATURES), 0.5)
+    taken = [(WEIGHTS[0], 0.0)]
+    for size in WEIGHTS[1:]:
+        each = torch.split(weights, size // FEATURES // weights.itemsize)
+        products = least(functools.partial(_multiply, rows, each), device)
+        seconds = products / len(each) - call - ROWS * size // weights.itemsize * 2 / rate
+        taken.append((size, max(0.0, seconds)))
+    return tuple(taken)
+
+
+def _multiply(rows: Tensor, weights: Sequence[Tensor]) -> None:
+    for weight in weights:
+        F.linear(rows, weight)
 
 
 def _step_of_adam(device: torch.device, dtype: torch.dtype, count: int) -> float:

@@ -11,6 +11,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch._subclasses.fake_tensor import FakeTensor
 
 from conjoin.layers.enclosing import ENCLOSES
 from conjoin.layers.view import View
@@ -120,6 +121,8 @@ def _held(
 def _facts(tensor: Tensor) -> tuple[Hashable, ...]:
     if nn.parameter.is_lazy(tensor):
         return (type(tensor),)
+    # Those of a fake tensor, which stands for a plain one, are its own affair.
+    attributes = {} if isinstance(tensor, FakeTensor) else vars(tensor)
     return (
         type(tensor),
         tensor.shape,
@@ -128,7 +131,7 @@ def _facts(tensor: Tensor) -> tuple[Hashable, ...]:
         tensor.device,
         tensor.layout,
         tensor.requires_grad,
-        tuple((name, id(value)) for name, value in vars(tensor).items()),
+        tuple((name, id(value)) for name, value in attributes.items()),
     )
 
 

@@ -392,8 +392,22 @@ def covered(module: nn.Module) -> set[Wide]:
         for region in _regions(module)
         for variants in vars(region)[PLAN].variants.values()
         for variant in variants
-        for path in variant.traced.wide
+        for path, _ in variant.traced.cuts
     }
+
+
+def cuts(module: nn.Module) -> dict[Wide, int]:
+    """The wide layers of whose output no rewritten forward does more than a little and cut it.
+
+    With the number of operations that run on it before, at most.
+    """
+    found: dict[Wide, list[int | None]] = {}
+    for region in _regions(module):
+        for variants in vars(region)[PLAN].variants.values():
+            for path, count in itertools.chain(*(each.traced.cuts for each in variants)):
+                found.setdefault(cast(Wide, region.get_submodule(path)), []).append(count)
+    known = {wide: [n for n in counts if n is not None] for wide, counts in found.items()}
+    return {wide: max(known[wide]) for wide, each in found.items() if None not in each}
 
 
 def _structures(calls: Mapping[str, Mapping[Structure, Observed]] | None, name: str) -> _Structures:
@@ -444,7 +458,7 @@ def _trace_beyond(
 def _brings_more(module: nn.Module, traced: Sequence[Traced]) -> bool:
     """Whether the rewritten forwards of a module run at once what no region within it does."""
     batched = any(each.most is not None for each in traced)
-    wide = {module.get_submodule(path) for each in traced for path in each.wide}
+    wide = {module.get_submodule(path) for each in traced for path, _ in each.cuts}
     return batched or not wide <= covered(module)
 
 

@@ -32,6 +32,7 @@ from torch.utils import _pytree as pytree
 
 from conjoin import merging
 from conjoin.graph import channelwise, edit, elementwise, hazards, products
+from conjoin.graph.bundles import CARRIED
 from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.layers.view import View
 from conjoin.merging import REGION
@@ -96,7 +97,8 @@ class Traced:
         observed: what was seen of the calls.
         most: how many elements they may have all together; None where that does not matter, nor
             which are alike.
-        wide: paths of the wide layers that it runs.
+        cuts: the paths of wide layers that it calls, and how many operations run on what each
+            gives before it is cut; None where it is not.
     """
 
     function: Callable[..., Any]
@@ -117,7 +119,7 @@ class Traced:
     ranks: tuple[tuple[int, int], ...]
     observed: Observed
     most: int | None
-    wide: tuple[str, ...]
+    cuts: tuple[tuple[str, int | None], ...]
 
 
 class _Tracer(fx.Tracer):
@@ -307,7 +309,6 @@ def trace(
         if asked is not None:
             asked.update(sandbox.modes)
         return None
-    wide = tuple(merging.wides_called(graph_module))
     merging.tell(graph_module)
     return Traced(
         *_compile(graph_module.graph, tuple(sandbox.stored)),
@@ -327,7 +328,7 @@ def trace(
         ranks,
         observed,
         inputs.most if inputs is not None else None,
-        wide,
+        graph_module.meta.get(CARRIED, ()),
     )
 
 

@@ -1,0 +1,75 @@
+"""A batched product with weights that are kept (out, in), and its gradients as those are kept.
+
+    y_i = x_i W_i^T + b_i        x: (n, rows, in), W: (n, out, in), b: (n, 1, out)
+
+PyTorch's own gradient of a product of x and W^T is x^T g, so that of W comes transposed: to add it
+to W's is a copy across the memory's lines, which for two weights of 512 x 512 takes ten times what
+the product takes with one row. With few outputs x^T g is slow by itself: for 256 inputs, one output
+and 4,096 rows it takes 28 times what g^T x takes. So here the gradient of W is g^T x.
+"""
+
+from __future__ import annotations
+
+from typing import Any
+
+import torch
+from torch import Tensor
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
+
+LARGE = 2**14
+"""How many elements a weight has at least, or the rows beside few outputs, for that to pay.
+
+A function of one's own takes some 20 microseconds in a step of training, as measured on one core;
+that is what it saves for weights of 128 x 128, and for 64 rows of 256 and one output."""
+
+FEW = 8
+"""Up to so many outputs x^T g is slow: it takes more than three times what g^T x takes."""
+
+
+def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(n, rows, in), (n, out, in) and (n, 1, out) -> (n, rows, out)."""
+    if _is_plain(rows, weight) and _is_large(rows, weight):
+        return _Product.apply(rows, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
+    return _multiply(rows, weight, bias)
+
+
+def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    turned = weight.transpose(1, 2)
+    return torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias, rows, turned)
+
+
+def _is_large(rows: Tensor, weight: Tensor) -> bool:
+    _, out, width = weight.shape
+    return max(out, rows.shape[1] if out <= FEW else 0) * width >= LARGE
+
+
+def _is_plain(rows: Tensor, weight: Tensor) -> bool:
+    """Whether a step of training goes on, and nothing that looks into the product or changes it."""
+    return (
+        weight.requires_grad
+        and isinstance(rows.shape[1], int)  # And no symbol, of which nothing may be asked.
+        and torch.is_grad_enabled()
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled(rows.device.type)
+        and maybe_current_level() is None
+        and forward_ad._current_level < 0
+        and torch._C._get_tracing_state() is None
+    )
+
+
+class _Product(torch.autograd.Function):
+    @staticmethod
+    def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+        ctx.save_for_backward(rows, weight)
+        return _multiply(rows, weight, bias)
+
+    @staticmethod
+    def backward(ctx: Any, *grads: Any) -> Any:
+        (grad,), (rows, weight) = grads, ctx.saved_tensors
+        of_rows, of_weight, of_bias = ctx.needs_input_grad
+        return (
+            torch.bmm(grad, weight.conj()) if of_rows else None,
+            torch.bmm(grad.transpose(1, 2), rows.conj()) if of_weight else None,
+            grad.sum(1, keepdim=True) if of_bias else None,
+        )

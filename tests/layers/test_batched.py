@@ -1,0 +1,104 @@
+"""Batched products: the function is PyTorch's own, and gradients come as the weights are kept."""
+
+import pytest
+import torch
+from torch.utils._python_dispatch import TorchDispatchMode
+
+from conjoin.layers import batched
+
+
+@pytest.fixture(autouse=True)
+def _of_any_size(monkeypatch):
+    monkeypatch.setattr(batched, "LARGE", 0)
+
+
+def _of(*shape, dtype=torch.float64, grad=True):
+    generator = torch.Generator().manual_seed(sum(shape))
+    return torch.randn(shape, dtype=dtype, generator=generator).requires_grad_(grad)
+
+
+def _operands(dtype=torch.float64, biased=True):
+    bias = _of(2, 1, 4, dtype=dtype) if biased else None
+    return _of(2, 3, 5, dtype=dtype), _of(2, 4, 5, dtype=dtype), bias
+
+
+def _plain(rows, weight, bias):
+    product = rows @ weight.mT
+    return product if bias is None else product + bias
+
+
+@pytest.mark.parametrize("biased", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
+def test_values_and_gradients(dtype, biased):
+    operands = _operands(dtype, biased)
+    held = [each for each in operands if each is not None]
+    ours, theirs = batched.product(*operands), _plain(*operands)
+    torch.testing.assert_close(ours, theirs)
+    seed = _of(2, 3, 4, dtype=dtype, grad=False)
+    pairs = (torch.autograd.grad(out, held, seed) for out in (ours, theirs))
+    for mine, its in zip(*pairs, strict=True):
+        torch.testing.assert_close(mine, its)
+
+
+def test_second_derivatives():
+    assert torch.autograd.gradcheck(batched.product, _operands())
+    assert torch.autograd.gradgradcheck(batched.product, _operands())
+
+
+def test_several_gradients_at_once():
+    rows, weight, bias = _operands()
+    seeds = _of(6, 2, 3, 4, grad=False)
+    product = batched.product(rows, weight, bias)
+    found = torch.autograd.grad(product, weight, seeds, is_grads_batched=True, retain_graph=True)
+    for mine, seed in zip(found[0], seeds, strict=True):
+        torch.testing.assert_close(mine, torch.autograd.grad(product, weight, seed, None, True)[0])
+
+
+class _Strides(TorchDispatchMode):
+    def __init__(self):
+        super().__init__()
+        self.copied = 0
+
+    def __torch_dispatch__(self, func, types, args=(), kwargs=None):
+        self.copied += func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_)
+        return func(*args, **(kwargs or {}))
+
+
+def test_the_gradient_of_the_weight_is_taken_as_it_comes():
+    rows, weight, bias = _operands()
+    product = batched.product(rows, weight, bias)
+    with _Strides() as seen:
+        product.backward(_of(2, 3, 4, grad=False))
+    assert weight.grad.is_contiguous()
+    assert seen.copied == 0
+
+
+@pytest.mark.parametrize("frozen", [0, 1, 2])
+def test_only_what_requires_a_gradient_gets_one(frozen):
+    operands = _operands()
+    operands[frozen].requires_grad_(False)
+    batched.product(*operands).sum().backward()
+    assert [each.grad is not None for each in operands] == [at != frozen for at in range(3)]
+
+
+def test_transforms_and_autocast_have_products_of_their_own():
+    operands = _operands(torch.float32)
+    gradients = torch.func.grad(lambda *each: batched.product(*each).sum(), argnums=(0, 1, 2))
+    expected = torch.autograd.grad(_plain(*operands).sum(), operands)
+    for mine, its in zip(gradients(*operands), expected, strict=True):
+        torch.testing.assert_close(mine, its)
+    with torch.autocast("cpu", torch.bfloat16):
+        product = batched.product(*operands)
+    assert product.dtype is torch.bfloat16
+    product.float().sum().backward()
+    assert all(each.grad.dtype is torch.float32 for each in operands)
+
+
+@pytest.mark.parametrize(
+    ("rows", "out", "width", "own"),
+    [(1, 128, 128, True), (1, 64, 64, False), (512, 1, 128, True), (512, 16, 16, False)],
+)
+def test_a_gradient_of_its_own_has_to_pay(monkeypatch, rows, out, width, own):
+    monkeypatch.undo()
+    product = batched.product(_of(2, rows, width), _of(2, out, width), None)
+    assert (type(product.grad_fn).__name__ == "_ProductBackward") is own
