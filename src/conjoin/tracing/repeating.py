@@ -54,7 +54,9 @@ class RepeatingFakeTensorMode(FakeTensorMode):  # type: ignore[no-untyped-call]
         if known is not None:
             return self._like(known, args[0] if func.is_view else None)
         output = super().__torch_dispatch__(func, types, args, {})
-        if type(output) is FakeTensor and _is_plain(output) and (func.is_view or _is_whole(output)):
+        if not isinstance(output, FakeTensor) or not _is_plain(output):
+            return output
+        if func.is_view or _is_new(output, args):
             self._known[key] = _described(output)
         return output
 
@@ -92,13 +94,16 @@ def _is_plain(tensor: FakeTensor) -> bool:
     return tensor.dtype in FLOATS and tensor.layout is torch.strided and tensor.constant is None
 
 
-def _is_whole(tensor: Tensor) -> bool:
-    """Whether a tensor lies in memory as a new one of its strides does."""
+def _is_new(tensor: Tensor, args: Sequence[object]) -> bool:
+    """Whether a tensor is on memory of its own, and all of it, as a new one of its strides is.
+
+    `_unsafe_view` is not, whatever its schema says.
+    """
     new = torch.empty_strided(tensor.shape, tensor.stride(), dtype=tensor.dtype, device="meta")
-    return (
-        tensor.storage_offset() == 0
-        and tensor.untyped_storage().nbytes() == new.untyped_storage().nbytes()
-    )
+    own = tensor.untyped_storage()
+    given = [each.untyped_storage()._cdata for each in args if isinstance(each, Tensor)]
+    whole = tensor.storage_offset() == 0 and own.nbytes() == new.untyped_storage().nbytes()
+    return whole and own._cdata not in given
 
 
 @functools.cache
