@@ -80,6 +80,17 @@ class Repeated(Layers):
         return sum(self.run(self.a, x * scale).sin() for scale in range(1, 9))
 
 
+class Many(Layers):
+    """Many small layers on one tensor."""
+
+    def __init__(self, *, functional: bool = False) -> None:
+        super().__init__(functional=functional)
+        self.layers = nn.ModuleList(nn.Linear(6, 2) for _ in range(8))
+
+    def forward(self, x):
+        return sum(self.run(layer, x).sin() for layer in self.layers)
+
+
 class Sliced(Layers):
     """Products with slices of one weight, as the views of a wide layer compute."""
 
@@ -158,6 +169,7 @@ CASES: Mapping[str, Case] = {
     "Cancel": Case(Joined, passes.Cancel(), (passes.Widen(),)),
     "Separate": Case(Siblings, passes.Separate(), (passes.Widen(),)),
     "Rejoin": Case(Sliced, passes.Rejoin()),
+    "Join": Case(Many, passes.Join()),
 }
 
 
@@ -192,6 +204,7 @@ CONSTANTS = Cell(
 OPERATIONS = Cell(
     Outcome.NOT, "it knows slices and products as functions of `torch`, as Dynamo writes them"
 )
+JOINED = Cell(Outcome.NOT, "what is joined once costs nothing at each call: `Widen` does that")
 
 CELLS: Mapping[str, tuple[Cell, ...]] = {
     "Lift": (CALLED, WORKS, INPUTS, WORKS, CONSTANTS),
@@ -203,6 +216,7 @@ CELLS: Mapping[str, tuple[Cell, ...]] = {
     "Cancel": (WORKS, WORKS, INPUTS, LIFTED, CONSTANTS),
     "Separate": (WORKS, WORKS, INPUTS, LIFTED, CONSTANTS),
     "Rejoin": (WORKS, WORKS, WORKS, OPERATIONS, OPERATIONS),
+    "Join": (JOINED, JOINED, WORKS, JOINED, JOINED),
 }
 """For each pass the cells, in the order of `DIALECTS`."""
 

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import conjoin
 from conjoin.compiling import PreGradPass
-from conjoin.passes import rejoin
+from conjoin.graph import functional
 
 
 class Attention(nn.Module):
@@ -114,7 +114,7 @@ class Inner:
     def products(self):
         """How many products each graph has."""
         return [
-            sum(node.target in rejoin.PRODUCTS for node in graph.nodes) for graph in self.graphs
+            sum(node.target in functional.PRODUCTS for node in graph.nodes) for graph in self.graphs
         ]
 
 
@@ -272,13 +272,29 @@ def test_a_model_that_was_not_optimized_is_left_alone_and_that_is_said():
     x = torch.randn(2, 5, 8).double()
     inner = Inner()
     compiled = compiled_by(model, inner)
-    with pytest.warns(UserWarning, match=r"3 layers .* conjoin.optimize"):
+    told = r"3 layers .* 0 of them .* conjoin.optimize\(model\) .* take [5-9][0-9]% of the time"
+    with pytest.warns(UserWarning, match=told):
         assert_same_outputs(compiled(x), model(x))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         compiled(torch.randn(3, 5, 8).double())
     assert inner.products == [4, 4]
     assert not any("conjoin.optimize" in str(each.message) for each in told), "it is said once"
+
+
+def test_what_is_joined_at_each_call_is_said_too():
+    model = nn.Sequential(conjoin.nn.Parallel(*(nn.Linear(4, 3) for _ in range(16))))
+    inner = Inner("eager")
+    with pytest.warns(UserWarning, match=r"16 layers .* 16 of them .* joined in each call"):
+        compiled_by(model, inner)(torch.randn(2, 4))
+    assert inner.products == [1]
+
+
+def test_nothing_is_said_where_optimize_would_gain_nothing():
+    model = nn.Sequential(conjoin.nn.Parallel(nn.Linear(2048, 2048), nn.Linear(2048, 2048)))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compiled_by(model, Inner("eager"))(torch.randn(64, 2048))
 
 
 def test_no_recompilation_that_the_plain_model_would_not_have():
@@ -309,7 +325,7 @@ def test_stock_inductor_runs_the_pass_and_its_cache_knows_it():
     class Watched(PreGradPass):
         def __call__(self, graph):
             super().__call__(graph)
-            graphs.append(sum(node.target in rejoin.PRODUCTS for node in graph.nodes))
+            graphs.append(sum(node.target in functional.PRODUCTS for node in graph.nodes))
 
     with torch._inductor.config.patch(pre_grad_custom_pass=Watched(), fx_graph_cache=False):
         assert_same_steps(model, fused, torch.compile(fused), (x,))

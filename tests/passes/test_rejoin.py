@@ -8,8 +8,8 @@ from equivalence import assert_close
 from torch import fx, nn
 from torch.nn import functional as F
 
+from conjoin.graph.functional import PRODUCTS
 from conjoin.passes import Rejoin
-from conjoin.passes.rejoin import PRODUCTS
 
 
 class Sliced(nn.Module):
