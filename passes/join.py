@@ -3,9 +3,9 @@
     y_i = f(x, W_i, b_i)    becomes    y = f(x, cat(W_i), cat(b_i));  y_1, y_2, ... = split(y)
 
 for f Linear or Conv. In the graphs of `torch.compile` the weights are parameters of a model that
-stays as it is, so they are joined in each call; what that costs, in the backward pass too, is
-estimated for the sizes that the graph was captured with, and mostly it is more than it saves.
-`conjoin.optimize` joins them once. `cat` gives each weight its own gradient.
+stays as it is, so they are joined in each call. What that costs is estimated for the sizes that the
+graph was captured with; mostly it is more than it saves, and so it is where gradients come back.
+`conjoin.optimize` joins weights once.
 """
 
 from __future__ import annotations
@@ -62,12 +62,10 @@ class Group:
 
     Attributes:
         products: the products.
-        training: whether there is a backward pass.
         figures: what they take; None where the device is not measured, or sizes are not known.
     """
 
     products: tuple[Product, ...]
-    training: bool
     figures: Joining | None
 
 
@@ -105,23 +103,21 @@ def _parameter(node: object) -> Tensor | None:
 
 
 def _alike(product: Product) -> Hashable:
-    """What must be equal beside the settings."""
-    weight = product.weight.meta[EXAMPLE]
-    bias = None if product.bias is None else product.bias.meta[EXAMPLE].requires_grad
-    return weight.shape[1:], weight.dtype, weight.device, weight.requires_grad, bias
+    """What must be equal beside the settings; also whether there is a backward pass."""
+    weight, made = product.weight.meta[EXAMPLE], product.node.meta[EXAMPLE]
+    biased = product.bias is not None
+    return weight.shape[1:], weight.dtype, weight.device, biased, made.requires_grad
 
 
 def _group(products: Sequence[Product]) -> Group:
-    first = products[0].node.meta[EXAMPLE]
-    weight = products[0].weight.meta[EXAMPLE]
-    training = first.requires_grad and weight.requires_grad
+    made, weight = (node.meta[EXAMPLE] for node in (products[0].node, products[0].weight))
     read = edit.arguments(products[0].node, functional.PARAMETERS)["input"].meta.get(EXAMPLE)
     known = machine.constants(weight.device, weight.dtype)
     if known is None or not isinstance(read, Tensor) or not elements(read):
-        return Group(tuple(products), training, None)
+        return Group(tuple(products), None)
     works = [_work(product, read) for product in products]
-    setting = Setting(training, passed_on=read.requires_grad)
-    return Group(tuple(products), training, joining.estimate(known, works, setting))
+    setting = Setting(made.requires_grad, passed_on=read.requires_grad)
+    return Group(tuple(products), joining.estimate(known, works, setting))
 
 
 def _work(product: Product, read: Tensor) -> Work:

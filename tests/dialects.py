@@ -81,11 +81,11 @@ class Repeated(Layers):
 
 
 class Many(Layers):
-    """Many small layers on one tensor."""
+    """Many small layers on one tensor, which are not trained."""
 
     def __init__(self, *, functional: bool = False) -> None:
         super().__init__(functional=functional)
-        self.layers = nn.ModuleList(nn.Linear(6, 2) for _ in range(8))
+        self.layers = nn.ModuleList(nn.Linear(6, 2) for _ in range(8)).requires_grad_(False)
 
     def forward(self, x):
         return sum(self.run(layer, x).sin() for layer in self.layers)
