@@ -272,7 +272,7 @@ def test_a_model_that_was_not_optimized_is_left_alone_and_that_is_said():
     x = torch.randn(2, 5, 8).double()
     inner = Inner()
     compiled = compiled_by(model, inner)
-    told = r"3 layers .* 0 of them .* conjoin.optimize\(model\) .* take [5-9][0-9]% of the time"
+    told = r"3 layers .* 0 of them .* conjoin.optimize\(model\) .* [3-9][0-9]% of the time"
     with pytest.warns(UserWarning, match=told):
         assert_same_outputs(compiled(x), model(x))
     with warnings.catch_warnings(record=True) as told:
@@ -283,7 +283,11 @@ def test_a_model_that_was_not_optimized_is_left_alone_and_that_is_said():
 
 
 def test_what_is_joined_at_each_call_is_said_too():
-    model = nn.Sequential(conjoin.nn.Parallel(*(nn.Linear(4, 3) for _ in range(16))))
+    layers = nn.ModuleList(nn.Linear(4, 3) for _ in range(16))
+
+    def model(x):
+        return sum(layer(x).sin() for layer in layers)
+
     inner = Inner("eager")
     told = r"16 layers .* 16 of them .* joined in each call"
     with torch.no_grad(), pytest.warns(UserWarning, match=told):

@@ -111,7 +111,7 @@ def _tell(
     _told.update(dict.fromkeys(weights))
     known = [group.figures for group in missed if group.figures is not None]
     now, then = sum(each.now for each in known), sum(each.whole for each in known)
-    share = f" and take {then / now:.0%} of the time then, by an estimate" if known else ""
+    share = f", for {then / now:.0%} of the time by an estimate" if known else ""
     joined = sum(len(group.products) for group in missed if group.figures and group.figures.pays)
     warnings.warn(
         f"{len(weights)} layers of the compiled model read what another like layer reads too, and "
