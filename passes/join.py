@@ -2,10 +2,10 @@
 
     y_i = f(x, W_i, b_i)    becomes    y = f(x, cat(W_i), cat(b_i));  y_1, y_2, ... = split(y)
 
-for f Linear or Conv. In the graphs of `torch.compile` the weights are parameters of a model that
-stays as it is, so they are joined in each call. What that costs is estimated for the sizes that the
-graph was captured with; mostly it is more than it saves, and so it is where gradients come back.
-`conjoin.optimize` joins weights once.
+for f Linear, Conv or ConvTranspose. In the graphs of `torch.compile` the weights are parameters of
+a model that stays as it is, so they are joined in each call. What that costs is estimated for the
+sizes that the graph was captured with; mostly it is more than it saves, and so it is where
+gradients come back. `conjoin.optimize` joins weights once.
 """
 
 from __future__ import annotations
@@ -75,22 +75,26 @@ def groups(graph_module: fx.GraphModule) -> list[Group]:
     epochs = functional.epochs(graph, modules)
     found: dict[Hashable, list[Product]] = {}
     for node in graph.nodes:
-        if functional.is_product(node) and (product := _product(node, modules)) is not None:
+        if _is_plain(node) and (product := _product(node, modules)) is not None:
             key = functional.settings(node), epochs[node], _alike(product)
             found.setdefault(key, []).append(product)
     return [_group(products) for products in found.values() if len(products) > 1]
 
 
+def _is_plain(node: fx.Node) -> bool:
+    return functional.is_product(node) and not functional.is_grouped(node)
+
+
 def _product(node: fx.Node, modules: Mapping[str, nn.Module]) -> Product | None:
     """A node as a product with parameters; None where it is none."""
-    given = edit.arguments(node, functional.PARAMETERS)
+    given, dim = functional.arguments(node), functional.weight_dim(node)
     weight, bias = given["weight"], given.get("bias")
     values = [_parameter(each) for each in (weight, bias) if each is not None]
     held = [value for value in values if value is not None]
     made = node.meta.get(EXAMPLE)
     if len(held) < len(values) or {each.dtype for each in held} != {getattr(made, "dtype", None)}:
         return None  # Under autocast a product is of another type, and so is what it reads.
-    return Product(node, weight, bias, functional.part(node, held[0].shape[0], modules))
+    return Product(node, weight, bias, functional.part(node, held[0].shape[dim], modules))
 
 
 def _parameter(node: object) -> Tensor | None:
@@ -105,13 +109,20 @@ def _parameter(node: object) -> Tensor | None:
 def _alike(product: Product) -> Hashable:
     """What must be equal beside the settings; also whether there is a backward pass."""
     weight, made = product.weight.meta[EXAMPLE], product.node.meta[EXAMPLE]
-    biased = product.bias is not None
-    return weight.shape[1:], weight.dtype, weight.device, biased, made.requires_grad
+    dim, biased = functional.weight_dim(product.node), product.bias is not None
+    return (
+        weight.shape[:dim],
+        weight.shape[dim + 1 :],
+        weight.dtype,
+        weight.device,
+        biased,
+        made.requires_grad,
+    )
 
 
 def _group(products: Sequence[Product]) -> Group:
     made, weight = (node.meta[EXAMPLE] for node in (products[0].node, products[0].weight))
-    read = edit.arguments(products[0].node, functional.PARAMETERS)["input"].meta.get(EXAMPLE)
+    read = functional.arguments(products[0].node)["input"].meta.get(EXAMPLE)
     known = machine.constants(weight.device, weight.dtype)
     if known is None or not isinstance(read, Tensor) or not elements(read):
         return Group(tuple(products), None)
@@ -123,12 +134,13 @@ def _group(products: Sequence[Product]) -> Group:
 def _work(product: Product, read: Tensor) -> Work:
     """What a product does for the sizes that the graph was captured with."""
     weight, outputs = product.weight.meta[EXAMPLE], elements(product.node.meta[EXAMPLE])
+    width = weight.shape[functional.weight_dim(product.node)]
     return Work(
         input=elements(read) * read.element_size(),
         output=outputs * weight.element_size(),
         weight=weight.numel() * weight.element_size(),
         read=weight.numel() * weight.element_size(),
-        operations=2 * outputs * weight.shape[1:].numel(),
+        operations=2 * outputs * weight.numel() // max(width, 1),
         biased=product.bias is not None,
         contiguous=product.part is not None and product.part.copied is not None,
     )
@@ -144,12 +156,13 @@ def _join(graph: fx.Graph, group: Group, modules: Mapping[str, nn.Module]) -> No
 
     def joined() -> tuple[fx.Node, fx.Node | None]:
         biases = [product.bias for product in group.products if product.bias is not None]
-        weight = _cat(graph, [product.weight for product in group.products])
-        return weight, _cat(graph, biases) if biases else None
+        weights = [product.weight for product in group.products]
+        weight = _cat(graph, weights, functional.weight_dim(group.products[0].node))
+        return weight, _cat(graph, biases, 0) if biases else None
 
     parts = [product.part for product in group.products if product.part is not None]
     functional.join(graph, parts, modules, joined)
 
 
-def _cat(graph: fx.Graph, tensors: Sequence[fx.Node]) -> fx.Node:
-    return graph.call_function(torch.cat, (list(tensors),))
+def _cat(graph: fx.Graph, tensors: Sequence[fx.Node], dim: int) -> fx.Node:
+    return graph.call_function(torch.cat, (list(tensors), dim))

@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import conjoin
 from conjoin.compiling import PreGradPass
-from conjoin.graph import functional
+from conjoin.graph import functional, hazards
 
 
 class Attention(nn.Module):
@@ -442,3 +442,68 @@ def test_parts_are_copied_only_where_somebody_could_tell(read, copies):
         assert [t.stride() for t in ours.values()] == [t.stride() for t in theirs.values()]
     assert set(inner.products) == {1}
     assert {sum(n.target == "clone" for n in graph.nodes) for graph in inner.graphs} == {copies}
+
+
+class Branches(nn.Module):
+    """Layers of one kind on one tensor."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        if x.dim() > 9:
+            raise ValueError
+        return [layer(x).sin() for layer in self.layers]
+
+
+def _numbers(n):
+    return (torch.randint(10, (n, 3)),)
+
+
+def _image(n):
+    return (torch.randn(n, 4, 5, 5).double(),)
+
+
+KINDS = {
+    "transposed": ([nn.ConvTranspose2d(4, w, 2, bias=w > 1) for w in (2, 3, 2)], _image, 1),
+    "transposed of some settings": (
+        [nn.ConvTranspose2d(4, w, 3, 2, 1, 1, dilation=2) for w in (2, 5)],
+        _image,
+        1,
+    ),
+    "tables": ([nn.Embedding(10, 4) for _ in range(3)], _numbers, 1),
+    "tables with padding": ([nn.Embedding(10, 4, padding_idx=2) for _ in range(3)], _numbers, 1),
+    "tables of several widths": ([nn.Embedding(10, 4 + i) for i in range(2)], _numbers, 2),
+    "groups": ([nn.Conv2d(4, 6, 3, groups=2) for _ in range(3)], _image, 1),
+    "depthwise": ([nn.Conv2d(4, 4, 3, groups=4, bias=False) for _ in range(2)], _image, 1),
+    "groups on a large image": (
+        [nn.Conv2d(4, 4, 3, groups=2) for _ in range(2)],
+        lambda n: (torch.randn(n, 4, 99, 99).double(),),
+        2,
+    ),
+}
+"""Layers, what they read for a batch, and how many calls are left."""
+
+CALLS = ("conv2d", "conv_transpose2d", "embedding", "read_stack")
+"""The names of the functions that do the work of such layers."""
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "forward"])
+@pytest.mark.parametrize("name", KINDS)
+def test_views_of_every_kind_are_one_call_again(name, training):
+    layers, inputs, expected = KINDS[name]
+    model = Branches(*copy.deepcopy(layers)).double()
+    calls = [inputs(n) for n in (3, 2, 5)]
+    fused = copy.deepcopy(model)
+    conjoin.layers.wide.fuse(conjoin.layers.kind_of(fused.layers[0]), [*fused.layers], fused)
+    inner = Inner()
+    compiled = compiled_by(fused, inner, fullgraph=True)
+    for args in calls:
+        if training:
+            assert_same_steps(model, fused, compiled, args)
+        else:
+            with torch.no_grad():
+                assert_same_outputs(compiled(*args), model(*args))
+    counts = {sum(hazards.called(n) in CALLS for n in g.nodes) for g in inner.graphs}
+    assert counts == {expected}

@@ -84,9 +84,10 @@ def test_many_small_layers_are_joined():
     assert len(inner.counts) == 2, "once for the first batch, once for any"
 
 
+@pytest.mark.parametrize("transposed", [False, True])
 @pytest.mark.parametrize("dimensions", [1, 2, 3])
-def test_convolutions(dimensions):
-    cls = (nn.Conv1d, nn.Conv2d, nn.Conv3d)[dimensions - 1]
+def test_convolutions(dimensions, transposed):
+    cls = getattr(nn, f"Conv{'Transpose' * transposed}{dimensions}d")
     model = Heads([cls(3, 2 + i % 2, 2, bias=False) for i in range(8)]).double()
     assert_same(model, batches(3, *[3] * dimensions), 1)
 
@@ -133,6 +134,11 @@ def test_few_layers_and_large_weights_stay_apart():
     assert_same(Heads([nn.Linear(6, 2) for _ in range(2)]).double(), batches(6), 2)
     large = Heads([nn.Linear(512, 512) for _ in range(4)]).double()
     assert_same(large, batches(512), 4)
+
+
+def test_groups_stay_apart():
+    model = Heads([nn.Conv1d(4, 4, 2, groups=2) for _ in range(8)]).double()
+    assert_same(model, batches(4, 3), 8)
 
 
 def test_layers_without_a_bias_stay_with_one_another():

@@ -2,7 +2,8 @@
 
     y_i = f(x, W_i, b_i)        becomes        y = f(x, W, b);  y_1, y_2, ... = split(y)
 
-for f Linear or Conv, where somebody else says what W is. A part is a slice of y, so it is copied
+for f Linear, Conv or ConvTranspose, where somebody else says what W is. With groups it is
+y = f((x, x, ...), W, b) with as many times the groups. A part is a slice of y, so it is copied
 where somebody could tell that from a tensor of its own.
 """
 
@@ -19,17 +20,27 @@ from torch.nn import functional as F
 
 from conjoin.graph import bundles, edit, elementwise, hazards, strides
 from conjoin.graph.meta import EXAMPLE
+from conjoin.layers.conv import repeated
 
 PRODUCTS: Mapping[Callable[..., Any], int] = {
     F.linear: -1,
     torch.conv1d: -2,
     torch.conv2d: -3,
     torch.conv3d: -4,
+    torch.conv_transpose1d: -2,
+    torch.conv_transpose2d: -3,
+    torch.conv_transpose3d: -4,
 }
 """Functions of an input, a weight and a bias, and where the channels of their output are."""
 
+TRANSPOSED = frozenset({torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d})
+"""Those of them whose weight has the output channels along dimension 1, not 0."""
+
 PARAMETERS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 """The parameters of these functions, in order."""
+
+OF_TRANSPOSED = (*PARAMETERS[:5], "output_padding", "groups", "dilation")
+"""Those of the transposed ones."""
 
 WHOLE = frozenset({torch.int64, torch.int32, torch.int16, torch.int8, torch.uint8, torch.bool})
 """The types of whole numbers."""
@@ -57,13 +68,27 @@ def is_product(node: fx.Node) -> bool:
     """Whether a node is a call that can be part of a wide one."""
     if node.op != "call_function" or node.target not in PRODUCTS:
         return False
-    return bool(edit.arguments(node, PARAMETERS).get("groups", 1) == 1)
+    return node.target not in TRANSPOSED or not is_grouped(node)
+
+
+def is_grouped(node: fx.Node) -> bool:
+    """Whether a product has groups, so that a wide one reads its input once for each part."""
+    return bool(arguments(node).get("groups", 1) != 1)
+
+
+def arguments(node: fx.Node) -> dict[str, Any]:
+    """The arguments of a product by name, as far as they are given."""
+    return edit.arguments(node, OF_TRANSPOSED if node.target in TRANSPOSED else PARAMETERS)
+
+
+def weight_dim(node: fx.Node) -> int:
+    """The dimension of a product's weight that runs over the output channels."""
+    return int(node.target in TRANSPOSED)
 
 
 def settings(node: fx.Node) -> Hashable:
     """What must be equal for products on one tensor to become one, but for having a bias."""
-    arguments = edit.arguments(node, PARAMETERS).items()
-    given = {name: value for name, value in arguments if name not in ("weight", "bias")}
+    given = {n: value for n, value in arguments(node).items() if n not in ("weight", "bias")}
     return node.target, elementwise.comparable(given, lambda input: input)
 
 
@@ -111,9 +136,13 @@ def join(
     parts = _as_slices(graph, parts, modules)
     nodes = [part.node for part in parts]
     first = min(nodes)
-    given = edit.arguments(first, PARAMETERS)
+    given = arguments(first)
     with graph.inserting_before(first):
         given["weight"], given["bias"] = weights()
+        if is_grouped(first):
+            count, dim = len(parts), PRODUCTS[first.target]  # type: ignore[index]
+            given["input"] = graph.call_function(repeated, (given["input"], dim, count))
+            given["groups"] *= count
         whole = graph.call_function(first.target, (), given)  # type: ignore[arg-type]
         sizes = [part.size for part in parts]
         cut = bundles.cut(graph, whole, sizes, PRODUCTS[first.target])  # type: ignore[index]

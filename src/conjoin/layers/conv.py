@@ -90,7 +90,7 @@ def _grouped(groups: object) -> bool:
     return isinstance(groups, int) and groups > 1
 
 
-def _repeated(input: Tensor, dim: int, number: int) -> Tensor:
+def repeated(input: Tensor, dim: int, number: int) -> Tensor:
     """The input so often, side by side along a dimension, which is counted from the end."""
     dim += input.dim()
     sizes = [-1] * (input.dim() + 1)
@@ -142,7 +142,7 @@ class _Conv(_Convolution):
         """(batch, in, *space) -> (batch, sum out_i, *space')."""
         number = len(wide.widths)
         if number > 1 and _grouped(wide.settings["groups"]):
-            return self.apart(wide, _repeated(input, self.output_dim, number))
+            return self.apart(wide, repeated(input, self.output_dim, number))
         return self._convolve(wide, input, 1)
 
     def check_together(
