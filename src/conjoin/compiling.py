@@ -13,6 +13,7 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.utils.weak import WeakIdKeyDictionary
 
 from conjoin.graph import bundles, edit, elementwise, functional, hazards, strides
+from conjoin.layers import conv, embedding
 from conjoin.passes import AT_EACH_CALL, COMPILED, join, rejoin, run_all, share
 from conjoin.policy import cost, joining, machine
 from conjoin.programs import fakes
@@ -88,8 +89,8 @@ class PreGradPass(CustomGraphPass):
 
 
 SOURCES = (
-    *(bundles, cost, edit, elementwise, fakes, functional, hazards, join, joining, machine),
-    *(rejoin, share, strides),
+    *(bundles, conv, cost, edit, elementwise, embedding, fakes, functional, hazards, join),
+    *(joining, machine, rejoin, share, strides),
 )
 """The modules that decide what becomes of a graph."""
 

@@ -126,7 +126,7 @@ def test_tables(options, alike):
         for each in (traced, model)
     )
     assert_close({"w": found}, {"w": wanted})
-    with pytest.raises((IndexError, RuntimeError), match="out of (range|DATA bounds)"):
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|DATA bounds)"):
         traced(x + 4)
 
 
