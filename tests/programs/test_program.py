@@ -16,6 +16,7 @@ from zoo import ZOO
 
 import conjoin
 from conjoin.legality import Reason
+from conjoin.programs import fakes
 
 BATCHES = 4, 7
 """The batch that a program is exported with, and another one."""
@@ -78,6 +79,11 @@ def test_as_few_products_and_the_same_function(name: str, training: bool) -> Non
     assert str(program) == before
     products = count(conjoin.optimize(model, inputs[0]), inputs[0], training=training).products
     assert count(_Unmoded(fused), inputs[0]).products <= products
+    assert_to_and_fro(program, fused, inputs)
+
+
+def assert_to_and_fro(program: ExportedProgram, fused: ExportedProgram, inputs: list) -> None:
+    """The same function for each batch, in a file too, and the very program comes back."""
     for args in inputs:
         outputs, buffers = run(program, *args)
         found, wide = run(fused, *args)
@@ -89,7 +95,34 @@ def test_as_few_products_and_the_same_function(name: str, training: bool) -> Non
     loaded = file_of(fused)
     assert_close(run(loaded, *inputs[1])[0], run(program, *inputs[1])[0])
     assert_same(program, conjoin.unfuse(fused))
-    assert_same(file_of(program), conjoin.unfuse(loaded))
+    # A file has nodes also for what an operation gives that nothing reads.
+    assert_same(file_of(program), file_of(conjoin.unfuse(loaded)))
+
+
+DECOMPOSED = {
+    "concurrent": (6, 3),
+    "retinanet_norm": (12, 8),
+    "by_hand": (3, 3),
+    "twins_td3": (6, 3),
+    "head_norms": (9, 6),
+}
+"""Models, and the products of their decomposed programs before and after, in evaluation mode."""
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_decomposed_programs_stay_decomposed(name: str, training: bool) -> None:
+    model = MODELS[name].model().train(training)
+    inputs = [MODELS[name].call(batch) for batch in BATCHES]
+    program = exported(model, *inputs[0]).run_decompositions()
+    fused = conjoin.optimize(program)
+    assert fakes.is_decomposed(program.graph)
+    assert fakes.is_decomposed(fused.graph)
+    before, after = (count(_Unmoded(each), inputs[0]).products for each in (program, fused))
+    if not training:  # In training BatchNorms give their buffers anew, and stay as they are.
+        assert (before, after) == DECOMPOSED[name]
+    assert after <= before
+    assert_to_and_fro(program, fused, inputs)
 
 
 class _Unmoded(nn.Module):

@@ -124,6 +124,7 @@ class Lowering:
         self.kept: dict[fx.Node, fx.Node] = {}
         self.wholes: dict[str, fx.Node] = {}
         self._mode = mode
+        self._decomposed = fakes.is_decomposed(program.graph)
         self._program = program
         self._raised = raised
         self._slices = slices(raised.module)
@@ -259,7 +260,8 @@ class Lowering:
             filled = [known[each] if isinstance(each, fx.Node) else each for each in leaves]
             return function(*pytree.tree_unflatten(filled, structure))
 
-        traced = fakes.operations(self._mode, run, [each.meta[VALUE] for each in read])
+        values = [each.meta[VALUE] for each in read]
+        traced = fakes.operations(self._mode, run, values, decomposed=self._decomposed)
         inputs = iter(read)
         at: dict[fx.Node, fx.Node] = {}
         result: Any = None
