@@ -198,7 +198,7 @@ INPUTS = Cell(
 )
 CONSTANTS = Cell(
     Outcome.NOT,
-    "products are decomposed and weights are constants of the graph: `conjoin.optimize` the model "
+    "weights are constants of the graph and belong to no layer: `conjoin.optimize` the model "
     "before `make_fx`",
 )
 OPERATIONS = Cell(
@@ -207,14 +207,14 @@ OPERATIONS = Cell(
 JOINED = Cell(Outcome.NOT, "what is joined once costs nothing at each call: `Widen` does that")
 
 CELLS: Mapping[str, tuple[Cell, ...]] = {
-    "Lift": (CALLED, WORKS, INPUTS, WORKS, CONSTANTS),
+    "Lift": (CALLED, WORKS, INPUTS, WORKS, WORKS),
     "Share": (WORKS, WORKS, WORKS, WORKS, WORKS),
     "Batch": (WORKS, LIFTED, INPUTS, LIFTED, CONSTANTS),
-    "Widen": (WORKS, WORKS, INPUTS, LIFTED, CONSTANTS),
-    "Sink": (WORKS, WORKS, INPUTS, LIFTED, CONSTANTS),
+    "Widen": (WORKS, WORKS, INPUTS, LIFTED, LIFTED),
+    "Sink": (WORKS, WORKS, INPUTS, LIFTED, LIFTED),
     "Towers": (WORKS, LIFTED, INPUTS, LIFTED, CONSTANTS),
-    "Cancel": (WORKS, WORKS, INPUTS, LIFTED, CONSTANTS),
-    "Separate": (WORKS, WORKS, INPUTS, LIFTED, CONSTANTS),
+    "Cancel": (WORKS, WORKS, INPUTS, LIFTED, LIFTED),
+    "Separate": (WORKS, WORKS, INPUTS, LIFTED, LIFTED),
     "Rejoin": (WORKS, WORKS, WORKS, OPERATIONS, OPERATIONS),
     "Join": (JOINED, JOINED, WORKS, JOINED, JOINED),
 }

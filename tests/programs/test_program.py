@@ -290,6 +290,41 @@ def test_decomposed_programs(heads: ExportedProgram) -> None:
     assert_close(fused.module()(x), functional.module()(x))
 
 
+class Raw(nn.Module):
+    """Products with raw Parameters, each with a sibling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, rows in zip("abcdef", (4, 5, 6, 3, 2, 8), strict=True):
+            self.register_parameter(name, nn.Parameter(torch.randn(rows, 8)))
+        self.bias, self.other = (nn.Parameter(torch.randn(n)) for n in (3, 2))
+        self.square = nn.ParameterList(nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+        self.kernels = nn.ParameterList(nn.Parameter(torch.randn(n, 1, 3)) for n in (2, 3))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        y = x.sin()
+        transposed = x @ self.a.t(), x @ self.b.T, x @ self.c.mT
+        added = (
+            torch.addmm(self.bias, y, self.d.transpose(0, 1)),
+            torch.addmm(self.other, y, self.e.t()),
+        )
+        plain = [torch.mm(y, weight) for weight in self.square]
+        convolved = [F.conv1d(y.unsqueeze(1), kernel, padding=1) for kernel in self.kernels]
+        return [each.cos() for each in (*transposed, *added, *plain, *convolved)]
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_raw_products(decomposed: bool) -> None:
+    torch.manual_seed(0)
+    inputs = [(torch.randn(n, 8, dtype=torch.float64),) for n in BATCHES]
+    program = exported(Raw().double(), *inputs[0])
+    program = program.run_decompositions() if decomposed else program
+    fused = conjoin.optimize(program)
+    assert [count(_Unmoded(each), inputs[0]).products for each in (program, fused)] == [9, 4]
+    assert sum(group.fused for group in conjoin.report(program).groups) == 4
+    assert_to_and_fro(program, fused, inputs)
+
+
 class Branching(nn.Module):
     """Siblings in front of and behind a branch on a value, and a size that depends on one."""
 

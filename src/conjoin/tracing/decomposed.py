@@ -16,21 +16,28 @@ from typing import Any
 
 import torch
 from torch import fx
+from torch.nn import functional as F
+
+from conjoin.graph import products
 
 aten = torch.ops.aten
 
-TURNS: Mapping[Any, tuple[tuple[Any, ...], ...]] = {
-    aten.t.default: ((),),
-    aten.permute.default: (([1, 0],),),
-    aten.transpose.int: ((0, 1), (1, 0), (-2, -1), (-1, -2)),
-}
-"""Operations that transpose a matrix, and with which further arguments."""
+ATTRIBUTES: Mapping[Any, str] = {aten.numpy_T.default: "T", aten.mT.default: "mT"}
+"""Operations that transpose a tensor, by the attributes that Python has for them."""
 
 CONVOLVED = ("stride", "padding", "dilation", "groups")
 """The settings of a convolution."""
 
 TRANSPOSED = ("stride", "padding", "output_padding", "groups", "dilation")
 """Those of a transposed one."""
+
+
+CONVOLUTIONS: Mapping[str, Callable[..., Any]] = {
+    f"conv{way}{dimensions}d": getattr(F, f"conv{way}{dimensions}d")
+    for way in ("", "_transpose")
+    for dimensions in (1, 2, 3)
+}
+"""The functions that convolve, by the names of their operations."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -69,16 +76,17 @@ def _linear(node: fx.Node) -> Written | None:
     *bias, input, turned = node.args
     if node.kwargs or not isinstance(turned, fx.Node) or len(turned.users) != 1:
         return None
-    if turned.target not in TURNS or [*turned.args[1:]] not in map(list, TURNS[turned.target]):
+    if not products.turns(turned):
         return None
     given = {"input": input, "weight": turned.args[0], "bias": bias[0] if bias else None}
     return Written(aten.linear, given, (turned, node))
 
 
-def _convolution(node: fx.Node, given: Mapping[str, Any]) -> Written:
-    dimensions = len(given["stride"])
-    name = f"conv_transpose{dimensions}d" if given["transposed"] else f"conv{dimensions}d"
-    names = TRANSPOSED if given["transposed"] else CONVOLVED
+def _convolution(node: fx.Node, given: Mapping[str, Any]) -> Written | None:
+    way, names = ("_transpose", TRANSPOSED) if given["transposed"] else ("", CONVOLVED)
+    name = f"conv{way}{len(given['stride'])}d"
+    if name not in CONVOLUTIONS:
+        return None
     kept = {name: given[name] for name in ("input", "weight", "bias", *names)}
     return Written(getattr(aten, name), kept, (node,))
 
@@ -98,4 +106,25 @@ def _norm(item: fx.Node, arguments: Callable[[fx.Node], dict[str, Any]]) -> Writ
         return Written(aten.group_norm, {**kept, "num_groups": given["group"]}, nodes)
     if node.target is aten._native_batch_norm_legit_no_training.default:
         return Written(aten.batch_norm, {**arguments(node), "training": False}, nodes)
+    return None
+
+
+def function(
+    node: fx.Node, arguments: Callable[[fx.Node], dict[str, Any]]
+) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
+    """The function of a product with tensors that belong to no layer, and its arguments.
+
+    Args:
+        node: the node.
+        arguments: gives the arguments of an operation by name, with its defaults.
+    """
+    if node.target is aten.convolution.default:
+        found = _convolution(node, arguments(node))
+        if found is None:
+            return None
+        return CONVOLUTIONS[found.operation.__name__], (*found.arguments.values(),)
+    if node.target in ATTRIBUTES:
+        return getattr, (node.args[0], ATTRIBUTES[node.target])
+    if node.target is aten.permute.default and [*node.args[1]] == [1, 0]:  # type: ignore[misc]
+        return torch.t, node.args[:1]
     return None

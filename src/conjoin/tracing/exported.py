@@ -94,8 +94,11 @@ FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
     aten.unsqueeze.default: torch.unsqueeze,
     aten.matmul.default: torch.matmul,
     aten.mm.default: torch.mm,
+    aten.addmm.default: torch.addmm,
+    aten.t.default: torch.t,
+    aten.transpose.int: torch.transpose,
     aten.einsum.default: torch.einsum,
-    aten.linear.default: F.linear,
+    **{operation: function for function, operation in OF_TORCH.items()},
     aten.softmax.int: torch.softmax,
     aten.log_softmax.int: torch.log_softmax,
     aten.pad.default: F.pad,
@@ -199,7 +202,8 @@ def _function(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[
         return function, (given["input"], given["normalized_shape"]), {"eps": given["eps"]}
     if node.target in FUNCTIONS:
         return FUNCTIONS[node.target], node.args, dict(node.kwargs)
-    return None
+    found = decomposed.function(node, arguments_by_schema)
+    return found and (*found, {})
 
 
 def _called_layer(
