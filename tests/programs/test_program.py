@@ -325,6 +325,56 @@ def test_raw_products(decomposed: bool) -> None:
     assert_to_and_fro(program, fused, inputs)
 
 
+class ReadToo(nn.Module):
+    """Weights of siblings that something else reads too, behind casts to the type that is there."""
+
+    def __init__(self, use) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(8, 4)
+        self.ups = nn.ModuleList(nn.ConvTranspose1d(1, n, 3) for n in (2, 3))
+        self.use = use
+
+    def forward(self, x: torch.Tensor) -> object:
+        y, z = self.a(x.to(x.dtype)).sin(), self.b(x).cos()
+        ups = [up(x.unsqueeze(1)).exp() for up in self.ups]
+        return y, z, ups, self.use(self)
+
+
+READ_TOO = {
+    "norms": (lambda m: [each.weight.norm(dim=1) for each in (m.a, m.b, *m.ups)], 2),
+    "casts": (lambda m: m.a.weight.to(m.a.weight.dtype).sum() + m.ups[1].weight.flatten()[3:], 2),
+    "given": (lambda m: m.a.weight, 3),
+}
+"""What is done with weights, and the products that are left of four."""
+
+
+@pytest.mark.parametrize("name", READ_TOO)
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_weights_may_be_read_too(name: str, decomposed: bool) -> None:
+    use, products = READ_TOO[name]
+    inputs = [(torch.randn(n, 8, dtype=torch.float64),) for n in BATCHES]
+    program = exported(ReadToo(use).double(), *inputs[0])
+    program = program.run_decompositions() if decomposed else program
+    fused = conjoin.optimize(program)
+    assert [count(_Unmoded(each), inputs[0]).products for each in (program, fused)] == [4, products]
+    assert_to_and_fro(program, fused, inputs)
+
+
+def test_weights_that_a_program_changes_stay_apart() -> None:
+    def double(model: ReadToo) -> torch.Tensor:
+        with torch.no_grad():
+            return model.b.weight.mul_(2).sum()
+
+    x = torch.randn(4, 8, dtype=torch.float64)
+    program = exported(ReadToo(double).double(), x)
+    fused = conjoin.optimize(program)
+    assert count(_Unmoded(fused), (x,)).products == 3
+    modules = [copy.deepcopy(each).module() for each in (program, fused)]
+    for _ in range(2):
+        ours, theirs = (pytree.tree_leaves(module(x)) for module in modules)
+        assert_close(ours, theirs)
+
+
 class Branching(nn.Module):
     """Siblings in front of and behind a branch on a value, and a size that depends on one."""
 

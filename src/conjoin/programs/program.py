@@ -35,7 +35,7 @@ from conjoin.merging import MERGER, Merger
 from conjoin.passes import rewrite_traced
 from conjoin.programs import fakes, record
 from conjoin.programs.lowering import Lowering, LoweringError, Slice, called_apart, slices
-from conjoin.programs.raised import HELD, ROOT, Raised, aliases, held, raised
+from conjoin.programs.raised import HELD, ROOT, Raised, aliases, held, look_through, raised
 from conjoin.programs.record import RECORD, Restoration, UnrecordableError
 
 Value = TypeVar("Value")
@@ -60,6 +60,7 @@ def optimize(program: ExportedProgram, kinds: tuple[Kind, ...] = KINDS) -> Expor
     batches = True
     while True:
         found = raised(program)
+        look_through(found)
         inputs = _inputs(found.module.graph) if batches else None
         found.module.meta[INPUTS] = inputs
         found.module.meta[MERGER] = Merger(
@@ -68,7 +69,7 @@ def optimize(program: ExportedProgram, kinds: tuple[Kind, ...] = KINDS) -> Expor
         if not rewrite_traced(found.module):
             return _copied(program)
         why = "layers that were merged are also called one by one"
-        left = {*called_apart(found)}
+        left = {*called_apart(program, found)}
         if inputs is not None and inputs.most is not None and _elements(found) > inputs.most:
             batches = False
             continue
