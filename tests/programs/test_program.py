@@ -375,6 +375,84 @@ def test_weights_that_a_program_changes_stay_apart() -> None:
         assert_close(ours, theirs)
 
 
+class Block(nn.Module):
+    """Siblings in a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x).sin() + self.k(x)
+
+
+class Blocks(nn.Module):
+    """Siblings in modules, and beside them; and modules that go on alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.own = Block(), Block(), nn.Linear(8, 8)
+        self.heads = nn.ModuleList(nn.Linear(8, 4) for _ in range(2))
+        self.ends = nn.ModuleList(nn.ReLU() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        y = self.first(x) * self.second(x) + self.own(x).cos()
+        return [end(head(y)) * 2 for head, end in zip(self.heads, self.ends, strict=True)]
+
+
+PRESERVED = {
+    "none": ((), 2),
+    "modules": (("first", "second"), 5),
+    "a layer": (("first.q",), 4),
+    "what goes on alike": (("ends.0", "ends.1"), 7),
+    "a module that holds a head": (("heads.0",), 3),
+}
+"""Modules whose calls stay calls, and the products that are left of seven."""
+
+
+@pytest.mark.parametrize("name", PRESERVED)
+def test_calls_that_are_preserved_are_there_when_it_is_unflattened(name: str) -> None:
+    preserve, products = PRESERVED[name]
+    inputs = [(torch.randn(n, 8, dtype=torch.float64),) for n in BATCHES]
+    program = exported(Blocks().double(), *inputs[0], preserve_module_call_signature=preserve)
+    fused = conjoin.optimize(program)
+    assert [count(_Unmoded(each), inputs[0]).products for each in (program, fused)] == [7, products]
+    assert_to_and_fro(program, fused, inputs)
+    flat, wide = (torch.export.unflatten(each) for each in (program, fused))
+    for args in inputs:
+        assert_close(wide(*args), flat(*args))
+    for path in preserve:
+        assert type(wide.get_submodule(path)) is type(flat.get_submodule(path))
+
+
+class Printing(nn.Module):
+    """Siblings, and an operation with an effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x).sin() * self.b(x)
+        torch.ops.aten._print("so far")
+        return y + 1
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_effects_stay(decomposed: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    inputs = [(torch.randn(n, 8, dtype=torch.float64),) for n in BATCHES]
+    program = exported(Printing().double(), *inputs[0])
+    program = program.run_decompositions() if decomposed else program
+    fused = conjoin.optimize(program)
+    kinds = [[s.kind for s in each.graph_signature.output_specs] for each in (program, fused)]
+    assert kinds[0] == kinds[1]
+    assert [count(_Unmoded(each), inputs[0]).products for each in (program, fused)] == [2, 1]
+    capfd.readouterr()
+    fused.module()(*inputs[0])
+    assert capfd.readouterr().out.count("so far") == 1
+    assert_to_and_fro(program, fused, inputs)
+
+
 class Branching(nn.Module):
     """Siblings in front of and behind a branch on a value, and a size that depends on one."""
 
