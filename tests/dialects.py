@@ -194,8 +194,8 @@ CALLED = Cell(Outcome.NOT, "layers are called as layers already")
 INPUTS = Cell(
     Outcome.NOT,
     "weights are inputs of the graph and belong to no layer: `conjoin.optimize` the model before "
-    "`torch.compile`, and `Rejoin` makes its products wide there; what is behind them Inductor fuses "
-    "itself, and second layers of branches that were not merged would have to join their weights in "
+    "`torch.compile`, and `Rejoin` makes its products wide there; what is behind them Inductor "
+    "fuses itself, and second layers of branches that were not merged would have to join weights in "
     "each call",
 )
 CONSTANTS = Cell(
