@@ -195,8 +195,8 @@ INPUTS = Cell(
     Outcome.NOT,
     "weights are inputs of the graph and belong to no layer: `conjoin.optimize` the model before "
     "`torch.compile`, and `Rejoin` makes its products wide there; what is behind them Inductor "
-    "fuses itself, and second layers of branches that were not merged would have to join weights in "
-    "each call",
+    "fuses itself, and second layers of branches that were not merged would have to join weights "
+    "in each call",
 )
 CONSTANTS = Cell(
     Outcome.NOT,
