@@ -424,6 +424,19 @@ def test_decomposed_graphs(cls, expected: int, core: bool) -> None:
     assert conjoin.verify(plain, back, (x(),))
 
 
+def test_normalizations_of_a_decomposed_graph_follow_no_mode() -> None:
+    program = torch.export.export(Towers().double().eval(), (x(),)).run_decompositions()
+    plain = program.module(check_guards=False)
+    fused = conjoin.optimize(plain)
+    assert wides(fused) == 1
+    input = x()
+    for module in (plain, fused):
+        for inner in module.modules():
+            inner.training = True
+    for name, value in plain(input).items():
+        torch.testing.assert_close(fused(input)[name], value)
+
+
 # Graphs that do not lint
 
 

@@ -122,7 +122,7 @@ OPERATORS: Mapping[Any, Callable[..., Any]] = {
 Origins = dict[fx.Node, tuple[fx.Node, ...]]
 """For each node that was made, the nodes that it stands for, the one that gave its value last."""
 
-OF_A_MODE = (aten.batch_norm.default, aten.instance_norm.default)
+OF_A_MODE = (aten.batch_norm, aten.instance_norm)
 """Operations of layers in which it is written whether they are in training mode."""
 
 
@@ -158,9 +158,11 @@ def raise_(module: fx.GraphModule, *, fixed: bool = True) -> Origins:
     calls: dict[str, tuple[Any, ...]] = {}
     counts = _counts(module)
     for node in list(module.graph.nodes):
-        if node.op != "call_function" or (not fixed and node.target in OF_A_MODE):
+        if node.op != "call_function":
             continue
         written = _written(node)
+        if not fixed and written.operation in OF_A_MODE:
+            continue
         with module.graph.inserting_before(node):
             if name := _called_layer(module, written, calls, counts):
                 made = module.graph.call_module(name, (_input(written.arguments),))
