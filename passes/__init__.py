@@ -13,6 +13,7 @@ from conjoin import merging
 from conjoin.graph import bundles, rewriting
 from conjoin.passes.batch import Batch
 from conjoin.passes.cancel import Cancel
+from conjoin.passes.join import Join
 from conjoin.passes.lift import Lift
 from conjoin.passes.rejoin import Rejoin
 from conjoin.passes.separate import Separate
@@ -26,6 +27,9 @@ PIPELINE: tuple[PassBase, ...] = (Share(), Batch(), Widen(), Sink(), Towers(), C
 
 COMPILED: tuple[PassBase, ...] = (Share(), Rejoin())
 """Those for graphs of `torch.compile`, in which layers are functions already."""
+
+AT_EACH_CALL: tuple[PassBase, ...] = (Join(),)
+"""Those that come after them, for what `optimize` has not merged."""
 
 
 def rewrite(graph_module: fx.GraphModule) -> bool:
@@ -75,10 +79,12 @@ def _run_once(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> bool:
 
 
 __all__ = [
+    "AT_EACH_CALL",
     "COMPILED",
     "PIPELINE",
     "Batch",
     "Cancel",
+    "Join",
     "Lift",
     "Rejoin",
     "Separate",

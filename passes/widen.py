@@ -93,7 +93,9 @@ def _merge_siblings(
     for node in graph_module.graph.nodes:
         input = edit.only_input(node) if node.op == "call_module" else None
         layer = modules.get(str(node.target))
-        if input is not None and not isinstance(layer, View) and kind_of(layer, merger.kinds):
+        if input is None or isinstance(layer, View) or merger.leaves(layer):
+            continue
+        if kind_of(layer, merger.kinds):
             readers[node] = input
     if len({*readers.values()}) == len(readers):
         return

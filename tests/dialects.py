@@ -80,6 +80,17 @@ class Repeated(Layers):
         return sum(self.run(self.a, x * scale).sin() for scale in range(1, 9))
 
 
+class Many(Layers):
+    """Many small layers on one tensor, which are not trained."""
+
+    def __init__(self, *, functional: bool = False) -> None:
+        super().__init__(functional=functional)
+        self.layers = nn.ModuleList(nn.Linear(6, 2) for _ in range(8)).requires_grad_(False)
+
+    def forward(self, x):
+        return sum(self.run(layer, x).sin() for layer in self.layers)
+
+
 class Sliced(Layers):
     """Products with slices of one weight, as the views of a wide layer compute."""
 
@@ -158,6 +169,7 @@ CASES: Mapping[str, Case] = {
     "Cancel": Case(Joined, passes.Cancel(), (passes.Widen(),)),
     "Separate": Case(Siblings, passes.Separate(), (passes.Widen(),)),
     "Rejoin": Case(Sliced, passes.Rejoin()),
+    "Join": Case(Many, passes.Join()),
 }
 
 
@@ -182,27 +194,31 @@ CALLED = Cell(Outcome.NOT, "layers are called as layers already")
 INPUTS = Cell(
     Outcome.NOT,
     "weights are inputs of the graph and belong to no layer: `conjoin.optimize` the model before "
-    "`torch.compile`, and `Rejoin` makes its products wide there",
+    "`torch.compile`, and `Rejoin` makes its products wide there; what is behind them Inductor "
+    "fuses itself, and second layers of branches that were not merged would have to join weights "
+    "in each call",
 )
 CONSTANTS = Cell(
     Outcome.NOT,
-    "products are decomposed and weights are constants of the graph: `conjoin.optimize` the model "
+    "weights are constants of the graph and belong to no layer: `conjoin.optimize` the model "
     "before `make_fx`",
 )
 OPERATIONS = Cell(
     Outcome.NOT, "it knows slices and products as functions of `torch`, as Dynamo writes them"
 )
+JOINED = Cell(Outcome.NOT, "what is joined once costs nothing at each call: `Widen` does that")
 
 CELLS: Mapping[str, tuple[Cell, ...]] = {
-    "Lift": (CALLED, WORKS, INPUTS, WORKS, CONSTANTS),
+    "Lift": (CALLED, WORKS, INPUTS, WORKS, WORKS),
     "Share": (WORKS, WORKS, WORKS, WORKS, WORKS),
     "Batch": (WORKS, LIFTED, INPUTS, LIFTED, CONSTANTS),
-    "Widen": (WORKS, WORKS, INPUTS, LIFTED, CONSTANTS),
-    "Sink": (WORKS, WORKS, INPUTS, LIFTED, CONSTANTS),
+    "Widen": (WORKS, WORKS, INPUTS, LIFTED, LIFTED),
+    "Sink": (WORKS, WORKS, INPUTS, LIFTED, LIFTED),
     "Towers": (WORKS, LIFTED, INPUTS, LIFTED, CONSTANTS),
-    "Cancel": (WORKS, WORKS, INPUTS, LIFTED, CONSTANTS),
-    "Separate": (WORKS, WORKS, INPUTS, LIFTED, CONSTANTS),
+    "Cancel": (WORKS, WORKS, INPUTS, LIFTED, LIFTED),
+    "Separate": (WORKS, WORKS, INPUTS, LIFTED, LIFTED),
     "Rejoin": (WORKS, WORKS, WORKS, OPERATIONS, OPERATIONS),
+    "Join": (JOINED, JOINED, WORKS, JOINED, JOINED),
 }
 """For each pass the cells, in the order of `DIALECTS`."""
 

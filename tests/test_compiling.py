@@ -12,7 +12,7 @@ from torch.nn import functional as F
 
 import conjoin
 from conjoin.compiling import PreGradPass
-from conjoin.passes import rejoin
+from conjoin.graph import functional, hazards
 
 
 class Attention(nn.Module):
@@ -114,7 +114,7 @@ class Inner:
     def products(self):
         """How many products each graph has."""
         return [
-            sum(node.target in rejoin.PRODUCTS for node in graph.nodes) for graph in self.graphs
+            sum(node.target in functional.PRODUCTS for node in graph.nodes) for graph in self.graphs
         ]
 
 
@@ -272,13 +272,34 @@ def test_a_model_that_was_not_optimized_is_left_alone_and_that_is_said():
     x = torch.randn(2, 5, 8).double()
     inner = Inner()
     compiled = compiled_by(model, inner)
-    with pytest.warns(UserWarning, match=r"3 layers .* conjoin.optimize"):
+    told = r"3 layers .* 0 of them .* conjoin.optimize\(model\) .* [3-9][0-9]% of the time"
+    with pytest.warns(UserWarning, match=told):
         assert_same_outputs(compiled(x), model(x))
     with warnings.catch_warnings(record=True) as told:
         warnings.simplefilter("always")
         compiled(torch.randn(3, 5, 8).double())
     assert inner.products == [4, 4]
     assert not any("conjoin.optimize" in str(each.message) for each in told), "it is said once"
+
+
+def test_what_is_joined_at_each_call_is_said_too():
+    layers = nn.ModuleList(nn.Linear(4, 3) for _ in range(16))
+
+    def model(x):
+        return sum(layer(x).sin() for layer in layers)
+
+    inner = Inner("eager")
+    told = r"16 layers .* 16 of them .* joined in each call"
+    with torch.no_grad(), pytest.warns(UserWarning, match=told):
+        compiled_by(model, inner)(torch.randn(2, 4))
+    assert inner.products == [1]
+
+
+def test_nothing_is_said_where_optimize_would_gain_nothing():
+    model = nn.Sequential(conjoin.nn.Parallel(nn.Linear(2048, 2048), nn.Linear(2048, 2048)))
+    with torch.no_grad(), warnings.catch_warnings():
+        warnings.simplefilter("error", UserWarning)
+        compiled_by(model, Inner("eager"))(torch.randn(64, 2048))
 
 
 def test_no_recompilation_that_the_plain_model_would_not_have():
@@ -309,7 +330,7 @@ def test_stock_inductor_runs_the_pass_and_its_cache_knows_it():
     class Watched(PreGradPass):
         def __call__(self, graph):
             super().__call__(graph)
-            graphs.append(sum(node.target in rejoin.PRODUCTS for node in graph.nodes))
+            graphs.append(sum(node.target in functional.PRODUCTS for node in graph.nodes))
 
     with torch._inductor.config.patch(pre_grad_custom_pass=Watched(), fx_graph_cache=False):
         assert_same_steps(model, fused, torch.compile(fused), (x,))
@@ -421,3 +442,68 @@ def test_parts_are_copied_only_where_somebody_could_tell(read, copies):
         assert [t.stride() for t in ours.values()] == [t.stride() for t in theirs.values()]
     assert set(inner.products) == {1}
     assert {sum(n.target == "clone" for n in graph.nodes) for graph in inner.graphs} == {copies}
+
+
+class Branches(nn.Module):
+    """Layers of one kind on one tensor."""
+
+    def __init__(self, *layers):
+        super().__init__()
+        self.layers = nn.ModuleList(layers)
+
+    def forward(self, x):
+        if x.dim() > 9:
+            raise ValueError
+        return [layer(x).sin() for layer in self.layers]
+
+
+def _numbers(n):
+    return (torch.randint(10, (n, 3)),)
+
+
+def _image(n):
+    return (torch.randn(n, 4, 5, 5).double(),)
+
+
+KINDS = {
+    "transposed": ([nn.ConvTranspose2d(4, w, 2, bias=w > 1) for w in (2, 3, 2)], _image, 1),
+    "transposed of some settings": (
+        [nn.ConvTranspose2d(4, w, 3, 2, 1, 1, dilation=2) for w in (2, 5)],
+        _image,
+        1,
+    ),
+    "tables": ([nn.Embedding(10, 4) for _ in range(3)], _numbers, 1),
+    "tables with padding": ([nn.Embedding(10, 4, padding_idx=2) for _ in range(3)], _numbers, 1),
+    "tables of several widths": ([nn.Embedding(10, 4 + i) for i in range(2)], _numbers, 2),
+    "groups": ([nn.Conv2d(4, 6, 3, groups=2) for _ in range(3)], _image, 1),
+    "depthwise": ([nn.Conv2d(4, 4, 3, groups=4, bias=False) for _ in range(2)], _image, 1),
+    "groups on a large image": (
+        [nn.Conv2d(4, 4, 3, groups=2) for _ in range(2)],
+        lambda n: (torch.randn(n, 4, 99, 99).double(),),
+        2,
+    ),
+}
+"""Layers, what they read for a batch, and how many calls are left."""
+
+CALLS = ("conv2d", "conv_transpose2d", "embedding", "read_stack")
+"""The names of the functions that do the work of such layers."""
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "forward"])
+@pytest.mark.parametrize("name", KINDS)
+def test_views_of_every_kind_are_one_call_again(name, training):
+    layers, inputs, expected = KINDS[name]
+    model = Branches(*copy.deepcopy(layers)).double()
+    calls = [inputs(n) for n in (3, 2, 5)]
+    fused = copy.deepcopy(model)
+    conjoin.layers.wide.fuse(conjoin.layers.kind_of(fused.layers[0]), [*fused.layers], fused)
+    inner = Inner()
+    compiled = compiled_by(fused, inner, fullgraph=True)
+    for args in calls:
+        if training:
+            assert_same_steps(model, fused, compiled, args)
+        else:
+            with torch.no_grad():
+                assert_same_outputs(compiled(*args), model(*args))
+    counts = {sum(hazards.called(n) in CALLS for n in g.nodes) for g in inner.graphs}
+    assert counts == {expected}

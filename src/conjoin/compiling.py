@@ -2,20 +2,21 @@
 
 from __future__ import annotations
 
-import collections
 import functools
-import operator
 import warnings
-from collections.abc import Callable, Hashable, Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.weak import WeakIdKeyDictionary
 
-from conjoin.graph import bundles, edit, elementwise, hazards, strides
-from conjoin.passes import COMPILED, rejoin, run_all, share
+from conjoin.graph import bundles, edit, elementwise, functional, hazards, strides
+from conjoin.layers import conv, embedding
+from conjoin.passes import AT_EACH_CALL, COMPILED, join, rejoin, run_all, share
+from conjoin.policy import cost, joining, machine
+from conjoin.programs import fakes
 
 BACKEND = "backend"
 """The option that names what compiles the rewritten graph."""
@@ -55,15 +56,9 @@ def backend(
     inner = dict(options or {})
     compiler = inner.pop(BACKEND, "inductor")
     run_all(graph_module, COMPILED)
-    missed = _unmerged(graph_module, example_inputs)
-    if any(weight not in _told for weight in missed):
-        _told.update(dict.fromkeys(missed))
-        warnings.warn(
-            f"{len(missed)} layers of the compiled model read what another like layer reads too. "
-            "conjoin.optimize(model) before torch.compile may merge such layers once, where their "
-            "weights would have to be joined in each call here; conjoin.report(model) tells which.",
-            stacklevel=2,
-        )
+    found = join.groups(graph_module)
+    run_all(graph_module, AT_EACH_CALL)
+    _tell(graph_module, found, example_inputs)
     wrapper: Any = torch._TorchCompileInductorWrapper
     if compiler != "inductor":
         wrapper = functools.partial(torch._TorchCompileWrapper, compiler)
@@ -84,14 +79,19 @@ class PreGradPass(CustomGraphPass):
     def __call__(self, graph: fx.Graph) -> None:
         """Changes a graph in place."""
         owner = graph.owning_module
-        run_all(fx.GraphModule(nn.Module(), graph) if owner is None else owner, COMPILED)
+        module = fx.GraphModule(nn.Module(), graph) if owner is None else owner
+        run_all(module, COMPILED)
+        run_all(module, AT_EACH_CALL)
 
     def uuid(self) -> str:
         """What Inductor's cache knows this version of the pass by."""
         return str(get_hash_for_files(tuple(module.__file__ for module in SOURCES)))
 
 
-SOURCES = (bundles, edit, elementwise, hazards, strides, rejoin, share)
+SOURCES = (
+    *(bundles, conv, cost, edit, elementwise, embedding, fakes, functional, hazards, join),
+    *(joining, machine, rejoin, share, strides),
+)
 """The modules that decide what becomes of a graph."""
 
 
@@ -99,18 +99,25 @@ _told: WeakIdKeyDictionary = WeakIdKeyDictionary()
 """The weights of which it has been said that their layers might have been merged."""
 
 
-def _unmerged(graph_module: fx.GraphModule, example_inputs: Sequence[Any]) -> list[Tensor]:
-    """The weights of the products that read what another like it reads, with its own weight."""
-    graph = graph_module.graph
-    inputs = (node for node in graph.nodes if node.op == "placeholder")
+def _tell(
+    graph_module: fx.GraphModule, found: Sequence[join.Group], example_inputs: Sequence[Any]
+) -> None:
+    """Says what `optimize` would have gained, once for each weight."""
+    missed = [group for group in found if group.figures is None or group.figures.misses]
+    inputs = (node for node in graph_module.graph.nodes if node.op == "placeholder")
     held = dict(zip(inputs, example_inputs, strict=True))
-    siblings: dict[Hashable, set[fx.Node]] = collections.defaultdict(set)
-    for node in graph.nodes:
-        if not rejoin.is_product(node):
-            continue
-        weight = edit.arguments(node, rejoin.PARAMETERS)["weight"]
-        if weight.op == "get_attr":
-            held[weight] = operator.attrgetter(weight.target)(graph_module)
-        if weight in held:
-            siblings[rejoin.settings(node)].add(weight)
-    return [held[weight] for group in siblings.values() if len(group) > 1 for weight in group]
+    weights = [held[product.weight] for group in missed for product in group.products]
+    if all(weight in _told for weight in weights):
+        return
+    _told.update(dict.fromkeys(weights))
+    known = [group.figures for group in missed if group.figures is not None]
+    now, then = sum(each.now for each in known), sum(each.whole for each in known)
+    share = f", for {then / now:.0%} of the time by an estimate" if known else ""
+    joined = sum(len(group.products) for group in missed if group.figures and group.figures.pays)
+    warnings.warn(
+        f"{len(weights)} layers of the compiled model read what another like layer reads too, and "
+        f"{joined} of them run as wide layers, whose weights are joined in each call. "
+        f"conjoin.optimize(model) before torch.compile may merge such layers once{share}; "
+        "conjoin.report(model) tells which.",
+        stacklevel=3,
+    )

@@ -270,6 +270,10 @@ class Merger:
                 (self._unpaired if of_siblings else self._apart).update(candidate.layers)
         self._look_up()
 
+    def leaves(self, layer: nn.Module | None) -> bool:
+        """Whether a layer is left alone, whatever becomes of its siblings."""
+        return layer is not None and self._names.get(layer) in self._apart
+
     def kind_of(self, layer: nn.Module) -> Kind | None:
         """The kind of a layer or a normalization; None where it is of none."""
         return kind_of(layer, (*self.kinds, *NORMS))

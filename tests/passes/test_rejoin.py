@@ -8,8 +8,8 @@ from equivalence import assert_close
 from torch import fx, nn
 from torch.nn import functional as F
 
+from conjoin.graph.functional import PRODUCTS
 from conjoin.passes import Rejoin
-from conjoin.passes.rejoin import PRODUCTS
 
 
 class Sliced(nn.Module):
@@ -80,7 +80,57 @@ def test_convolutions(dimensions):
     assert products(assert_same(model, torch.randn(2, 3, *[5] * dimensions))) == 1
 
 
-def test_groups_stay_apart():
+@pytest.mark.parametrize("dimensions", [1, 2, 3])
+def test_transposed_convolutions(dimensions):
+    function = getattr(torch, f"conv_transpose{dimensions}d")
+
+    def forward(m, x):
+        made = []
+        for start, width in ((0, 2), (2, 3), (5, 1)):
+            weight = m.w.narrow(0, start * size, width * size)
+            kernel = (2,) * dimensions
+            made.append(function(x, weight.view(3, width, *kernel), stride=2).tanh())
+        return made
+
+    size = 3 * 2**dimensions
+    model = Mixed(forward, torch.randn(6 * size)).double()
+    traced, changed = rewritten(model)
+    x = torch.randn(2, 3, *[4] * dimensions).double()
+    assert changed
+    assert products(traced) == 1
+    assert_close(dict(enumerate(traced(x))), dict(enumerate(model(x))))
+
+
+@pytest.mark.parametrize(
+    ("options", "alike"),
+    [
+        ({}, True),
+        ({"padding_idx": 1}, True),
+        ({"padding_idx": -1}, False),
+        ({"max_norm": 1.0}, False),
+        ({"scale_grad_by_freq": True}, False),
+    ],
+)
+def test_tables(options, alike):
+    def forward(m, x):
+        tables = [m.w.narrow(0, 12 * i, 12).view(4, 3) for i in range(3)]
+        return [F.embedding(x, table, **options) for table in tables]
+
+    model = Mixed(forward, torch.randn(36)).double()
+    traced, changed = rewritten(model)
+    assert changed == alike
+    x = torch.randint(4, (2, 5))
+    assert_close(dict(enumerate(traced(x))), dict(enumerate(model(x))))
+    found, wanted = (
+        torch.autograd.grad(sum((y * y).sum() for y in each(x)), each.w)[0].to_dense()
+        for each in (traced, model)
+    )
+    assert_close({"w": found}, {"w": wanted})
+    with pytest.raises((IndexError, RuntimeError), match=r"out of (range|DATA bounds)"):
+        traced(x + 4)
+
+
+def test_groups_stay_apart_where_the_input_is_not_known():
     weight = torch.randn(6, 1, 3)
     model = Sliced(torch.conv1d, [(0, 3), (3, 3)], weight, groups=3).double()
     assert products(assert_same(model, torch.randn(2, 3, 5))) == 2
@@ -89,9 +139,10 @@ def test_groups_stay_apart():
 class Mixed(nn.Module):
     """Products that lack something."""
 
-    def __init__(self, forward):
+    def __init__(self, forward, weight=None):
         super().__init__()
-        self.w, self.b = nn.Parameter(torch.randn(4, 3)), nn.Parameter(torch.randn(4))
+        self.w = nn.Parameter(torch.randn(4, 3) if weight is None else weight)
+        self.b = nn.Parameter(torch.randn(4))
         self.run = forward
 
     def forward(self, x):

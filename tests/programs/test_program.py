@@ -16,6 +16,7 @@ from zoo import ZOO
 
 import conjoin
 from conjoin.legality import Reason
+from conjoin.programs import fakes
 
 BATCHES = 4, 7
 """The batch that a program is exported with, and another one."""
@@ -78,6 +79,11 @@ def test_as_few_products_and_the_same_function(name: str, training: bool) -> Non
     assert str(program) == before
     products = count(conjoin.optimize(model, inputs[0]), inputs[0], training=training).products
     assert count(_Unmoded(fused), inputs[0]).products <= products
+    assert_to_and_fro(program, fused, inputs)
+
+
+def assert_to_and_fro(program: ExportedProgram, fused: ExportedProgram, inputs: list) -> None:
+    """The same function for each batch, in a file too, and the very program comes back."""
     for args in inputs:
         outputs, buffers = run(program, *args)
         found, wide = run(fused, *args)
@@ -89,7 +95,34 @@ def test_as_few_products_and_the_same_function(name: str, training: bool) -> Non
     loaded = file_of(fused)
     assert_close(run(loaded, *inputs[1])[0], run(program, *inputs[1])[0])
     assert_same(program, conjoin.unfuse(fused))
-    assert_same(file_of(program), conjoin.unfuse(loaded))
+    # A file has nodes also for what an operation gives that nothing reads.
+    assert_same(file_of(program), file_of(conjoin.unfuse(loaded)))
+
+
+DECOMPOSED = {
+    "concurrent": (6, 3),
+    "retinanet_norm": (12, 8),
+    "by_hand": (3, 3),
+    "twins_td3": (6, 3),
+    "head_norms": (9, 6),
+}
+"""Models, and the products of their decomposed programs before and after, in evaluation mode."""
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("name", DECOMPOSED)
+def test_decomposed_programs_stay_decomposed(name: str, training: bool) -> None:
+    model = MODELS[name].model().train(training)
+    inputs = [MODELS[name].call(batch) for batch in BATCHES]
+    program = exported(model, *inputs[0]).run_decompositions()
+    fused = conjoin.optimize(program)
+    assert fakes.is_decomposed(program.graph)
+    assert fakes.is_decomposed(fused.graph)
+    before, after = (count(_Unmoded(each), inputs[0]).products for each in (program, fused))
+    if not training:  # In training BatchNorms give their buffers anew, and stay as they are.
+        assert (before, after) == DECOMPOSED[name]
+    assert after <= before
+    assert_to_and_fro(program, fused, inputs)
 
 
 class _Unmoded(nn.Module):
@@ -255,6 +288,169 @@ def test_decomposed_programs(heads: ExportedProgram) -> None:
     fused = conjoin.optimize(functional)
     assert_same(functional, conjoin.unfuse(fused))
     assert_close(fused.module()(x), functional.module()(x))
+
+
+class Raw(nn.Module):
+    """Products with raw Parameters, each with a sibling."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        for name, rows in zip("abcdef", (4, 5, 6, 3, 2, 8), strict=True):
+            self.register_parameter(name, nn.Parameter(torch.randn(rows, 8)))
+        self.bias, self.other = (nn.Parameter(torch.randn(n)) for n in (3, 2))
+        self.square = nn.ParameterList(nn.Parameter(torch.randn(8, 8)) for _ in range(2))
+        self.kernels = nn.ParameterList(nn.Parameter(torch.randn(n, 1, 3)) for n in (2, 3))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        y = x.sin()
+        transposed = x @ self.a.t(), x @ self.b.T, x @ self.c.mT
+        added = (
+            torch.addmm(self.bias, y, self.d.transpose(0, 1)),
+            torch.addmm(self.other, y, self.e.t()),
+        )
+        plain = [torch.mm(y, weight) for weight in self.square]
+        convolved = [F.conv1d(y.unsqueeze(1), kernel, padding=1) for kernel in self.kernels]
+        return [each.cos() for each in (*transposed, *added, *plain, *convolved)]
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_raw_products(decomposed: bool) -> None:
+    torch.manual_seed(0)
+    inputs = [(torch.randn(n, 8, dtype=torch.float64),) for n in BATCHES]
+    program = exported(Raw().double(), *inputs[0])
+    program = program.run_decompositions() if decomposed else program
+    fused = conjoin.optimize(program)
+    assert [count(_Unmoded(each), inputs[0]).products for each in (program, fused)] == [9, 4]
+    assert sum(group.fused for group in conjoin.report(program).groups) == 4
+    assert_to_and_fro(program, fused, inputs)
+
+
+class ReadToo(nn.Module):
+    """Weights of siblings that something else reads too, behind casts to the type that is there."""
+
+    def __init__(self, use) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 6), nn.Linear(8, 4)
+        self.ups = nn.ModuleList(nn.ConvTranspose1d(1, n, 3) for n in (2, 3))
+        self.use = use
+
+    def forward(self, x: torch.Tensor) -> object:
+        y, z = self.a(x.to(x.dtype)).sin(), self.b(x).cos()
+        ups = [up(x.unsqueeze(1)).exp() for up in self.ups]
+        return y, z, ups, self.use(self)
+
+
+READ_TOO = {
+    "norms": (lambda m: [each.weight.norm(dim=1) for each in (m.a, m.b, *m.ups)], 2),
+    "casts": (lambda m: m.a.weight.to(m.a.weight.dtype).sum() + m.ups[1].weight.flatten()[3:], 2),
+    "given": (lambda m: m.a.weight, 3),
+}
+"""What is done with weights, and the products that are left of four."""
+
+
+@pytest.mark.parametrize("name", READ_TOO)
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_weights_may_be_read_too(name: str, decomposed: bool) -> None:
+    use, products = READ_TOO[name]
+    inputs = [(torch.randn(n, 8, dtype=torch.float64),) for n in BATCHES]
+    program = exported(ReadToo(use).double(), *inputs[0])
+    program = program.run_decompositions() if decomposed else program
+    fused = conjoin.optimize(program)
+    assert [count(_Unmoded(each), inputs[0]).products for each in (program, fused)] == [4, products]
+    assert_to_and_fro(program, fused, inputs)
+
+
+def test_weights_that_a_program_changes_stay_apart() -> None:
+    def double(model: ReadToo) -> torch.Tensor:
+        with torch.no_grad():
+            return model.b.weight.mul_(2).sum()
+
+    x = torch.randn(4, 8, dtype=torch.float64)
+    program = exported(ReadToo(double).double(), x)
+    fused = conjoin.optimize(program)
+    assert count(_Unmoded(fused), (x,)).products == 3
+    modules = [copy.deepcopy(each).module() for each in (program, fused)]
+    for _ in range(2):
+        ours, theirs = (pytree.tree_leaves(module(x)) for module in modules)
+        assert_close(ours, theirs)
+
+
+class Block(nn.Module):
+    """Siblings in a module."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x).sin() + self.k(x)
+
+
+class Blocks(nn.Module):
+    """Siblings in modules, and beside them; and modules that go on alike."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second, self.own = Block(), Block(), nn.Linear(8, 8)
+        self.heads = nn.ModuleList(nn.Linear(8, 4) for _ in range(2))
+        self.ends = nn.ModuleList(nn.ReLU() for _ in range(2))
+
+    def forward(self, x: torch.Tensor) -> list[torch.Tensor]:
+        y = self.first(x) * self.second(x) + self.own(x).cos()
+        return [end(head(y)) * 2 for head, end in zip(self.heads, self.ends, strict=True)]
+
+
+PRESERVED = {
+    "none": ((), 2),
+    "modules": (("first", "second"), 5),
+    "a layer": (("first.q",), 4),
+    "what goes on alike": (("ends.0", "ends.1"), 7),
+    "a module that holds a head": (("heads.0",), 3),
+}
+"""Modules whose calls stay calls, and the products that are left of seven."""
+
+
+@pytest.mark.parametrize("name", PRESERVED)
+def test_calls_that_are_preserved_are_there_when_it_is_unflattened(name: str) -> None:
+    preserve, products = PRESERVED[name]
+    inputs = [(torch.randn(n, 8, dtype=torch.float64),) for n in BATCHES]
+    program = exported(Blocks().double(), *inputs[0], preserve_module_call_signature=preserve)
+    fused = conjoin.optimize(program)
+    assert [count(_Unmoded(each), inputs[0]).products for each in (program, fused)] == [7, products]
+    assert_to_and_fro(program, fused, inputs)
+    flat, wide = (torch.export.unflatten(each) for each in (program, fused))
+    for args in inputs:
+        assert_close(wide(*args), flat(*args))
+    for path in preserve:
+        assert type(wide.get_submodule(path)) is type(flat.get_submodule(path))
+
+
+class Printing(nn.Module):
+    """Siblings, and an operation with an effect."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(8, 4), nn.Linear(8, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        y = self.a(x).sin() * self.b(x)
+        torch.ops.aten._print("so far")
+        return y + 1
+
+
+@pytest.mark.parametrize("decomposed", [False, True])
+def test_effects_stay(decomposed: bool, capfd: pytest.CaptureFixture[str]) -> None:
+    inputs = [(torch.randn(n, 8, dtype=torch.float64),) for n in BATCHES]
+    program = exported(Printing().double(), *inputs[0])
+    program = program.run_decompositions() if decomposed else program
+    fused = conjoin.optimize(program)
+    kinds = [[s.kind for s in each.graph_signature.output_specs] for each in (program, fused)]
+    assert kinds[0] == kinds[1]
+    assert [count(_Unmoded(each), inputs[0]).products for each in (program, fused)] == [2, 1]
+    capfd.readouterr()
+    fused.module()(*inputs[0])
+    assert capfd.readouterr().out.count("so far") == 1
+    assert_to_and_fro(program, fused, inputs)
 
 
 class Branching(nn.Module):

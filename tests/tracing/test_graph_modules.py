@@ -11,6 +11,7 @@ import torch
 from equivalence import assert_equivalent, assert_same_state
 from torch import fx, nn
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_manager import PassManager
 from torch.fx.passes.shape_prop import ShapeProp
@@ -379,6 +380,61 @@ def test_exported_graphs(training: bool, guards: bool) -> None:
         assert_same_state(back, plain)
         for name, value in back(input).items():
             torch.testing.assert_close(value, expected[name], rtol=0, atol=0)
+
+
+class Rows(nn.Module):
+    """Siblings on many rows, some of which give as many."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = nn.Linear(6, 8), nn.Linear(6, 4), nn.Linear(6, 4)
+        self.out = nn.Linear(8, 6)
+
+    def forward(self, x):
+        rows = torch.stack([x, x + 1], 1)
+        q, k, v = (f(rows).unflatten(-1, (-1, 2)).transpose(1, 2) for f in (self.q, self.k, self.v))
+        y = F.scaled_dot_product_attention(q, k, v, enable_gqa=True)
+        return self.out(y.transpose(1, 2).flatten(2)), self.q(rows) * 2
+
+
+@pytest.mark.parametrize(
+    ("cls", "expected"),
+    [(Functions, 3), (Products, 2), (Root, 1), (Rows, 1), (Alone, 0)],
+    ids=lambda each: str(each),
+)
+@pytest.mark.parametrize("core", [True, False])
+def test_decomposed_graphs(cls, expected: int, core: bool) -> None:
+    torch.manual_seed(0)
+    model = cls().double()
+    if core:
+        plain = torch.export.export(model, (x(),)).run_decompositions().module(check_guards=False)
+    else:
+        plain = make_fx(model)(x())
+    code = plain.code
+    fused = conjoin.optimize(plain)
+    assert wides(fused) == expected
+    assert plain.code == code
+    assert (fused.code == code) == (not expected)
+    assert list(fused.state_dict()) == list(plain.state_dict())
+    assert conjoin.verify(plain, fused, (x(),))
+    assert conjoin.verify(plain, copy.deepcopy(fused), (x(),))
+    back = conjoin.unfuse(fused)
+    assert_same_state(back, plain)
+    assert not wides(back)
+    assert conjoin.verify(plain, back, (x(),))
+
+
+def test_normalizations_of_a_decomposed_graph_follow_no_mode() -> None:
+    program = torch.export.export(Towers().double().eval(), (x(),)).run_decompositions()
+    plain = program.module(check_guards=False)
+    fused = conjoin.optimize(plain)
+    assert wides(fused) == 1
+    input = x()
+    for module in (plain, fused):
+        for inner in module.modules():
+            inner.training = True
+    for name, value in plain(input).items():
+        torch.testing.assert_close(fused(input)[name], value)
 
 
 # Graphs that do not lint

@@ -26,7 +26,7 @@ VIEW_METHODS = frozenset(
     "positive cpu cuda contiguous to type float double half bfloat16 requires_grad_ "
     "type_as sum_to_size conj resolve_conj resolve_neg adjoint unsafe_split "
     "unsafe_split_with_sizes unsafe_chunk split_with_sizes unstack rejoined __getitem__ "
-    "unpack slice dropout feature_dropout alpha_dropout feature_alpha_dropout".split()
+    "unpack slice _unsafe_view dropout feature_dropout alpha_dropout feature_alpha_dropout".split()
 )
 """Methods, functions and ATen operations whose result may share memory with the input."""
 
@@ -47,9 +47,9 @@ RANDOM_FILLS = frozenset(
 """Methods that draw a number for each element, in an order that depends on the strides."""
 
 STRIDE_METHODS = RANDOM_FILLS | frozenset(
-    "view view_as stride is_contiguous data_ptr storage_offset as_strided untyped_storage storage "
-    "numpy __array__ __dlpack__ view_as_complex reshape reshape_as flatten ravel contiguous "
-    "as_strided_ resize_ resize_as_ set_".split()
+    "view view_as _unsafe_view stride is_contiguous data_ptr storage_offset as_strided "
+    "untyped_storage storage numpy __array__ __dlpack__ view_as_complex reshape reshape_as flatten "
+    "ravel contiguous as_strided_ resize_ resize_as_ set_".split()
 )
 """Methods whose result depends on the strides, also in whether it shares memory."""
 
@@ -418,12 +418,15 @@ def reads_strides(
             if is_opaque(module) or isinstance(module, (nn.Flatten, nn.Unflatten)):
                 return type(module).__name__
         reads = user.op in ("call_method", "call_function") and called(user) in STRIDE_METHODS
-        if reads and (dim is None or not _cuts_behind(node, user, dim)):
+        moved = dim == -1 and _moves_front(node, user)
+        if reads and not moved and (dim is None or not _cuts_behind(node, user, dim)):
             return called(user)
         if user.op == "call_function" and not of_torch(user.target):
             return f"{getattr(user.target, '__name__', user.target)} is not PyTorch's"
-        if shares_memory(user, modules) and (why := reads_strides(user, modules, escapes=escapes)):
-            return why
+        if shares_memory(user, modules):
+            along = dim if moved else None
+            if why := reads_strides(user, modules, escapes=escapes, dim=along):
+                return why
     return ""
 
 
@@ -438,6 +441,20 @@ def _cuts_behind(node: fx.Node, view: fx.Node, dim: int) -> bool:
     front = before.dim() + dim
     kept = [str(size) for size in before.shape[:front]] == [str(n) for n in after.shape[:front]]
     return kept and after.dim() > front >= 0
+
+
+def _moves_front(node: fx.Node, view: fx.Node) -> bool:
+    """Whether a view leaves the last dimension as it is, as far as is known.
+
+    The rows of a slice along that one are as far apart as those of the whole, all of them, so that
+    they can be counted in any way.
+    """
+    before, after = node.meta.get(VALUE), view.meta.get(VALUE)
+    if called(view) not in ("view", "_unsafe_view"):
+        return False
+    if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
+        return False
+    return min(before.dim(), after.dim()) > 0 and str(before.shape[-1]) == str(after.shape[-1])
 
 
 def merges_channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

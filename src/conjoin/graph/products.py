@@ -202,7 +202,7 @@ def _read(node: fx.Node) -> Call | None:
     if not isinstance(input, fx.Node) or not isinstance(weight, fx.Node):
         return None
     turned = None
-    if function in ("matmul", "mm", "addmm") and _turns(weight):
+    if function in ("matmul", "mm", "addmm") and turns(weight):
         turned, weight = weight, weight.args[0]
     if not _is_attribute(weight) or not (bias is None or _is_attribute(bias)):
         return None
@@ -210,7 +210,7 @@ def _read(node: fx.Node) -> Call | None:
     return Call(node, input, weight, bias, function, equation, rows, turned)
 
 
-def _turns(node: fx.Node) -> bool:
+def turns(node: fx.Node) -> bool:
     """Whether a node is the transpose of a Parameter, which it is sure to be if it has two dims."""
     known = node.op in ("call_function", "call_method") and node.target in TURNED
     return (

@@ -98,7 +98,7 @@ def _grouped(groups: object) -> bool:
     return isinstance(groups, int) and groups > 1
 
 
-def _repeated(input: Tensor, dim: int, number: int) -> Tensor:
+def repeated(input: Tensor, dim: int, number: int) -> Tensor:
     """The input so often, side by side along a dimension, which is counted from the end."""
     dim += input.dim()
     sizes = [-1] * (input.dim() + 1)
@@ -153,7 +153,7 @@ class _Conv(_Convolution):
             return self._convolve(wide, input, wide.weight, self.biases(wide), 1)
         # A graph is compiled for many sizes, and is not to be guarded by one of them.
         if not torch.compiler.is_compiling() and self.pays(wide, input):
-            return self.apart(wide, _repeated(input, self.output_dim, number))
+            return self.apart(wide, repeated(input, self.output_dim, number))
         return torch.cat([*self._one_by_one(wide, input)], self.output_dim)
 
     def _one_by_one(self, wide: Wide, input: Tensor) -> Iterator[Tensor]:

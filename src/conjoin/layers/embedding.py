@@ -45,7 +45,8 @@ class Embedding(Kind):
         """(*) -> (n, *, width) for a stack of tables, (*, sum width_i) otherwise."""
         padding: Any = wide.settings["padding_idx"]
         if _stacked(wide):
-            return self._read_stack(wide, input, padding)
+            stack = wide.weight.view(len(wide.widths), *wide.shapes[0])
+            return read_stack(stack, input, padding)
         if torch.is_grad_enabled() and wide.weight.requires_grad:
             return F.embedding(input, self.joined(wide), padding)
         tables = [wide.part("weight", wide.weight, i) for i in range(len(wide.widths))]
@@ -63,14 +64,21 @@ class Embedding(Kind):
         """Along the stack for a stack of tables, along the channels otherwise."""
         return (unstack, (len(wide.widths),)) if _stacked(wide) else super().split(wide)
 
-    def _read_stack(self, wide: Wide, input: Tensor, padding: int | None) -> Tensor:
-        stack = wide.weight.view(len(wide.widths), *wide.shapes[0])
-        shape = len(wide.widths), *input.shape, wide.widths[0]
-        rows = stack.index_select(1, input.reshape(-1)).view(shape)
-        if padding is None or not rows.requires_grad:
-            return rows
-        # The padding row is read like any other and gets no gradient.
-        return torch.where((input == padding).unsqueeze(-1), rows.detach(), rows)
+
+def read_stack(stack: Tensor, input: Tensor, padding: int | None) -> Tensor:
+    """What n tables (n, rows, width) of one shape have in the rows (*): (n, *, width).
+
+    Args:
+        stack: the tables.
+        input: the numbers of the rows.
+        padding: the number of the row that gets no gradient, if there is one.
+    """
+    count, _, width = stack.shape
+    rows = stack.index_select(1, input.reshape(-1)).view(count, *input.shape, width)
+    if padding is None or not rows.requires_grad:
+        return rows
+    # The padding row is read like any other and gets no gradient.
+    return torch.where((input == padding).unsqueeze(-1), rows.detach(), rows)
 
 
 def unstack(stack: Tensor, count: int) -> Sequence[Tensor]:

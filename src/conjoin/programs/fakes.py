@@ -8,12 +8,14 @@ hold for all the sizes that the program is for.
 from __future__ import annotations
 
 import contextlib
+import functools
 import logging
 from collections.abc import Callable, Hashable, Iterator
 from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.experimental.symbolic_shapes import ShapeEnv
@@ -23,6 +25,8 @@ from torch.utils._sympy.value_ranges import ValueRanges
 
 from conjoin.foreign import quieter
 from conjoin.graph.meta import VALUE
+
+aten = torch.ops.aten
 
 
 class UnknownSizeError(ValueError):
@@ -84,20 +88,65 @@ def _as_when_exported(env: ShapeEnv) -> Iterator[None]:
         env._update_version_counter()
 
 
+def is_decomposed(graph: fx.Graph) -> bool:
+    """Whether a graph has none of the operations that `run_decompositions` writes as others."""
+    targets = {node.target for node in graph.nodes if node.op == "call_function"}
+    return targets.isdisjoint(_decompositions())
+
+
+@functools.cache
+def _decompositions() -> dict[Any, Callable[..., Any]]:
+    """What `run_decompositions` writes in other operations, and how."""
+    table: Any = torch.export.default_decompositions()
+    known = {
+        operation: function
+        for operation, function in table.items()
+        if not operation.name().startswith("aten::sym_")  # Sizes, which stay.
+    }
+    return {**known, aten.native_batch_norm.default: _batch_norm}
+
+
+def _batch_norm(input: Tensor, *given: Any) -> Any:
+    """What a BatchNorm in evaluation mode is there; `make_fx` leaves it as it is."""
+    *tensors, training, momentum, eps = given
+    if training:
+        return NotImplemented
+    return aten._native_batch_norm_legit_no_training.default(input, *tensors, momentum, eps)
+
+
 def operations(
-    mode: FakeTensorMode, function: Callable[..., Any], values: list[Any]
+    mode: FakeTensorMode, function: Callable[..., Any], values: list[Any], *, decomposed: bool
 ) -> fx.GraphModule:
     """What a function does to values, as ATen operations with a value each.
+
+    Args:
+        mode: the mode of the values.
+        function: the function.
+        values: the values.
+        decomposed: whether they are to be such as `run_decompositions` leaves.
 
     Raises:
         UnknownSizeError: it depends on sizes that are not known.
     """
-    with nothing_new(mode), _as_exported():
-        traced: fx.GraphModule = make_fx(function, tracing_mode="real", pre_dispatch=True)(*values)
+    # What an operation is decomposed to may make tensors of its own.
+    inside = mode if decomposed else contextlib.nullcontext()
+    with nothing_new(mode), _as_exported(), inside:
+        trace = make_fx(
+            function,
+            decomposition_table=_decompositions() if decomposed else None,
+            tracing_mode="real",
+            pre_dispatch=not decomposed,
+        )
+        traced: fx.GraphModule = trace(*values)
     for node in reversed(traced.graph.nodes):
-        if node.op == "call_function" and not node.users and not node.target._schema.is_mutable:
+        if node.op == "call_function" and not node.users and not _changes(node):
             traced.graph.erase_node(node)
     return traced
+
+
+def _changes(node: fx.Node) -> bool:
+    """Whether an operation changes what it reads."""
+    return isinstance(node.target, OpOverload) and node.target._schema.is_mutable
 
 
 @contextlib.contextmanager
@@ -118,9 +167,15 @@ def _as_exported() -> Iterator[None]:
 
 def computed(mode: FakeTensorMode, node: fx.Node) -> Any:
     """What an operation gives for the values that its inputs have now."""
-    args, kwargs = map_arg((node.args, node.kwargs), lambda each: each.meta[VALUE])
+    args, kwargs = map_arg((node.args, node.kwargs), _value)
     with mode, torch.no_grad(), _as_exported():
         return node.target(*args, **kwargs)  # type: ignore[operator]
+
+
+def _value(node: fx.Node) -> Any:
+    """The value of a node; without the gradient that a view of a fake parameter would have."""
+    value = node.meta[VALUE]
+    return value.detach() if isinstance(value, Tensor) and value.requires_grad else value
 
 
 def layout(value: Any) -> Hashable:

@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from conjoin.graph import edit
+from conjoin.graph import edit, hazards
 from conjoin.graph.meta import VALUE
 from conjoin.layers.kind import TENSORS
 from conjoin.layers.owner import Owner
@@ -73,10 +73,14 @@ class Slice:
     @property
     def part(self) -> Tensor:
         """The part: a view of the wide tensor."""
+        return self.of(self.tensor.detach())
+
+    def of(self, tensor: Tensor) -> Tensor:
+        """The part of a tensor that lies as the wide one does: a view."""
         if self.name in self.wide.kind.counters:
-            return self.tensor[self.index]
+            return tensor[self.index]
         kind = self.name if self.name in TENSORS else "weight"
-        return self.wide.part(kind, self.tensor.detach(), self.index)
+        return self.wide.part(kind, tensor, self.index)
 
 
 def wide_tensors(wide: Wide) -> dict[str, Tensor]:
@@ -125,6 +129,7 @@ class Lowering:
         self.kept: dict[fx.Node, fx.Node] = {}
         self.wholes: dict[str, fx.Node] = {}
         self._mode = mode
+        self._decomposed = fakes.is_decomposed(program.graph)
         self._program = program
         self._raised = raised
         self._slices = slices(raised.module)
@@ -143,9 +148,10 @@ class Lowering:
         self._inputs()
         for node in self._raised.module.graph.nodes:
             origins = self._raised.origins.get(node, ())
-            if node.op == "get_attr" and within(str(node.target)) in self._slices:
-                continue  # Nothing reads it any more, see `called_apart`.
-            if origins and origins[-1] in self.kept:
+            slice = self._slices.get(within(str(node.target))) if node.op == "get_attr" else None
+            if slice is not None:
+                self._values[node] = self._cut(node, slice) if node.users else None
+            elif origins and origins[-1] in self.kept:
                 self._values[node] = self.kept[origins[-1]]
             elif origins and self._stays(node):
                 self._values[node] = self._keep(node, origins)
@@ -205,6 +211,14 @@ class Lowering:
         except Exception as error:
             raise LoweringError(self._behind(node), f"{node} would fail: {error}") from error
 
+    def _cut(self, node: fx.Node, slice: Slice) -> Any:
+        """A parameter or buffer that was merged, where something else reads it too."""
+        reader = next(iter(node.users))  # Which tells where it comes from.
+        try:
+            return self._written(reader, slice.of, (self.wholes[slice.whole],))
+        except Exception as error:
+            raise LoweringError(self._names[slice.wide], f"{node.target}: {error}") from error
+
     def _lower(self, node: fx.Node) -> Any:
         """A node that the passes have put in, as the nodes of its value."""
         if node.target is operator.getitem:
@@ -260,7 +274,8 @@ class Lowering:
             filled = [known[each] if isinstance(each, fx.Node) else each for each in leaves]
             return function(*pytree.tree_unflatten(filled, structure))
 
-        traced = fakes.operations(self._mode, run, [each.meta[VALUE] for each in read])
+        values = [each.meta[VALUE] for each in read]
+        traced = fakes.operations(self._mode, run, values, decomposed=self._decomposed)
         inputs = iter(read)
         at: dict[fx.Node, fx.Node] = {}
         result: Any = None
@@ -371,13 +386,18 @@ def _with(wide: Wide, tensors: Mapping[str, Any]) -> Wide:
     return wide
 
 
-def called_apart(raised: Raised) -> Iterator[str]:
-    """The layers that were merged and are called one by one, or whose parameters are read so."""
-    merged = slices(raised.module)
+def called_apart(program: ExportedProgram, raised: Raised) -> Iterator[str]:
+    """The layers that were merged and are called one by one, or whose parameters are not theirs.
+
+    They are not where something else reads them that may change them, or under another name.
+    """
+    modules, merged = edit.called_modules(raised.module), slices(raised.module)
+    also = aliases(program)
+    tied = {*also, *also.values()}
     for node in raised.module.graph.nodes:
-        if _is_call(node):
-            view = raised.module.get_submodule(str(node.target))
-            if isinstance(view, View):
-                yield str(node.target)
-        elif node.op == "get_attr" and within(str(node.target)) in merged and node.users:
-            yield str(node.target).rpartition(".")[0]
+        target = str(node.target)
+        if node.op == "call_module" and isinstance(modules[target], View):
+            yield target
+        read = node.op == "get_attr" and within(target) in merged and node.users
+        if read and (within(target) in tied or hazards.is_seen(node, modules)):
+            yield target.rpartition(".")[0]

@@ -30,12 +30,13 @@ from conjoin.graph.meta import VALUE
 from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Sightings
 from conjoin.layers import KINDS, Kind
+from conjoin.layers.view import wides
 from conjoin.legality import Reason, Refusal
 from conjoin.merging import MERGER, Merger
 from conjoin.passes import rewrite_traced
-from conjoin.programs import fakes, record
+from conjoin.programs import borders, fakes, record
 from conjoin.programs.lowering import Lowering, LoweringError, Slice, called_apart, slices
-from conjoin.programs.raised import HELD, ROOT, Raised, aliases, held, raised
+from conjoin.programs.raised import HELD, ROOT, Raised, aliases, held, look_through, raised
 from conjoin.programs.record import RECORD, Restoration, UnrecordableError
 
 Value = TypeVar("Value")
@@ -60,6 +61,7 @@ def optimize(program: ExportedProgram, kinds: tuple[Kind, ...] = KINDS) -> Expor
     batches = True
     while True:
         found = raised(program)
+        look_through(found)
         inputs = _inputs(found.module.graph) if batches else None
         found.module.meta[INPUTS] = inputs
         found.module.meta[MERGER] = Merger(
@@ -67,8 +69,9 @@ def optimize(program: ExportedProgram, kinds: tuple[Kind, ...] = KINDS) -> Expor
         )
         if not rewrite_traced(found.module):
             return _copied(program)
-        why = "layers that were merged are also called one by one"
-        left = {*called_apart(found)}
+        why = "layers that were merged are also called one by one, or from several modules"
+        groups = [[name for name, _ in members] for members in wides(found.module).values()]
+        left = {*called_apart(program, found), *borders.across(program, groups)}
         if inputs is not None and inputs.most is not None and _elements(found) > inputs.most:
             batches = False
             continue
@@ -122,6 +125,9 @@ def _lowered(program: ExportedProgram, found: Raised) -> ExportedProgram:
     """The program of a rewritten graph."""
     lowering = Lowering(program, found)
     lowering.run()
+    if lost := borders.missing(program, lowering.graph):
+        names = (name for members in wides(found.module).values() for name, _ in members)
+        raise LoweringError([*names], f"what {lost[0]} reads or gives is a part of a wide tensor")
     merged, also = slices(found.module), aliases(program)
     state: dict[str, Any] = {}
     for name, tensor in program.state_dict.items():

@@ -20,8 +20,11 @@ from torch.export import ExportedProgram
 from torch.export.graph_signature import InputKind, InputSpec
 from torch.fx.node import map_arg
 
+from conjoin.graph.meta import VALUE
 from conjoin.layers.owner import Held
 from conjoin.tracing.exported import raise_
+
+aten = torch.ops.aten
 
 ROOT = "program"
 """Where in the raised graph's module the program's modules are."""
@@ -99,6 +102,22 @@ def raised(program: ExportedProgram) -> Raised:
     for made, gone in raise_(module).items():
         origins[made] = tuple(each for copy in gone for each in origins.pop(copy))
     return Raised(module, origins, {node: form(node) for node in module.graph.nodes})
+
+
+def look_through(raised: Raised) -> None:
+    """Takes out casts to the type that a tensor has, which give the very tensor.
+
+    What they are written for is another type that the model might have had; it has this one now.
+    """
+    graph = raised.module.graph
+    for node in list(graph.nodes):
+        if node.target is not aten.to.dtype or len(node.args) != 2 or node.kwargs:
+            continue
+        cast, dtype = node.args
+        idle = isinstance(cast, fx.Node) and getattr(cast.meta.get(VALUE), "dtype", None) is dtype
+        if idle and all(user.op != "output" for user in node.users):
+            node.replace_all_uses_with(cast)
+            graph.erase_node(node)
 
 
 def within(name: str) -> str:

@@ -88,11 +88,12 @@ def written(
 
 def digest(graph: fx.Graph) -> str:
     """A short text that differs between graphs that differ."""
-    # A file does not hold what a placeholder is called beside its name, nor where parts are read.
+    # A file does not hold what a placeholder is called beside its name, nor where parts are read,
+    # and it holds all that an operation gives, read or not.
     lines = [
         (name_of(n), n.op, "" if n.op == "placeholder" else str(n.target), _inputs(n))
         for n in graph.nodes
-        if n.op != "get_attr"
+        if n.op != "get_attr" and (n.users or n.target is not operator.getitem)
     ]
     return hashlib.sha256(json.dumps(lines).encode()).hexdigest()
 

@@ -22,6 +22,8 @@ from conjoin.graph import edit
 from conjoin.graph.meta import VALUE
 from conjoin.layers.kind import TENSORS
 from conjoin.layers.owner import Held
+from conjoin.tracing import decomposed
+from conjoin.tracing.decomposed import Written
 
 aten = torch.ops.aten
 
@@ -92,8 +94,11 @@ FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
     aten.unsqueeze.default: torch.unsqueeze,
     aten.matmul.default: torch.matmul,
     aten.mm.default: torch.mm,
+    aten.addmm.default: torch.addmm,
+    aten.t.default: torch.t,
+    aten.transpose.int: torch.transpose,
     aten.einsum.default: torch.einsum,
-    aten.linear.default: F.linear,
+    **{operation: function for function, operation in OF_TORCH.items()},
     aten.softmax.int: torch.softmax,
     aten.log_softmax.int: torch.log_softmax,
     aten.pad.default: F.pad,
@@ -117,7 +122,7 @@ OPERATORS: Mapping[Any, Callable[..., Any]] = {
 Origins = dict[fx.Node, tuple[fx.Node, ...]]
 """For each node that was made, the nodes that it stands for, the one that gave its value last."""
 
-OF_A_MODE = (aten.batch_norm.default, aten.instance_norm.default)
+OF_A_MODE = (aten.batch_norm, aten.instance_norm)
 """Operations of layers in which it is written whether they are in training mode."""
 
 
@@ -153,11 +158,14 @@ def raise_(module: fx.GraphModule, *, fixed: bool = True) -> Origins:
     calls: dict[str, tuple[Any, ...]] = {}
     counts = _counts(module)
     for node in list(module.graph.nodes):
-        if node.op != "call_function" or (not fixed and node.target in OF_A_MODE):
+        if node.op != "call_function":
+            continue
+        written = _written(node)
+        if not fixed and written.operation in OF_A_MODE:
             continue
         with module.graph.inserting_before(node):
-            if name := _called_layer(module, node, calls, counts):
-                made = module.graph.call_module(name, (_input(arguments_by_schema(node)),))
+            if name := _called_layer(module, written, calls, counts):
+                made = module.graph.call_module(name, (_input(written.arguments),))
             elif found := _function(node):
                 made = module.graph.call_function(*found)
             else:
@@ -165,12 +173,23 @@ def raise_(module: fx.GraphModule, *, fixed: bool = True) -> Origins:
         made.meta = dict(node.meta)
         node.replace_all_uses_with(made)
         counting = counts[name].pop(0) if name and _trains(node) else None
-        origins[made] = (node,) if counting is None else (counting, node)
+        origins[made] = (*(written.nodes if name else (node,)),)
         if counting is not None:  # The next call counts from there.
             counting.replace_all_uses_with(counting.all_input_nodes[0])
-        for each in origins[made]:
+            origins[made] = (counting, *origins[made])
+        for each in reversed(origins[made]):
             module.graph.erase_node(each)
     return origins
+
+
+def _written(node: fx.Node) -> Written:
+    """The call of a layer that an operation may be."""
+    found = decomposed.read(node, arguments_by_schema)
+    if found is not None:
+        return found
+    operation = getattr(OF_TORCH.get(node.target, node.target), "overloadpacket", None)
+    known = operation in LAYERS or operation in TRACKING
+    return Written(operation, arguments_by_schema(node) if known else {}, (node,))
 
 
 def _function(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
@@ -185,25 +204,25 @@ def _function(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[
         return function, (given["input"], given["normalized_shape"]), {"eps": given["eps"]}
     if node.target in FUNCTIONS:
         return FUNCTIONS[node.target], node.args, dict(node.kwargs)
-    return None
+    found = decomposed.function(node, arguments_by_schema)
+    return found and (*found, {})
 
 
 def _called_layer(
     module: fx.GraphModule,
-    node: fx.Node,
+    written: Written,
     calls: dict[str, tuple[Any, ...]],
     counts: Mapping[str, list[fx.Node]],
 ) -> str:
-    """The layer that an operation is a call of, which is made if it is the first one.
+    """The layer that operations are a call of, which is made if it is the first one.
 
     Returns:
-        Its name; empty where the operation is none, or has other settings than the first.
+        Its name; empty where they are none, or have other settings than the first.
     """
-    operation = getattr(OF_TORCH.get(node.target, node.target), "overloadpacket", None)
+    operation, given, node = written.operation, written.arguments, written.nodes[-1]
     cls = LAYERS.get(operation) or TRACKING.get(operation, {}).get(_rank(node))
     if cls is None:
         return ""
-    given = arguments_by_schema(node)
     name = _owner(module, given)
     if not name or (_trains(node) and not counts.get(name)):
         return ""
@@ -267,7 +286,7 @@ def _input(arguments: Mapping[str, Any]) -> fx.Node:
     return found
 
 
-def _owner(module: fx.GraphModule, arguments: dict[str, Any]) -> str:
+def _owner(module: fx.GraphModule, arguments: Mapping[str, Any]) -> str:
     """The module whose tensors an operation reads; empty where there is no such module."""
     weight = arguments["weight"]
     if not _reads(weight, ".weight"):
@@ -292,7 +311,7 @@ def _reads(node: object, name: str, *, whole: bool = False) -> bool:
     return node.target == name if whole else str(node.target).endswith(name)
 
 
-def _settings(arguments: dict[str, Any]) -> tuple[tuple[str, Any], ...]:
+def _settings(arguments: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
     """The settings among an operation's arguments."""
     other = (*INPUTS, *TENSORS, *RUNNING, *OF_BACKENDS)
     settings = {k: v for k, v in arguments.items() if k not in other}
