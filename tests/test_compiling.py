@@ -13,6 +13,7 @@ from torch.nn import functional as F
 import conjoin
 from conjoin.compiling import PreGradPass
 from conjoin.graph import functional, hazards
+from conjoin.layers.fusing import fuse
 
 
 class Attention(nn.Module):
@@ -496,7 +497,7 @@ def test_views_of_every_kind_are_one_call_again(name, training):
     model = Branches(*copy.deepcopy(layers)).double()
     calls = [inputs(n) for n in (3, 2, 5)]
     fused = copy.deepcopy(model)
-    conjoin.layers.wide.fuse(conjoin.layers.kind_of(fused.layers[0]), [*fused.layers], fused)
+    fuse(conjoin.layers.kind_of(fused.layers[0]), [*fused.layers], fused)
     inner = Inner()
     compiled = compiled_by(fused, inner, fullgraph=True)
     for args in calls:
