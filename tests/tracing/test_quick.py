@@ -17,7 +17,7 @@ from conjoin.layers.view import wides
 from conjoin.layers.wide import Wide
 from conjoin.tracing import regions
 from conjoin.tracing.quick import Conditions
-from conjoin.tracing.sandbox import MISSING
+from conjoin.tracing.sandbox.objects import MISSING
 
 
 class Towers(nn.Module):

@@ -17,7 +17,7 @@ from conjoin.layers.enclosing import ENCLOSES
 from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
 from conjoin.tracing.proxies import UnsoundError
-from conjoin.tracing.sandbox import frozen
+from conjoin.tracing.sandbox.constants import frozen
 
 HOLDERS = ("_modules", "_parameters", "_buffers")
 """The attributes of a module that hold its children and its tensors."""

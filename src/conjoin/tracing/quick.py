@@ -24,8 +24,8 @@ from torch import nn
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
-from conjoin.tracing.objects import MISSING
-from conjoin.tracing.sandbox import plain_class
+from conjoin.tracing.sandbox.classes import plain_class
+from conjoin.tracing.sandbox.objects import MISSING
 
 WORDS = (None, True, False)
 """Values that are what they are written as."""

@@ -33,10 +33,11 @@ from conjoin.nn import Split, Unite
 from conjoin.passes import rewrite_traced
 from conjoin.tracing import sound
 from conjoin.tracing.likeness import likeness
-from conjoin.tracing.objects import MISSING, held_at, holder_of
 from conjoin.tracing.proxies import UnsoundError
 from conjoin.tracing.quick import Conditions
-from conjoin.tracing.sandbox import frozen, plain_class, snapshots
+from conjoin.tracing.sandbox.classes import plain_class
+from conjoin.tracing.sandbox.constants import frozen, snapshots
+from conjoin.tracing.sandbox.objects import MISSING, held_at, holder_of
 from conjoin.tracing.sound import Traced
 from conjoin.tracing.spelled import check_of
 from conjoin.tracing.structures import Observed, Structure, is_plain, structure_of

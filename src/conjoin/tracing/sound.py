@@ -6,7 +6,8 @@ calls, draws a random number or enters `torch.no_grad()`. So a trace is used onl
 Python decided depends on what is watched on every call:
 
 - all code that runs, PyTorch's own aside, is free of side effects, contexts and caught errors
-  (`bytecode.py`), and what it reads is noted (`sandbox.py`): children, constants, flags, functions;
+  (`sandbox/bytecode.py`), and what it reads is noted (`sandbox/`): children, constants, flags,
+  functions;
 - the value of a tensor decides nothing (`proxies.py`), nor does its being no real tensor;
 - no operation ran for real during the trace, so none is missing from the graph.
 
@@ -39,18 +40,14 @@ from conjoin.merging import REGION
 from conjoin.nn import Parallel, Split, Unite
 from conjoin.reachable import reachable_from, words
 from conjoin.tracing.known import is_not_none
-from conjoin.tracing.objects import MISSING, Place, held_at
 from conjoin.tracing.proxies import UnsoundError
 from conjoin.tracing.quick import CALL, Names, Written, restoring_mode, storing
 from conjoin.tracing.ranks import RESHAPING, Ranked, Ranks
-from conjoin.tracing.sandbox import (
-    CONTAINERS,
-    Sandbox,
-    is_constant,
-    operations,
-    plain_class,
-    snapshots,
-)
+from conjoin.tracing.sandbox.allowed import CONTAINERS, operations
+from conjoin.tracing.sandbox.classes import plain_class
+from conjoin.tracing.sandbox.constants import is_constant, snapshots
+from conjoin.tracing.sandbox.objects import MISSING, Place, held_at
+from conjoin.tracing.sandbox.sandbox import Sandbox
 from conjoin.tracing.structures import Observed, Structure, names_of, rebuilt, required
 from conjoin.tracing.undisturbed import letting_go, undisturbed
 

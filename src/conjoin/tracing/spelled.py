@@ -18,9 +18,9 @@ from typing import Any, cast
 from torch import nn
 
 from conjoin.graph.hazards import CALL_HOOKS
-from conjoin.tracing.objects import MISSING, Place, held_at, holder_of, is_of_items
 from conjoin.tracing.quick import Names
-from conjoin.tracing.sandbox import FUNCTION_PARTS
+from conjoin.tracing.sandbox.objects import MISSING, Place, held_at, holder_of, is_of_items
+from conjoin.tracing.sandbox.sandbox import FUNCTION_PARTS
 from conjoin.tracing.sound import Traced
 
 WORDS = (type(None), bool)

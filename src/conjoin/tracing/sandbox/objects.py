@@ -20,7 +20,7 @@ from conjoin.reachable import TRUSTED
 from conjoin.tracing.proxies import UnsoundError
 
 if TYPE_CHECKING:
-    from conjoin.tracing.sandbox import Sandbox
+    from conjoin.tracing.sandbox.sandbox import Sandbox
 
 MISSING = object()
 """The value of an attribute that there is not."""
