@@ -5,7 +5,8 @@ from conjoin.api import optimize, report, unfuse
 from conjoin.layers import KINDS, Kind
 from conjoin.legality import Reason, Refusal
 from conjoin.report import Group, Report
-from conjoin.verify import Difference, Verification, verify
+from conjoin.verifying.verification import Difference, Verification
+from conjoin.verifying.verify import verify
 
 __version__ = "0.1.0"
 __all__ = [

@@ -19,7 +19,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 import conjoin
-from conjoin import exporting, saved
+from conjoin.files import exporting, writing
+from conjoin.files.loading import load
 from conjoin.foreign import SavedError, unremarked
 from conjoin.options import UsageError, arguments, budget, example, input_specs
 from conjoin.policy.cost import Policy
@@ -200,9 +201,9 @@ def _report(options: argparse.Namespace) -> str:
 
 
 def _optimize(options: argparse.Namespace) -> str:
-    saved.check_out(options.out, source=options.saved, force=options.force)
+    writing.check_out(options.out, source=options.saved, force=options.force)
     model, inputs, kwargs = _model_and_inputs(options)
-    saved.check_suffix(model, options.out)
+    writing.check_suffix(model, options.out)
     fused: nn.Module | ExportedProgram
     original: nn.Module | ExportedProgram | None = None
     with _wrong_inputs():
@@ -219,7 +220,7 @@ def _optimize(options: argparse.Namespace) -> str:
         verdict = _UNVERIFIED[options.no_verify]
         if original is not None:
             verdict = _verified(conjoin.verify(original, fused, inputs, example_kwargs=kwargs))
-    saved.write(fused, options.out, force=options.force)
+    writing.write(fused, options.out, force=options.force)
     return f"{report}\n\n{verdict}\nwrote {options.out}"
 
 
@@ -249,24 +250,24 @@ def _verified(verification: conjoin.Verification, hint: str = " (--no-verify wou
 
 
 def _unfuse(options: argparse.Namespace) -> str:
-    saved.check_out(options.out, source=options.saved, force=options.force)
+    writing.check_out(options.out, source=options.saved, force=options.force)
     model = _load(options)
-    saved.check_suffix(model, options.out)
+    writing.check_suffix(model, options.out)
     if not isinstance(model, ExportedProgram):
-        saved.write(conjoin.unfuse(model, inplace=True), options.out, force=options.force)
+        writing.write(conjoin.unfuse(model, inplace=True), options.out, force=options.force)
         return f"wrote {options.out}"
     with _wrong_inputs():
         plain = conjoin.unfuse(model)
         verdict = _NOT_RUN
         if model.example_inputs:
             verdict = _verified(conjoin.verify(plain, model), hint="")
-    saved.write(plain, options.out, force=options.force)
+    writing.write(plain, options.out, force=options.force)
     return f"{verdict}\nwrote {options.out}"
 
 
 def _export(options: argparse.Namespace) -> str:
     exporting.check_format(options.out)
-    saved.check_out(options.out, source=options.saved, force=options.force)
+    writing.check_out(options.out, source=options.saved, force=options.force)
     model, inputs, kwargs = _model_and_inputs(options)
     if isinstance(model, ExportedProgram) and inputs is None and model.example_inputs:
         inputs, kwargs = model.example_inputs
@@ -285,7 +286,7 @@ def _export(options: argparse.Namespace) -> str:
 
 
 def _load(options: argparse.Namespace) -> nn.Module | ExportedProgram:
-    loaded = saved.load(
+    loaded = load(
         options.saved,
         trust_pickle=options.trust_pickle,
         arguments=arguments(options.arg),

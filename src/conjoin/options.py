@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import torch
 
-from conjoin.saved import Arguments
+from conjoin.files.loading import Arguments
 
 # A typing slip in --input must not fill the memory; real example inputs are far smaller.
 MAX_INPUT_BYTES = 4 * 2**30

@@ -11,7 +11,7 @@ from test_cli import Capture, fail, module_of, succeed
 from torch import nn
 
 import conjoin
-from conjoin import exporting
+from conjoin.files import exporting
 
 aten = torch.ops.aten
 

@@ -21,12 +21,13 @@ from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
 
 import conjoin
-from conjoin import outcome
+from conjoin.files.writing import placing
 from conjoin.foreign import SavedError, foreign, quiet
-from conjoin.saved import placing
 from conjoin.tracing.exported import arguments_by_schema
 from conjoin.tracing.observe import Call
 from conjoin.tracing.undisturbed import KeepingTensors, start_streams, undisturbed
+from conjoin.verifying import outcome
+from conjoin.verifying.unlike import first_unlike, tolerance_of
 
 SEED = 20
 """Where the random streams start for each run, so that what draws numbers draws the same ones."""
@@ -202,7 +203,7 @@ def _compared(actual: list[Outputs], expected: list[Outputs], tolerance: float) 
         SavedError: there is a difference beyond rounding.
     """
     found, wanted = (outcome.described("output", "output", each) for each in (actual, expected))
-    unlike, largest = outcome.first_unlike(found, wanted, tolerance)
+    unlike, largest = first_unlike(found, wanted, tolerance)
     if unlike is not None:
         number = unlike[0].removeprefix("output")
         raise SavedError(
@@ -215,7 +216,7 @@ def _compared(actual: list[Outputs], expected: list[Outputs], tolerance: float) 
 def _tolerance(model: nn.Module, outputs: list[Outputs]) -> float:
     """What the least precise tensor allows."""
     tensors = (*model.parameters(), *model.buffers(), *(t for each in outputs for t in each))
-    return max((outcome.tolerance_of(tensor.dtype) for tensor in tensors), default=0.0)
+    return max((tolerance_of(tensor.dtype) for tensor in tensors), default=0.0)
 
 
 # Formats

@@ -1,4 +1,4 @@
-"""What a call of an exported program leaves behind, under the names that its tensors had at first.
+"""Two exported programs; their tensors go by the names that they had at first.
 
 A program is in the mode that it was exported in, and computes in the types that are written in its
 graph; so it is run as it is.
@@ -8,29 +8,52 @@ from __future__ import annotations
 
 import copy
 import dataclasses
-from collections.abc import Callable, Iterator
-from typing import Any
+from collections.abc import Iterator, Sequence
 
+import torch
 from torch import Tensor, nn
 from torch.export import ExportedProgram
 
-from conjoin import outcome
-from conjoin.outcome import Pieces
 from conjoin.programs.program import duplicate, record_of
 from conjoin.programs.record import originals
 from conjoin.tracing.observe import Call
-from conjoin.tracing.undisturbed import start_streams
+from conjoin.tracing.undisturbed import start_streams, undisturbed
+from conjoin.verifying import outcome
+from conjoin.verifying.comparison import Comparison
+from conjoin.verifying.outcome import Pieces
+from conjoin.verifying.running import SEED, Watch, attempt, backward
+from conjoin.verifying.settings import EXPORTED
+from conjoin.verifying.unlike import first_unlike, tolerance_of
+from conjoin.verifying.verification import Difference
 
 
-def left_behind(
-    program: ExportedProgram, call: Call, backward: Callable[[object], None], seed: int
-) -> tuple[Pieces, Exception | None]:
+def compare_programs(
+    original: ExportedProgram, optimized: ExportedProgram, calls: Sequence[Call]
+) -> Comparison:
+    """Runs two exported programs on each call by itself, up to the first difference."""
+    found = Comparison(False, (EXPORTED,))
+    with undisturbed(), torch.inference_mode(False), torch.enable_grad():
+        for number, call in enumerate(calls):
+            watch = Watch()
+            with watch:
+                expected, failure = left_behind(original, call, SEED + number)
+            actual, _ = left_behind(optimized, call, SEED + number)
+            found.dtype = max(found.dtype, watch.dtype, key=tolerance_of)
+            found.add(EXPORTED, number, expected, failure)
+            unlike, largest = first_unlike(actual, expected, found.tolerance())
+            found.largest = max(found.largest, largest)
+            if unlike is not None:
+                found.difference = Difference(EXPORTED.where, number + 1, *unlike)
+                break
+    return found
+
+
+def left_behind(program: ExportedProgram, call: Call, seed: int) -> tuple[Pieces, Exception | None]:
     """Runs a copy of a program, and takes apart what is there afterwards.
 
     Args:
         program: the program.
         call: the arguments of the call.
-        backward: the backward pass from an output.
         seed: what the random streams start from.
 
     Returns:
@@ -39,14 +62,14 @@ def left_behind(
     module = duplicate(program).module(check_guards=False)
     args, kwargs = copy.deepcopy(call)
     start_streams(seed)
-    output, failure = _attempt(lambda: module(*args, **kwargs))
+    output, failure = attempt(lambda: module(*args, **kwargs))
     left: Pieces = {("error", "the forward pass"): outcome.raised(failure, message=False)}
     if failure is None:
         left |= outcome.described("output", "output", output)
     for arguments in (args, kwargs):
         left |= outcome.described("input", "input", arguments)
     if failure is None:
-        _, broken = _attempt(lambda: backward(output))
+        _, broken = attempt(lambda: backward(output))
         left["error", "the backward pass"] = outcome.raised(broken, message=False)
     for name, tensor, gradient, shared in _tensors(program, module):
         kind = "parameter" if isinstance(tensor, nn.Parameter) else "buffer"
@@ -55,13 +78,6 @@ def left_behind(
             piece = dataclasses.replace(outcome.piece_of(gradient), shared=shared)
             left["gradient", f"gradient of {name}"] = piece
     return left | outcome.streams(), failure
-
-
-def _attempt(run: Callable[[], Any]) -> tuple[Any, Exception | None]:
-    try:
-        return run(), None
-    except Exception as error:  # noqa: BLE001 - Operations of anybody's, which may raise anything.
-        return None, error
 
 
 def _tensors(

@@ -1,0 +1,153 @@
+"""Exported programs of anybody's: nothing in them may run when PyTorch loads them.
+
+PyTorch's reader unpickles some members and generates source from names in the file. So the pickles
+may hold tensors only, and what becomes part of source must be a plain name or number.
+"""
+
+from __future__ import annotations
+
+import ast
+import io
+import json
+import math
+import os
+import pickle
+import re
+from typing import Any
+
+import torch
+
+from conjoin.foreign import SavedError
+
+TRUST = "give --trust-pickle if you trust where it came from"
+"""What to do with a file that could run code."""
+
+# Keys whose strings become names in generated source.
+_NAMES = frozenset({"name", "as_name", "forward_arg_names"})
+# Keys whose strings are only stored, compared or quoted: never part of generated source.
+_TEXTS = frozenset({"metadata", "as_string", "as_strings", "guards_code", "torch_version"})
+# Keys whose strings are JSON again (the structure of the inputs and outputs).
+_NESTED = frozenset({"in_spec", "out_spec", "context"})
+_OPERATORS = ("torch.ops.", "_operator.", "math.", "torch.sym_")
+_WORD = re.compile(r"[\w.:#+/ -]*")
+_SYMPY_CALLS = re.compile(
+    "Symbol|Integer|Float|Rational|Add|Mul|Pow|Max|Min|Abs|And|Or|Not|Equality|Unequality|LessThan|"
+    "GreaterThan|StrictLessThan|StrictGreaterThan|Piecewise|ExprCondPair|FloorDiv|ModularIndexing|"
+    "Where|PythonMod|Mod|CleanDiv|CeilToInt|FloorToInt|CeilDiv|LShift|RShift|PowByNatural|FloatPow|"
+    "FloatTrueDiv|IntTrueDiv|IsNonOverlappingAndDenseIndicator|TruncToFloat|TruncToInt|RoundToInt|"
+    "RoundDecimal|ToFloat|Identity|floor|ceiling"
+)
+_SYMPY_NODES = (
+    ast.Expression,
+    ast.Call,
+    ast.keyword,
+    ast.Name,
+    ast.Load,
+    ast.Constant,
+    ast.Tuple,
+    ast.UnaryOp,
+    ast.USub,
+)
+
+
+def device() -> str | None:
+    """Where tensors are read to: a model saved on a GPU can be read on a machine without one."""
+    return None if torch.accelerator.is_available() else "cpu"
+
+
+def check_exported(source: str, reader: Any) -> None:
+    """Refuse an exported program that could run more than PyTorch's own operators.
+
+    The members are read with PyTorch's own reader: what is checked is what is loaded.
+    """
+    names = set(reader.get_all_records())
+    if any(name.startswith("data/aotinductor/") for name in names):
+        raise SavedError(f"{source} holds compiled code of AOTInductor, not a graph to report on")
+    if "models/model.json" not in names:
+        raise SavedError(f"{source} holds no program named 'model', as torch.export.save writes it")
+    for name in sorted(names):
+        if name.endswith("_config.json"):
+            _check_payloads(source, reader, name)
+        elif name.startswith("models/"):
+            _check_strings(source, "", json.loads(reader.get_record(name)))
+        elif name.endswith(".pt"):
+            _check_plain_pickle(source, name, reader.get_record(name))
+
+
+def _needs_trust(source: str, what: str) -> SavedError:
+    return SavedError(f"{source} holds {what}, and loading that can run code: {TRUST}")
+
+
+def _check_plain_pickle(source: str, name: str, content: bytes) -> None:
+    if not content:
+        return
+    try:
+        torch.load(io.BytesIO(content), map_location=device(), weights_only=True)
+    except pickle.UnpicklingError as error:
+        raise _needs_trust(source, f"pickled Python objects in {name}") from error
+
+
+def _check_payloads(source: str, reader: Any, name: str) -> None:
+    for key, payload in json.loads(reader.get_record(name))["config"].items():
+        _check_strings(source, "", {"parameter_name": key, "path_name": payload["path_name"]})
+        meta = payload["tensor_meta"]
+        if payload["use_pickle"] or meta is None:
+            raise _needs_trust(source, f"the pickled object {key!r}")
+        content = reader.get_record(os.path.join(os.path.dirname(name), payload["path_name"]))
+        elements = math.prod(length["as_int"] for length in meta["sizes"])
+        if elements and not content:
+            raise SavedError(f"{source} is damaged: the tensor {key!r} has no content")
+
+
+def _check_strings(source: str, key: str, value: object) -> None:
+    """Walk the JSON of a program: no string that reaches generated source is more than a name."""
+    if isinstance(value, dict):
+        for name, part in value.items():
+            _require(source, name, _WORD.fullmatch(name) is not None)
+            if name not in _TEXTS:
+                _check_strings(source, name, part)
+    elif isinstance(value, list):
+        for part in value:
+            _check_strings(source, key, part)
+    elif isinstance(value, str):
+        _check_string(source, key, value)
+
+
+def _check_string(source: str, key: str, text: str) -> None:
+    if key == "expr_str":
+        _require(source, text, _is_plain_expression(text))
+    elif key in _NAMES:
+        _require(source, text, not text or text.isidentifier())
+    elif key == "target":
+        _require(source, text, text.startswith(_OPERATORS) and _WORD.fullmatch(text) is not None)
+    elif key in _NESTED and text[:1] in ("[", "{", '"'):
+        nested = json.loads(text)
+        # These make PyTorch import a module that the file names.
+        _require(source, text, "default_factory_module" not in text and "__enum__" not in text)
+        _check_strings(source, key, nested)
+    else:
+        _require(source, text, _WORD.fullmatch(text) is not None)
+
+
+def _require(source: str, text: str, sound: bool) -> None:
+    if not sound:
+        raise _needs_trust(source, f"the unusual text {text[:60]!r} where a name is expected")
+
+
+def _is_plain_expression(text: str) -> bool:
+    """Is this what `sympy.srepr` writes for a size: constructors of numbers and symbols only?"""
+    try:
+        nodes = list(ast.walk(ast.parse(text, mode="eval")))
+    except (SyntaxError, ValueError, MemoryError, RecursionError):
+        return False
+    return all(isinstance(node, _SYMPY_NODES) and _is_plain_node(node) for node in nodes)
+
+
+def _is_plain_node(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):
+        return isinstance(node.func, ast.Name) and bool(_SYMPY_CALLS.fullmatch(node.func.id))
+    if isinstance(node, ast.Name):
+        return not node.id.startswith("_")
+    if isinstance(node, ast.Constant):
+        return not isinstance(node.value, str) or _WORD.fullmatch(node.value) is not None
+    return True
