@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from conjoin.layers import kind_of
 from conjoin.layers.fusing import fuse
 from conjoin.layers.wide import Wide
-from conjoin.tracing import regions
+from conjoin.tracing import plans
 
 WIDTHS = {"two": (3, 3), "three": (2, 5, 1), "four": (2, 2, 2, 2), "five": (2, 3, 1, 4, 2)}
 """How many siblings of which widths: equal and different, odd and even in number."""
@@ -112,7 +112,7 @@ def wide_runs() -> Iterator[list[Wide]]:
 
     Wide.forward = noted
     try:
-        with mock.patch.object(regions, "_get_tracing_state", return_value=runs):
+        with mock.patch.object(plans, "_get_tracing_state", return_value=runs):
             yield runs
     finally:
         Wide.forward = forward

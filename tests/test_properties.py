@@ -33,7 +33,7 @@ import conjoin
 from conjoin.layers import KINDS, lockstep
 from conjoin.layers.view import views
 from conjoin.layers.wide import Wide
-from conjoin.tracing import regions
+from conjoin.tracing import plans
 from conjoin.tracing.regions import Region
 
 pytestmark = pytest.mark.filterwarnings("ignore")
@@ -526,7 +526,7 @@ def facts(program: Program, way: str, monkeypatch) -> set[str]:
     groups = conjoin.report(model, program.arguments()[0]).groups
     optimized = with_inputs(program, model)
     # A rewritten forward calls wide layers as modules only where `torch.jit.trace` listens.
-    monkeypatch.setattr(regions, "_get_tracing_state", lambda: program)
+    monkeypatch.setattr(plans, "_get_tracing_state", lambda: program)
     wide, shared = counting(monkeypatch, Wide, "forward"), counting(monkeypatch, lockstep, "_start")
     outcome = stepped(optimized, program, 0, True)
     monkeypatch.undo()

@@ -29,8 +29,9 @@ from conjoin.policy.levels import Against, estimates
 from conjoin.reachable import remembering
 from conjoin.report import Group, Report
 from conjoin.tracing import graph_modules
+from conjoin.tracing.copies import Call, Copy, UncopyableError
 from conjoin.tracing.exported import lift
-from conjoin.tracing.observe import Call, Copy, UncopyableError, observe
+from conjoin.tracing.observe import observe
 from conjoin.tracing.symbolic import trace
 from conjoin.tracing.undisturbed import undisturbed
 

@@ -27,7 +27,7 @@ from conjoin.merging import Level, Merger
 from conjoin.policy.cost import Policy
 from conjoin.policy.levels import Against
 from conjoin.report import Group
-from conjoin.tracing.observe import Call, Copy, UncopyableError
+from conjoin.tracing.copies import Call, Copy, UncopyableError
 from conjoin.tracing.undisturbed import undisturbed
 
 Result = TypeVar("Result")

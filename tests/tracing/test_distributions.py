@@ -8,7 +8,8 @@ from torch import nn
 from torch.distributions import Categorical, Normal
 
 import conjoin
-from conjoin.tracing.regions import PLAN, Region
+from conjoin.tracing.plans import PLAN
+from conjoin.tracing.regions import Region
 
 
 class ActorCritic(nn.Module):

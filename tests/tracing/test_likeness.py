@@ -8,8 +8,9 @@ from equivalence import assert_equivalent
 from torch import nn
 
 import conjoin
-from conjoin.tracing import regions, sound
-from conjoin.tracing.regions import PLAN, Region
+from conjoin.tracing import sound
+from conjoin.tracing.plans import PLAN
+from conjoin.tracing.regions import Region
 
 
 class Scale:
@@ -63,7 +64,7 @@ def traces(monkeypatch):
         traced.append(region)
         return trace(region, *args, **kwargs)
 
-    monkeypatch.setattr(regions.sound, "trace", counted)
+    monkeypatch.setattr(sound, "trace", counted)
     return traced
 
 

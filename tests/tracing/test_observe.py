@@ -15,7 +15,8 @@ from torch import nn
 import conjoin
 from conjoin.layers import KINDS
 from conjoin.legality import Reason
-from conjoin.tracing.observe import Copy, observe
+from conjoin.tracing.copies import Copy
+from conjoin.tracing.observe import observe
 
 X = torch.randn(3, 4, dtype=torch.float64)
 IMAGE = torch.randn(1, 2, 4, 4, dtype=torch.float64)

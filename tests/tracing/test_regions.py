@@ -21,7 +21,8 @@ import conjoin
 from conjoin.launches import count_step
 from conjoin.layers.view import wides
 from conjoin.nn import Parallel, Split, Unite
-from conjoin.tracing.regions import PLAN, Region, install, uninstall
+from conjoin.tracing.plans import PLAN
+from conjoin.tracing.regions import Region, install, uninstall
 
 GOLDEN = Path(__file__).parents[1] / "golden"
 
@@ -521,7 +522,7 @@ def note(found, change=False):
 
 def test_regions_without_views(monkeypatch):
     found = []
-    monkeypatch.setattr("conjoin.tracing.regions.rewrite_traced", note(found, change=True))
+    monkeypatch.setattr("conjoin.tracing.rounds.rewrite_traced", note(found, change=True))
     model = nn.Sequential(ByHand().body, nn.Flatten()).double()
     original = copy.deepcopy(model)
     install(model, meta={"sizes": 3})
@@ -539,7 +540,7 @@ def test_regions_without_views(monkeypatch):
 
 
 def test_without_a_rewrite_nothing_is_installed(monkeypatch):
-    monkeypatch.setattr("conjoin.tracing.regions.rewrite_traced", note([]))
+    monkeypatch.setattr("conjoin.tracing.rounds.rewrite_traced", note([]))
     model = ByHand()
     install(model)
     assert not regions(model)
@@ -560,7 +561,7 @@ def test_a_pass_that_changes_classes_is_run_until_it_is_done(monkeypatch):
     original = copy.deepcopy(model)
     optimized = conjoin.optimize(model, (vector(model),), inplace=True)
     uninstall(optimized)
-    monkeypatch.setattr("conjoin.tracing.regions.rewrite_traced", merge)
+    monkeypatch.setattr("conjoin.tracing.rounds.rewrite_traced", merge)
     install(optimized)
     assert runs[-1] is kinds[2]
     assert vars(optimized)[PLAN].find(optimized, (vector(model),), {}) is not None

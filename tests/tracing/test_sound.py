@@ -12,7 +12,8 @@ from torch.nn import functional as F
 
 import conjoin
 from conjoin.nn import Parallel
-from conjoin.tracing.regions import PLAN, Region
+from conjoin.tracing.plans import PLAN
+from conjoin.tracing.regions import Region
 
 SCALE = 2.0
 CACHE = {}

@@ -8,7 +8,8 @@ from equivalence import assert_close, assert_equivalent, tensors
 from torch import nn
 
 import conjoin
-from conjoin.tracing.regions import PLAN, Region
+from conjoin.tracing.plans import PLAN
+from conjoin.tracing.regions import Region
 
 
 class Inner(nn.Module):

@@ -8,7 +8,8 @@ from equivalence import assert_close, tensors
 from torch import nn
 
 import conjoin
-from conjoin.tracing.regions import PLAN, Region
+from conjoin.tracing.plans import PLAN
+from conjoin.tracing.regions import Region
 from conjoin.tracing.structures import TENSOR, names_of, rebuilt, structure_of
 
 

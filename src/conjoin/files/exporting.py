@@ -23,8 +23,8 @@ from torch.utils import _pytree as pytree
 import conjoin
 from conjoin.files.writing import placing
 from conjoin.foreign import SavedError, foreign, quiet
+from conjoin.tracing.copies import Call
 from conjoin.tracing.exported import arguments_by_schema
-from conjoin.tracing.observe import Call
 from conjoin.tracing.undisturbed import KeepingTensors, start_streams, undisturbed
 from conjoin.verifying import outcome
 from conjoin.verifying.unlike import first_unlike, tolerance_of

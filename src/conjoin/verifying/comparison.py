@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
-from conjoin.tracing.observe import Call
+from conjoin.tracing.copies import Call
 from conjoin.verifying.outcome import Key, Pieces
 from conjoin.verifying.running import Watch, run
 from conjoin.verifying.settings import Setting, settings_for

@@ -9,7 +9,7 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-from conjoin.tracing.observe import Call
+from conjoin.tracing.copies import Call
 from conjoin.verifying import outcome
 from conjoin.verifying.outcome import tensors_in
 from conjoin.verifying.settings import Setting

@@ -16,7 +16,7 @@ from torch.export import ExportedProgram
 
 from conjoin.programs.program import duplicate, record_of
 from conjoin.programs.record import originals
-from conjoin.tracing.observe import Call
+from conjoin.tracing.copies import Call
 from conjoin.tracing.undisturbed import start_streams, undisturbed
 from conjoin.verifying import outcome
 from conjoin.verifying.comparison import Comparison

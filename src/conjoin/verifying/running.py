@@ -11,7 +11,7 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from conjoin.tracing.observe import Call
+from conjoin.tracing.copies import Call
 from conjoin.tracing.undisturbed import start_streams, undisturbed
 from conjoin.verifying import outcome
 from conjoin.verifying.copying import arguments, exact, prepared

@@ -17,7 +17,8 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from conjoin.api import check_model, example_calls
-from conjoin.tracing.observe import Call, unfit
+from conjoin.tracing.copies import Call
+from conjoin.tracing.observe import unfit
 from conjoin.tracing.undisturbed import undisturbed
 from conjoin.verifying.comparison import Comparison, compare
 from conjoin.verifying.programs import compare_programs

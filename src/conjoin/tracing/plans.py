@@ -1,0 +1,263 @@
+"""Plans: the rewritten forwards of a region, bound to its modules, and when each may run.
+
+A plan looks at each call whether what was taken for granted still holds: the modules that were
+reached, their classes, modes, constants and hooks, the structure of the call and its tensors.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch._C import _get_tracing_state
+from torch.nn.modules import module as nn_module
+
+from conjoin.graph.hazards import CALL_HOOKS
+from conjoin.layers.lockstep import in_transform
+from conjoin.layers.owner import Owner
+from conjoin.layers.view import View
+from conjoin.tracing.quick import Conditions
+from conjoin.tracing.sandbox.classes import plain_class
+from conjoin.tracing.sandbox.constants import frozen, snapshots
+from conjoin.tracing.sandbox.objects import held_at, holder_of
+from conjoin.tracing.sound import Traced
+from conjoin.tracing.spelled import check_of
+from conjoin.tracing.structures import Observed, Structure, is_plain, structure_of
+
+PLAN = "conjoin_plan"
+"""The attribute of a region that holds its plan."""
+
+region_classes: dict[type, type[nn.Module]] = {}
+"""The class that the regions of a class have."""
+
+
+@dataclass(slots=True)
+class Variant:
+    """A rewritten forward for calls of one structure, bound to the modules of one region.
+
+    Attributes:
+        traced: the forward, and what it takes for granted by path.
+        conditions: what it takes for granted.
+        spelled: a function of the region by which Dynamo finds the same, but for the containers.
+        holds: whether the conditions hold; made when that is first asked.
+        quick: the forward bound to the modules, and whether nothing stands between calls of the
+            modules that it calls and their forwards; made when the forward is first called.
+    """
+
+    traced: Traced
+    conditions: Conditions
+    spelled: Callable[[nn.Module], bool]
+    holds: Callable[[], bool] | None = None
+    quick: tuple[Callable[..., Any], Callable[[], bool]] | None = None
+
+    def fits(self, tensors: Sequence[Tensor]) -> bool:
+        """Whether the tensors of a call are as the new forward takes for granted."""
+        for number, rank in self.traced.ranks:
+            if tensors[number].ndim != rank:
+                return False
+        if self.traced.most is None:
+            return True
+        first: dict[int, Tensor] = {}
+        for number, tensor in zip(self.traced.observed.alike, tensors, strict=False):
+            if not _are_alike(first.setdefault(number, tensor), tensor):
+                return False
+        return sum([tensor.numel() for tensor in tensors]) <= self.traced.most
+
+    def function(self, region: nn.Module, *, compiling: bool) -> Callable[..., Any] | None:
+        """The new forward; None where something has happened that makes it another function."""
+        if compiling:
+            if not (self.spelled(region) and self.conditions.contents_hold()):
+                return None
+            return self.traced.function
+        if self.holds is None:
+            self.holds = self.conditions.check()
+        if not self.holds():
+            return None
+        if self.quick is None:
+            self.quick = self.traced.written.bound(region)
+        function, usual = self.quick
+        # `torch.jit.trace` takes notes of the modules that are called.
+        return function if usual() and _get_tracing_state() is None else self.traced.function
+
+
+def _are_alike(tensor: Tensor, other: Tensor) -> bool:
+    return tensor is other or (
+        tensor.shape == other.shape
+        and tensor.dtype is other.dtype
+        and tensor.device == other.device
+        and tensor.requires_grad is other.requires_grad
+    )
+
+
+@dataclass(slots=True)
+class Plan:
+    """The rewritten forwards of one region.
+
+    Attributes:
+        variants: by the structure of the call; of those for one structure, the first that holds.
+    """
+
+    variants: dict[Structure, tuple[Variant, ...]]
+
+    def find(
+        self, region: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> tuple[Callable[..., Any], tuple[Tensor, ...]] | None:
+        """The forward for a call, and the call's tensors; None where the original must run."""
+        if not kwargs and all(map(is_plain, args)):
+            structure: Structure = len(args)
+        else:
+            found = structure_of(args, kwargs)
+            if found is None:
+                return None
+            structure, args = found
+        variants = self.variants.get(structure)
+        if variants is None or nn_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+            return None
+        compiling = torch.compiler.is_compiling()
+        if not compiling and in_transform():
+            return None
+        for variant in variants:
+            fits = variant.fits(args)
+            function = variant.function(region, compiling=compiling) if fits else None
+            if function is not None:
+                return function, args
+        return None
+
+    def __deepcopy__(self, memo: dict[int, Any]) -> Unbound:
+        """The forwards unbound; the copied region binds them to its own modules."""
+        return self.unbound()
+
+    def unbound(self) -> Unbound:
+        """The forwards, for other modules than those that they are bound to.
+
+        Not those that are over, since a module that they call has another class by now: a copy
+        could not tell.
+        """
+        return [
+            (variant.traced, _marks([module for module, _ in variant.conditions.kinds]))
+            for variants in self.variants.values()
+            for variant in variants
+            if all(type(module) is cls for module, cls in variant.conditions.kinds)
+        ]
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        """A pickle holds no code: the loaded region is traced anew."""
+        calls = {of: variants[0].traced.observed for of, variants in self.variants.items()}
+        return _traced_anew, (calls,)
+
+
+def _traced_anew(structures: dict[Structure, Observed]) -> dict[Structure, Observed]:
+    """What a pickle holds: the structures of the calls, and what was seen of them."""
+    return structures
+
+
+_Mark = tuple[type, int, int]
+"""The class of a module; for a view also which wide layer it has, and which part of it it is."""
+
+Unbound = list[tuple[Traced, tuple[_Mark, ...]]]
+"""What was traced, and what it found of the modules that it reached."""
+
+
+def _marks(modules: Sequence[nn.Module]) -> tuple[_Mark, ...]:
+    """What tells modules from a copy of them that no longer belong together as they did."""
+    known: dict[nn.Module, int] = {}
+    marks: list[_Mark] = []
+    for module in modules:
+        if isinstance(module, View):
+            number = known.setdefault(module.wide_layer, len(known))
+            marks.append((type(module), number, module.conjoin_index))
+        else:
+            marks.append((type(module), -1, -1))
+    return tuple(marks)
+
+
+def bind(region: nn.Module, unbound: Unbound) -> Plan:
+    """The plan of a region for what was traced of it, or of the module that it is a copy of.
+
+    Raises:
+        KeyError: the region is not as it was when it was traced.
+    """
+    at = dict(region.named_modules())
+    variants: dict[Structure, tuple[Variant, ...]] = {}
+    for traced, marks in unbound:
+        bound = _bound(at, traced, marks)
+        variants[traced.structure] = (*variants.get(traced.structure, ()), bound)
+    return Plan(variants)
+
+
+def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -> Variant:
+    reached = [(at[path]._modules, name, at[path]._modules[name]) for path, name in traced.places]
+    modules = [module for _, _, module in reached if module is not None]
+    owners: dict[Any, type] = {
+        plain_class(module): type(module) for module in at.values() if isinstance(module, Owner)
+    }
+    if [mark[1:] for mark in _marks(modules)] != [mark[1:] for mark in marks]:
+        raise KeyError("its views have other wide layers")
+    classes = (
+        *((_last_class(cls, name, owners), name, value) for cls, name, value in traced.classes),
+        *((held_at(at, place), "__class__", cls) for place, cls in traced.objects),
+    )
+    enclosed = tuple((cell, "cell_contents", value) for cell, value in traced.cells)
+    conditions = Conditions(
+        tuple(vars(module)[kind] for module in dict.fromkeys(modules) for kind in CALL_HOOKS),
+        (
+            *((vars(at[path]), "training", flag) for path, flag in traced.modes),
+            *(
+                (dictionary_of(at[path], h), name, value)
+                for path, h, name, value in traced.attributes
+            ),
+            *_held(at, traced),
+            *reached,
+            *traced.globals,
+        ),
+        tuple((module, mark[0]) for module, mark in zip(modules, marks, strict=True)),
+        tuple((vars(at[path])[holder], name) for path, holder, name in traced.present),
+        tuple((at[path]._modules, names) for path, names in traced.children),
+        (*classes, *enclosed),
+        (*traced.shared, *_contents(at, traced)),
+    )
+    return Variant(traced, conditions, check_of(traced, at, classes))
+
+
+def _last_class(cls: Any, name: str, owners: Mapping[Any, type]) -> Any:
+    """The class that regions of a class have, on which somebody may set an attribute as well."""
+    last = owners.get(cls, cls)
+    return cls if name == "forward" else region_classes.get(last, last)
+
+
+def _held(at: dict[str, nn.Module], traced: Traced) -> Iterator[tuple[Mapping[str, Any], str, Any]]:
+    """The attributes that hold containers and objects, and those of the objects."""
+    for place, _ in (*traced.contents, *traced.objects):
+        holder = holder_of(at, place)
+        if holder is not None:  # The others are in containers.
+            yield (*holder, held_at(at, place))
+    for place, value in traced.settings:
+        holder = holder_of(at, place)
+        if holder is None:
+            raise KeyError(place)
+        yield (*holder, value)
+
+
+def _contents(at: dict[str, nn.Module], traced: Traced) -> Iterator[tuple[Any, tuple[Any, ...]]]:
+    paths = {module: path for path, module in reversed(at.items())}
+    for place, before in traced.contents:
+        value = held_at(at, place)
+        if frozen(value, paths, objects=True) != before:
+            raise KeyError(place)
+        yield from snapshots(value)
+
+
+def marks_of(region: nn.Module, traced: Traced) -> tuple[_Mark, ...]:
+    """What there is to know of the modules that were reached."""
+    at = dict(region.named_modules())
+    reached = [at[path]._modules[name] for path, name in traced.places]
+    return _marks([module for module in reached if module is not None])
+
+
+def dictionary_of(module: nn.Module, name: str) -> Mapping[str, Any]:
+    """The dictionary in which a module holds attributes, children or tensors."""
+    found: Mapping[str, Any] = vars(module) if name == "__dict__" else vars(module)[name]
+    return found
