@@ -4,7 +4,7 @@ from conjoin import nn
 from conjoin.api import optimize, report, unfuse
 from conjoin.layers import KINDS, Kind
 from conjoin.legality import Reason, Refusal
-from conjoin.report import Group, Report
+from conjoin.reports.report import Group, Report
 from conjoin.verifying.verification import Difference, Verification
 from conjoin.verifying.verify import verify
 

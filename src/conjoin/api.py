@@ -27,7 +27,7 @@ from conjoin.policy.cost import Policy
 from conjoin.policy.deciding import check_policy, decide, note, noted
 from conjoin.policy.levels import Against, estimates
 from conjoin.reachable import remembering
-from conjoin.report import Group, Report
+from conjoin.reports.report import Group, Report
 from conjoin.tracing import graph_modules
 from conjoin.tracing.copies import Call, Copy, UncopyableError
 from conjoin.tracing.exported import lift

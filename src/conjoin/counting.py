@@ -26,7 +26,7 @@ from conjoin.layers.wide import Wide
 from conjoin.merging import Level, Merger
 from conjoin.policy.cost import Policy
 from conjoin.policy.levels import Against
-from conjoin.report import Group
+from conjoin.reports.report import Group
 from conjoin.tracing.copies import Call, Copy, UncopyableError
 from conjoin.tracing.undisturbed import undisturbed
 

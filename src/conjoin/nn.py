@@ -11,13 +11,21 @@ from __future__ import annotations
 
 from collections import OrderedDict
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
 from typing import Any, overload
 
 import torch
 from torch import nn
 from torch.fx import Proxy
-from torch.nn.utils import parametrize
+
+from conjoin.concatenation import (
+    check_container,
+    check_joinable,
+    cut,
+    is_channel_dim,
+    join,
+    known_width,
+    leaves_its_output_alone,
+)
 
 __all__ = ["Parallel", "Split", "Unite"]
 
@@ -126,11 +134,11 @@ class Parallel(nn.Module):
             )
         """
         where = "Parallel.to_split()"
-        _check_container(where, self, Parallel)
-        kind = _check_joinable(where, self._items())
+        check_container(where, self, Parallel)
+        kind = check_joinable(where, self._items())
         layers = list(self)
         widths = [getattr(layer, kind.width) for layer in layers]
-        wide = _join(layers, kind)
+        wide = join(layers, kind)
         if len(set(widths)) == 1:
             return Split(wide, len(widths), dim=kind.dim).train(self.training)
         return Split(wide, sizes=widths, dim=kind.dim).train(self.training)
@@ -198,7 +206,7 @@ class Split(nn.Module):
         self.parts = parts
         self.sizes = None if sizes is None else tuple(sizes)
         self.dim = dim
-        width = _known_width(module, dim)
+        width = known_width(module, dim)
         if width is not None:
             self._sizes_for(width, f"{type(module).__name__} has {width} output channels")
 
@@ -206,7 +214,7 @@ class Split(nn.Module):
         """Returns the output of `module`, cut along `dim`."""
         whole = self.module(input, *args, **kwargs)
         sizes = self._sizes_of(whole)
-        if _leaves_its_output_alone(self.module):
+        if leaves_its_output_alone(self.module):
             pieces = torch.unsafe_split_with_sizes(whole, sizes, self.dim)
         else:
             pieces = torch.split(whole, sizes, self.dim)
@@ -250,9 +258,9 @@ class Split(nn.Module):
             )
         """
         where = "Split.to_parallel()"
-        _check_container(where, self, Split)
-        kind = _check_joinable(where, [("module", self.module)])
-        if not _is_channel_dim(kind, self.dim, ndim):
+        check_container(where, self, Split)
+        kind = check_joinable(where, [("module", self.module)])
+        if not is_channel_dim(kind, self.dim, ndim):
             raise ValueError(
                 f"{where} needs the cut along the output channels, which for "
                 f"{type(self.module).__name__} is dim={kind.dim}, but dim={self.dim}. Set "
@@ -261,7 +269,7 @@ class Split(nn.Module):
             )
         width = getattr(self.module, kind.width)
         sizes = self._sizes_for(width, f"{type(self.module).__name__} has {width} output channels")
-        layers = _cut(self.module, kind, sizes)
+        layers = cut(self.module, kind, sizes)
         return Parallel(*layers).train(self.training)
 
     def _sizes_of(self, whole: Any) -> list[int]:
@@ -379,192 +387,3 @@ def _what(value: object) -> str:
 def _check_positive(count: object) -> None:
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise ValueError(f"Split takes positive whole numbers for its parts, not {count!r}.")
-
-
-# --- one layer or several: what `to_split` and `to_parallel` need to know about a layer ---
-
-
-@dataclass(frozen=True)
-class _Kind:
-    settings: tuple[str, ...]  # must be equal in layers that become one
-    width: str  # the attribute with the number of output channels
-    weight_dim: int  # where the output channels lie in the weight
-    dim: int  # where they lie in the output, counted from the end
-
-
-_CONV = ("in_channels", "kernel_size", "stride", "padding", "dilation", "groups", "padding_mode")
-_EMBEDDING = (
-    "num_embeddings", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse",
-)  # fmt: skip
-
-_KINDS: dict[type[nn.Module], _Kind] = {
-    nn.Linear: _Kind(("in_features",), "out_features", 0, -1),
-    nn.Conv1d: _Kind(_CONV, "out_channels", 0, -2),
-    nn.Conv2d: _Kind(_CONV, "out_channels", 0, -3),
-    nn.Conv3d: _Kind(_CONV, "out_channels", 0, -4),
-    nn.ConvTranspose1d: _Kind((*_CONV, "output_padding"), "out_channels", 1, -2),
-    nn.ConvTranspose2d: _Kind((*_CONV, "output_padding"), "out_channels", 1, -3),
-    nn.ConvTranspose3d: _Kind((*_CONV, "output_padding"), "out_channels", 1, -4),
-    nn.Embedding: _Kind(_EMBEDDING, "embedding_dim", 1, -1),
-}
-
-_BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-_HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-    "_state_dict_hooks", "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-)  # fmt: skip
-
-
-def _runs_forward_of(module: nn.Module, classes: Iterable[type[nn.Module]]) -> bool:
-    if "forward" in vars(module):
-        return False
-    return any(type(module).forward is kind.forward for kind in classes)
-
-
-def _leaves_its_output_alone(module: nn.Module) -> bool:
-    """Whether the module's backward does not read its output.
-
-    Only then is `unsafe_split` exact: it lets a part be changed in place, unseen by autograd.
-    """
-    if getattr(module, "_forward_hooks", None):
-        return False
-    return _runs_forward_of(module, (*_KINDS, *_BATCH_NORMS))
-
-
-def _known_width(module: nn.Module, dim: int) -> int | None:
-    for layer, kind in _KINDS.items():
-        if not _runs_forward_of(module, [layer]):
-            continue
-        is_batched_conv = kind.width == "out_channels" and dim == 1
-        return getattr(module, kind.width) if dim == kind.dim or is_batched_conv else None
-    return None
-
-
-def _is_channel_dim(kind: _Kind, dim: int, ndim: int | None) -> bool:
-    if dim < 0:
-        return dim == kind.dim
-    if ndim is not None:
-        return dim == ndim + kind.dim
-    return kind.width == "out_channels" and dim == 1
-
-
-def _check_container(where: str, module: nn.Module, base: type[nn.Module]) -> None:
-    if not _runs_forward_of(module, [base]):
-        raise ValueError(f"{where} cannot convert {type(module).__name__}: its forward is its own.")
-    if _has_hooks(module):
-        raise ValueError(f"{where} would lose the hooks of this module. Remove them first.")
-
-
-def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name, None) for name in _HOOKS)
-
-
-def _check_joinable(where: str, layers: list[tuple[str, nn.Module]]) -> _Kind:
-    """Returns the kind that all layers are of; raises where they cannot be parts of one layer."""
-    if not layers:
-        raise ValueError(f"{where} needs at least one branch.")
-    for name, layer in layers:
-        obstacle = _obstacle(layer)
-        if obstacle is not None:
-            raise ValueError(f"{where} cannot use {name!r} ({type(layer).__name__}): {obstacle}.")
-    first_name, first = layers[0]
-    for name, layer in layers[1:]:
-        difference = _difference(first, layer)
-        if difference is not None:
-            raise ValueError(
-                f"{where} cannot make one layer of {first_name!r} and {name!r}: {difference}."
-            )
-    parameters = [id(p) for _, layer in layers for p in layer.parameters()]
-    if len(set(parameters)) < len(parameters):
-        raise ValueError(f"{where} cannot copy a parameter that several branches share.")
-    return _KINDS[type(first)]
-
-
-def _obstacle(layer: nn.Module) -> str | None:
-    """What keeps this layer from being, or being a part of, a wide layer."""
-    if parametrize.is_parametrized(layer):
-        return "it is parametrized; remove the parametrization first"
-    if type(layer) not in _KINDS:
-        known = ", ".join(kind.__name__ for kind in _KINDS)
-        return f"only layers of exactly these classes can be joined or cut: {known}"
-    if "forward" in vars(layer):
-        return "its forward was replaced; restore it first"
-    if _has_hooks(layer):
-        return "it has hooks, which would be lost; remove them first"
-    if getattr(layer, "groups", 1) > 1:
-        return f"groups={layer.groups}, and only groups=1 can be joined or cut"
-    if getattr(layer, "max_norm", None) is not None:
-        return f"max_norm={layer.max_norm}, a limit on whole rows, which another width changes"
-    if any(name not in ("weight", "bias") for name, _ in layer.named_parameters()):
-        return "it has parameters of its own besides weight and bias"
-    if layer._buffers or layer._modules:
-        return "it has buffers or modules of its own"
-    for name, parameter in layer.named_parameters():
-        if type(parameter) is not nn.Parameter:
-            return f"its {name} is a {type(parameter).__name__}, not a plain Parameter"
-        if parameter._backward_hooks or parameter._post_accumulate_grad_hooks:
-            return f"its {name} has hooks, which would be lost; remove them first"
-    return None
-
-
-def _difference(first: nn.Module, other: nn.Module) -> str | None:
-    """What keeps two layers, each fit by itself, from being one."""
-    if type(first) is not type(other):
-        return f"they are a {type(first).__name__} and a {type(other).__name__}"
-    for name in _KINDS[type(first)].settings:
-        one, two = getattr(first, name), getattr(other, name)
-        if one != two:
-            return f"{name} is {one!r} in the first and {two!r} in the second"
-    ours, theirs = dict(first.named_parameters()), dict(other.named_parameters())
-    if set(ours) != set(theirs):
-        return "one has a bias and the other has none"
-    for name, parameter in ours.items():
-        for what in ("dtype", "device", "requires_grad"):
-            one, two = getattr(parameter, what), getattr(theirs[name], what)
-            if one != two:
-                return f"{what} of {name} is {one} in the first and {two} in the second"
-    return None
-
-
-def _join(layers: list[nn.Module], kind: _Kind) -> nn.Module:
-    width = sum(getattr(layer, kind.width) for layer in layers)
-    weight = torch.cat(
-        [layer.get_parameter("weight").detach() for layer in layers], kind.weight_dim
-    )
-    if getattr(layers[0], "bias", None) is None:
-        return _like(layers[0], kind, width, weight, None)
-    bias = torch.cat([layer.get_parameter("bias").detach() for layer in layers])
-    return _like(layers[0], kind, width, weight, bias)
-
-
-def _cut(layer: nn.Module, kind: _Kind, sizes: list[int]) -> list[nn.Module]:
-    weights = torch.split(layer.get_parameter("weight").detach(), sizes, kind.weight_dim)
-    if getattr(layer, "bias", None) is None:
-        return [
-            _like(layer, kind, size, weight.clone(), None)
-            for size, weight in zip(sizes, weights, strict=True)
-        ]
-    biases = torch.split(layer.get_parameter("bias").detach(), sizes)
-    return [
-        _like(layer, kind, size, weight.clone(), bias.clone())
-        for size, weight, bias in zip(sizes, weights, biases, strict=True)
-    ]
-
-
-def _like(
-    layer: nn.Module, kind: _Kind, width: int, weight: torch.Tensor, bias: torch.Tensor | None
-) -> nn.Module:
-    """A layer with the settings of `layer`, `width` output channels and these very values."""
-    settings = {name: getattr(layer, name) for name in kind.settings}
-    settings[kind.width] = width
-    if not isinstance(layer, nn.Embedding):
-        settings["bias"] = bias is not None
-    # On the meta device nothing is drawn from the random stream, which stays the user's.
-    new = type(layer)(**settings, device="meta").train(layer.training)
-    for name, value in [("weight", weight), ("bias", bias)]:
-        if value is not None:
-            learns = layer.get_parameter(name).requires_grad
-            setattr(new, name, nn.Parameter(value, requires_grad=learns))
-    return new

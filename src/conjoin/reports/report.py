@@ -6,8 +6,7 @@ import dataclasses
 import itertools
 import json
 import re
-import textwrap
-from collections.abc import Iterable, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 from tabulate import tabulate
@@ -18,25 +17,15 @@ from conjoin.launches import Launches
 from conjoin.legality import Reason
 from conjoin.memory import UNPREDICTED, Memory, told
 from conjoin.policy.cost import Figures
-
-# What the table keeps within, in characters. The layers take what the other columns leave.
-_COLUMNS = 118
-_WIDTHS_COLUMNS = 22
-_OUTCOME_COLUMNS = 36
-_LAYERS_COLUMNS_AT_LEAST = 24
-
-# tabulate makes a column at least this much wider than its header.
-_HEADER_PADDING = 2
+from conjoin.reports.folding import fold
+from conjoin.reports.layout import HEADERS, Row, code, escape, fill, github_table, listing, table
 
 # From this many equal widths in a row, `4*64` is easier to read than `64+64+64+64`.
 _WIDTHS_IN_A_ROW = 4
 
-_HEADERS = ("kind", "layers", "groups", "widths", "launches, or why not")
 _TOTALS_HEADERS = ("pass", "kernel launches", "change")
 _MODEL = "(the model itself)"
 
-_Box = tuple[frozenset[str], ...]
-_Row = tuple[str, str, str, str, str]
 _Section = tuple[str, list[tuple[str, str]]]
 
 
@@ -91,14 +80,14 @@ class Report:
 
     def __str__(self) -> str:
         """The report as a table of up to 118 columns, with its totals and advice."""
-        parts = [_fill(_headline(self))]
+        parts = [fill(_headline(self))]
         if self.groups:
-            parts.append(_table([_row(line) for line in _lines(self.groups)]))
+            parts.append(table([_row(line) for line in _lines(self.groups)]))
         if _counted(self.launches):
             parts.append(tabulate(_totals(self.launches), _TOTALS_HEADERS))
-        parts += [_fill(text) for text in _peaks(self.memory)]
-        parts += [_listing(title, items) for title, items in _sections(self)]
-        parts += [_fill(advice) for advice in _advice(self)]
+        parts += [fill(text) for text in _peaks(self.memory)]
+        parts += [listing(title, items) for title, items in _sections(self)]
+        parts += [fill(advice) for advice in _advice(self)]
         return "\n\n".join(parts)
 
     def to_json(self) -> str:
@@ -146,98 +135,18 @@ class Report:
         parts = [_headline(self)]
         if self.groups:
             rows = [
-                (kind, _code(layers), groups, _code(widths), _escape(outcome))
+                (kind, code(layers), groups, code(widths), escape(outcome))
                 for kind, layers, groups, widths, outcome in map(_row, _lines(self.groups))
             ]
-            parts.append(_github_table(_HEADERS, rows))
+            parts.append(github_table(HEADERS, rows))
         if _counted(self.launches):
-            parts.append(_github_table(_TOTALS_HEADERS, _totals(self.launches)))
+            parts.append(github_table(_TOTALS_HEADERS, _totals(self.launches)))
         parts += _peaks(self.memory)
         for title, items in _sections(self):
-            lines = [f"- {_code(name)}: {_escape(text)}" for name, text in items]
+            lines = [f"- {code(name)}: {escape(text)}" for name, text in items]
             parts.append("\n".join([title, "", *lines]))
         parts += _advice(self)
         return "\n\n".join(parts)
-
-
-def fold(names: Iterable[str]) -> str:
-    """Write names briefly and exactly: ``blocks.{0..11}.attn.{q,k,v}``.
-
-    Expanding every brace gives the names again, each once. Whole components of the dotted names
-    are folded; three or more consecutive integers become a range. Names that are not a product of
-    their components become several alternatives, parted by ``", "``. A name that holds a comma, a
-    brace, a quote or white space, or is empty, is written as its ``repr``.
-
-    Args:
-        names: The names; one that occurs again is left out.
-
-    Returns:
-        The folded text; ``""`` for no names.
-    """
-    unique = list(dict.fromkeys(names))
-    rank = {name: position for position, name in enumerate(unique)}
-    special = {name for name in unique if not name or re.search(r"[{},'\"\s]", name)}
-    texts = [(rank[name], repr(name)) for name in special]
-    plain = [name for name in unique if name not in special]
-    texts += [(rank[first], text) for first, text in _fold_plain(plain)]
-    return ", ".join(text for _, text in sorted(texts))
-
-
-def _fold_plain(names: Sequence[str]) -> list[tuple[str, str]]:
-    """Fold names without special characters; with each text comes its first name."""
-    paths = {name: tuple(name.split(".")) for name in names}
-    first: dict[_Box, str] = {}
-    for depth in sorted({len(path) for path in paths.values()}):
-        boxes = {
-            tuple(frozenset([part]) for part in path): name
-            for name, path in paths.items()
-            if len(path) == depth
-        }
-        first |= _merge_boxes(boxes, depth)
-    seen = dict.fromkeys(part for path in paths.values() for part in path)
-    order = {part: position for position, part in enumerate(seen)}
-    return [
-        (name, ".".join(_braces(sorted(parts, key=order.__getitem__)) for parts in box))
-        for box, name in first.items()
-    ]
-
-
-def _merge_boxes(boxes: dict[_Box, str], depth: int) -> dict[_Box, str]:
-    """Unite products that differ in one place only, until none do; each keeps its first name.
-
-    Boxes are disjoint, so uniting two that agree everywhere else is exact.
-    """
-    before = 0
-    while len(boxes) != before:
-        before = len(boxes)
-        for axis in reversed(range(depth)):
-            alike: dict[tuple[_Box, _Box], list[_Box]] = {}
-            for box in boxes:
-                alike.setdefault((box[:axis], box[axis + 1 :]), []).append(box)
-            boxes = {
-                (*head, frozenset().union(*(box[axis] for box in some)), *tail): boxes[some[0]]
-                for (head, tail), some in alike.items()
-            }
-    return boxes
-
-
-def _braces(parts: Sequence[str]) -> str:
-    """One component of a folded name: itself, or its alternatives with integers as ranges."""
-    if len(parts) == 1:
-        return parts[0]
-    integers = sorted(int(part) for part in parts if _is_integer(part))
-    texts: list[str] = []
-    # In a run of consecutive integers, value minus position is constant.
-    for _, run in itertools.groupby(enumerate(integers), lambda pair: pair[1] - pair[0]):
-        values = [value for _, value in run]
-        texts += [f"{values[0]}..{values[-1]}"] if len(values) > 2 else map(str, values)
-    texts += [part for part in parts if not _is_integer(part)]
-    return "{" + ",".join(texts) + "}"
-
-
-def _is_integer(part: str) -> bool:
-    """Whether a component is an integer as Python writes it, so that a range gives it again."""
-    return re.fullmatch(r"0|[1-9][0-9]*", part) is not None
 
 
 def _lines(groups: Sequence[Group]) -> list[list[Group]]:
@@ -255,7 +164,7 @@ def _lines(groups: Sequence[Group]) -> list[list[Group]]:
     return list(lines.values())
 
 
-def _row(line: Sequence[Group]) -> _Row:
+def _row(line: Sequence[Group]) -> Row:
     """The cells of one line: kind, layers, number of groups, widths, and what became of it."""
     group = line[0]
     names = fold(name for each in line for name in each.layers)
@@ -389,78 +298,6 @@ def _advice(report: Report) -> list[str]:
     gains = ["count launches"]
     gains += ["look into what could not be traced"] if report.untraced else []
     return [f"Pass example_inputs, the model's arguments as a tuple, to {' and to '.join(gains)}."]
-
-
-def _table(rows: Sequence[_Row]) -> str:
-    """A table for a terminal, its cells wrapped to keep within the columns."""
-    kinds, names, groups, widths, outcomes = ([*column] for column in zip(*rows, strict=True))
-    widths = [_wrap(text, _WIDTHS_COLUMNS, "+") for text in widths]
-    outcomes = [_fill(text, _OUTCOME_COLUMNS) for text in outcomes]
-    others = zip((_HEADERS[0], *_HEADERS[2:]), (kinds, groups, widths, outcomes), strict=True)
-    taken = sum(
-        2 + max(len(header) + _HEADER_PADDING, *map(len, "\n".join(cells).splitlines()))
-        for header, cells in others
-    )
-    names = [_wrap(text, max(_COLUMNS - taken, _LAYERS_COLUMNS_AT_LEAST), ".") for text in names]
-    return tabulate(
-        zip(kinds, names, groups, widths, outcomes, strict=True),
-        _HEADERS,
-        disable_numparse=True,
-        colalign=("left", "left", "right", "left", "left"),
-    )
-
-
-def _github_table(headers: Sequence[str], rows: Sequence[Sequence[str]]) -> str:
-    """A table in GitHub's Markdown."""
-    return tabulate(rows, headers, tablefmt="github", disable_numparse=True)
-
-
-def _listing(title: str, items: Sequence[tuple[str, str]]) -> str:
-    """A titled list of names with a text each, wrapped."""
-    wrapper = textwrap.TextWrapper(
-        _COLUMNS, initial_indent="  ", subsequent_indent="    ", break_on_hyphens=False
-    )
-    return "\n".join([title, *(wrapper.fill(f"{name}: {text}") for name, text in items)])
-
-
-def _fill(text: str, columns: int = _COLUMNS) -> str:
-    """Wrap a sentence between its words."""
-    return textwrap.fill(text, columns, break_on_hyphens=False)
-
-
-def _wrap(text: str, columns: int, breaks: str) -> str:
-    """Wrap names or a sum: between words, else after one of `breaks`, else inside braces."""
-    lines = [""]
-    for word in re.findall(r"\S+\s*", text):
-        if lines[-1] and len(lines[-1] + word.rstrip()) > columns:
-            lines.append("")
-        for piece in _pieces(word, columns, breaks):
-            if lines[-1] and len(lines[-1] + piece.rstrip()) > columns:
-                lines.append("")
-            lines[-1] += piece
-    return "\n".join(line.rstrip() for line in lines)
-
-
-def _pieces(word: str, columns: int, breaks: str) -> list[str]:
-    """The parts of a word that a line may end after."""
-    if len(word.rstrip()) <= columns:
-        return [word]
-    parts = re.findall(rf"(?:{{[^}}]*}}|[^{breaks}])+[{breaks}]?|.", word)
-    return [
-        piece
-        for part in parts
-        for piece in ([part] if len(part) <= columns else re.findall(r"[^,]+,?|,", part))
-    ]
-
-
-def _code(text: str) -> str:
-    """A Markdown code span that is safe in a table."""
-    return f"`{text}`".replace("|", "\\|") if text else ""
-
-
-def _escape(text: str) -> str:
-    """Plain text that Markdown shows as it is, on one line of a table."""
-    return re.sub(r"([\\`*_<|])", r"\\\1", " ".join(text.split()))
 
 
 def _plural(number: int, noun: str) -> str:
