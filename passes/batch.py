@@ -33,6 +33,7 @@ from conjoin.graph import (
 )
 from conjoin.graph.bundles import Bundle
 from conjoin.graph.congruence import INPUTS, Inputs
+from conjoin.graph.epochs import epochs_of
 from conjoin.graph.rewriting import Rewrite
 
 STACKED = 2**16
@@ -57,7 +58,7 @@ class Batch(Rewrite):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Changes the graph in place; the layers stay what they are."""
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
-        epochs = hazards.epochs(graph, modules)
+        epochs = epochs_of(graph, modules)
         changed = bundles.rework(graph, lambda bundle: _climb(graph, bundle, modules, epochs))
         # Calls that read parts go first: what they read needs no stacking.
         inputs: Inputs | None = graph_module.meta.get(INPUTS, Inputs())
@@ -98,7 +99,7 @@ def _gather(graph: fx.Graph, modules: Mapping[str, nn.Module], inputs: Inputs) -
     calls = _calls(graph, modules)
     if not calls:
         return False
-    edges, epochs = order.constraints(graph, modules), hazards.epochs(graph, modules)
+    edges, epochs = order.constraints(graph, modules), epochs_of(graph, modules)
     shapes = congruence.classes(graph, modules, inputs.alike)
     depths = order.depths(graph, edges, calls.__contains__)
     groups: dict[Hashable, list[fx.Node]] = {}

@@ -40,7 +40,9 @@ from conjoin.graph import (
     elementwise,
     hazards,
     joints,
+    strides,
 )
+from conjoin.graph.epochs import epochs_of
 from conjoin.graph.rewriting import Rewrite
 from conjoin.layers.wide import Wide
 
@@ -100,7 +102,7 @@ def _cancel(graph: fx.Graph, joint: fx.Node, modules: Mapping[str, nn.Module]) -
         return False
     if not _may_stand_for(split, joint, modules):
         return False
-    epochs = hazards.epochs(graph, modules)
+    epochs = epochs_of(graph, modules)
     if epochs[split] != epochs[joint]:
         return False
     with graph.inserting_before(joint):
@@ -149,7 +151,7 @@ def _whole(
         return None
     bundle = bundles.bundle_at(split)
     if bundle is not None and bundle.dim is None and joint.target in joints.CATS:
-        if hazards.reads_strides(joint, modules, escapes=True):
+        if strides.reads_strides(joint, modules, escapes=True):
             return None
         # Of parts (..., c, *rest), along c: (..., n, c, *rest), and then (..., n * c, *rest).
         outer = dim if dim >= 0 else dim - 1
@@ -163,7 +165,7 @@ def _whole(
         if not isinstance(along, int) or not (along == dim or _may_be_one(along, dim)):
             return None
         return graph.call_function(bundles.rejoined, (source, split.args[1], along, dim))
-    if bundle is None or hazards.reads_strides(joint, modules, escapes=True):
+    if bundle is None or strides.reads_strides(joint, modules, escapes=True):
         return None
     if bundle.dim is None:
         return source if dim == 0 else graph.call_method("movedim", (source, 0, dim))

@@ -15,6 +15,7 @@ from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from conjoin.graph import edit, elementwise, hazards, samplewise
+from conjoin.graph.epochs import epochs_of
 from conjoin.graph.rewriting import Rewrite
 
 PURE = frozenset(
@@ -30,7 +31,7 @@ class Share(Rewrite):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Changes the graph in place."""
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
-        epochs = hazards.epochs(graph, modules)
+        epochs = epochs_of(graph, modules)
         known: dict[Hashable, list[fx.Node]] = {}
         changed = False
 

@@ -16,8 +16,9 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from conjoin.graph import bundles, channelwise, edit, elementwise, hazards
+from conjoin.graph import bundles, channelwise, edit, elementwise, hazards, strides
 from conjoin.graph.bundles import Bundle
+from conjoin.graph.epochs import epochs_of
 from conjoin.graph.rewriting import Rewrite
 from conjoin.layers import norm_of
 from conjoin.layers.view import View
@@ -31,7 +32,7 @@ class Sink(Rewrite):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Changes the graph in place; equal normalizations of the branches are merged."""
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
-        epochs = hazards.epochs(graph, modules)
+        epochs = epochs_of(graph, modules)
         merger = merger_of(graph_module)
         changed = bundles.rework(
             graph, lambda bundle: _sink(graph, bundle, modules, epochs, merger)
@@ -75,9 +76,9 @@ def _sink(
 def _reads_strides(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether what reads a node's output could tell a slice from a tensor of its own."""
     reader = next(iter(node.users), None)
-    if reader is not None and len(node.users) == 1 and hazards.merges_channels(reader, modules):
+    if reader is not None and len(node.users) == 1 and strides.merges_channels(reader, modules):
         node = reader
-    return bool(hazards.reads_strides(node, modules, escapes=True))
+    return bool(strides.reads_strides(node, modules, escapes=True))
 
 
 def _of_parts(

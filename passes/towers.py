@@ -25,9 +25,10 @@ import torch
 from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from conjoin.graph import bundles, congruence, edit, hazards, joints, order
+from conjoin.graph import bundles, congruence, edit, hazards, joints, order, strides
 from conjoin.graph.bundles import Bundle
 from conjoin.graph.congruence import INPUTS, Inputs
+from conjoin.graph.epochs import epochs_of
 from conjoin.graph.rewriting import Rewrite
 from conjoin.layers import GATHERED, Kind, Norm
 from conjoin.layers.view import View
@@ -42,7 +43,7 @@ class Towers(Rewrite):
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Changes the graph in place; the layers are merged."""
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
-        epochs = hazards.epochs(graph, modules)
+        epochs = epochs_of(graph, modules)
         merger = merger_of(graph_module)
         escapes = merger.escapes(graph_module)
         changed = bundles.rework(
@@ -70,7 +71,7 @@ def _climb(
         found = layer_key(node, part, modules, merger)
         if found is None or not _fits(found[0], bundle):
             return None
-        if not found[0].stacked and hazards.reads_strides(node, modules, escapes=escapes):
+        if not found[0].stacked and strides.reads_strides(node, modules, escapes=escapes):
             return None
         return found, size
 
@@ -102,7 +103,7 @@ def _gather(
     calls = _calls(graph, modules, merger)
     if len({*calls.values()}) == len(calls):
         return False
-    edges, epochs = order.constraints(graph, modules), hazards.epochs(graph, modules)
+    edges, epochs = order.constraints(graph, modules), epochs_of(graph, modules)
     for users in _alike(graph, modules, calls, edges, given):
         layers = [modules[str(user.target)] for user in users]
         kind = calls[users[0]][0]
@@ -195,7 +196,7 @@ def _alike(
     the sake of tables only, since each call must be looked at then.
     """
     depths = order.depths(graph, edges, calls.__contains__)
-    epochs = hazards.epochs(graph, modules)
+    epochs = epochs_of(graph, modules)
     shapes = congruence.classes(graph, modules)
     granted = congruence.classes(graph, modules, given.alike)
     groups: dict[Hashable, list[fx.Node]] = {}
@@ -219,7 +220,7 @@ def _gathered_key(
     norm = norm_key(node, input, modules)
     if norm is not None:
         # What lies side by side is not contiguous; a stack consists of contiguous parts.
-        apart = norm[0].gathered == 0 or hazards.reads_strides(node, modules, escapes=True)
+        apart = norm[0].gathered == 0 or strides.reads_strides(node, modules, escapes=True)
         return None if apart else norm
     found = table_key(node, input, modules, merger) or layer_key(node, input, modules, merger)
     return found if found is not None and found[0].stacked else None

@@ -15,7 +15,8 @@ from typing import cast
 from torch import fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
-from conjoin.graph import edit, elementwise, hazards, joints, products
+from conjoin.graph import edit, elementwise, hazards, joints, products, strides
+from conjoin.graph.epochs import epochs_of
 from conjoin.graph.rewriting import Rewrite
 from conjoin.graph.siblings import Candidate, among
 from conjoin.graph.site import Sightings, Site
@@ -47,7 +48,7 @@ class Widen(Rewrite):
         merger = merger_of(graph_module)
         _merge_products(graph_module, merger)
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
-        epochs = hazards.epochs(graph, modules)
+        epochs = epochs_of(graph, modules)
         _merge_siblings(graph_module, modules, epochs, merger)
         whole = list(_whole(graph, modules, epochs))
         for siblings in whole:
@@ -64,7 +65,7 @@ def _merge_products(graph_module: fx.GraphModule, merger: Merger) -> None:
         return
     found = merger.raw_products(graph_module)
     modules = edit.called_modules(graph_module)
-    versions, epochs = hazards.follow(graph, modules)[0], hazards.epochs(graph, modules)
+    versions, epochs = hazards.follow(graph, modules)[0], epochs_of(graph, modules)
     sites = [
         Site(product.name, call.input, versions[call.node], epochs[call.node])
         for call, product in found.items()
@@ -106,7 +107,7 @@ def _merge_siblings(
         sites.append(Site(str(node.target), input, epochs[node]))
         kind = kind_of(modules[str(node.target)], merger.kinds)
         dim = None if kind is None else kind.output_dim
-        if why := hazards.reads_strides(node, modules, escapes=escapes, dim=dim):
+        if why := strides.reads_strides(node, modules, escapes=escapes, dim=dim):
             strided[str(node.target)] = why
     called = {site.layer: modules[site.layer] for site in sites}
     seen = Sightings(tuple(sites), strided, shapes=merger.shapes(called))

@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
-from conjoin.graph import edit, hazards, products
+from conjoin.graph import edit, products, strides
 from conjoin.graph.products import Call
 from conjoin.graph.siblings import Candidate, among, held_elsewhere, overlaps
 from conjoin.graph.site import Shapes, Sightings, Site
@@ -227,7 +227,7 @@ class Merger:
             for name, parameter in module._parameters.items()
         }
         escapes = self.escapes(graph_module)
-        strided = {c for c in calls if hazards.reads_strides(c.node, modules, escapes=escapes)}
+        strided = {c for c in calls if strides.reads_strides(c.node, modules, escapes=escapes)}
         stacked = {call.input for call in strided if not call.convolves}
         copied = {call.reads for call in strided if call.convolves}
         found: dict[Call, RawProduct] = {}

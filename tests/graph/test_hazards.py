@@ -7,7 +7,8 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from conjoin.graph.hazards import follow, is_pure, reads_strides, trained
+from conjoin.graph.hazards import follow, is_pure, trained
+from conjoin.graph.strides import reads_strides
 
 
 class Opaque(nn.Module):

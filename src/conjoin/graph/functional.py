@@ -18,7 +18,8 @@ import torch
 from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
-from conjoin.graph import bundles, edit, elementwise, hazards, strides
+from conjoin.graph import bundles, edit, elementwise, strides
+from conjoin.graph.epochs import Epochs, epochs_of
 from conjoin.graph.meta import EXAMPLE
 from conjoin.layers.conv import repeated
 
@@ -94,13 +95,13 @@ def settings(node: fx.Node) -> Hashable:
 
 def part(node: fx.Node, size: int, modules: Mapping[str, nn.Module]) -> Part | None:
     """A product as a part; None where it must be copied and it is not known how it lies."""
-    if not hazards.reads_strides(node, modules, escapes=True):
+    if not strides.reads_strides(node, modules, escapes=True):
         return Part(node, size, None)
     copied = _memory_format(node)
     return None if copied is None else Part(node, size, copied)
 
 
-def epochs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> hazards.Epochs:
+def epochs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Epochs:
     """The epochs of a graph's nodes, in which products of one epoch may trade places.
 
     What changes nothing that a product reads does not count. Dynamo's example values lie in one
@@ -116,7 +117,7 @@ def epochs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> hazards.Epochs:
         whole = isinstance(value, Tensor) and value.dtype in WHOLE
         return whole and None not in read and _storage(changed) not in read
 
-    return hazards.epochs(graph, modules, is_elsewhere)
+    return epochs_of(graph, modules, is_elsewhere)
 
 
 def join(

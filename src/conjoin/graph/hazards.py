@@ -1,22 +1,18 @@
-"""What can make a rewrite of a graph wrong: changes in place, aliases, strides."""
+"""What can make a rewrite of a graph wrong: changes in place, also through an alias, and modes."""
 
 from __future__ import annotations
 
 import operator
-from collections import Counter
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any
 
 import torch
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
-from conjoin.graph.meta import VALUE
 from conjoin.layers.kind import FORWARDS
-from conjoin.layers.product import Product
 from conjoin.layers.view import View
-from conjoin.layers.wide import Wide
 
 VIEW_METHODS = frozenset(
     "view view_as expand expand_as permute transpose t swapaxes swapdims movedim moveaxis squeeze "
@@ -41,17 +37,6 @@ DISTRIBUTIONS: frozenset[Any] = frozenset(
 WAYS_OUT = frozenset("numpy __array__ __dlpack__ data_ptr untyped_storage".split())
 """Methods that lead to the memory of a tensor, through which anything may change it."""
 
-RANDOM_FILLS = frozenset(
-    "normal_ uniform_ random_ bernoulli_ exponential_ cauchy_ geometric_ log_normal_".split()
-)
-"""Methods that draw a number for each element, in an order that depends on the strides."""
-
-STRIDE_METHODS = RANDOM_FILLS | frozenset(
-    "view view_as _unsafe_view stride is_contiguous data_ptr storage_offset as_strided "
-    "untyped_storage storage numpy __array__ __dlpack__ view_as_complex reshape reshape_as flatten "
-    "ravel contiguous as_strided_ resize_ resize_as_ set_".split()
-)
-"""Methods whose result depends on the strides, also in whether it shares memory."""
 
 MODES = ("_set_", "_enter_", "_exit_", "_push_", "_pop_", "_vmap_", "_saved_tensors_hooks")
 """What the names of functions begin with that set how what follows is computed."""
@@ -93,7 +78,7 @@ def follow(
     weights = 0
     found: dict[fx.Node, int] = {}
     for node in graph.nodes:
-        first = _first(node)
+        first = first_input(node)
         root[node] = node
         found[node] = weights
         if first is not None:
@@ -107,7 +92,8 @@ def follow(
     return found, {*changed}
 
 
-def _first(node: fx.Node) -> fx.Node | None:
+def first_input(node: fx.Node) -> fx.Node | None:
+    """The node that a node works on: its first argument, if that is one, or whatever it reads."""
     if node.args and isinstance(node.args[0], fx.Node):
         return node.args[0]
     return next(iter(node.all_input_nodes), None)
@@ -121,7 +107,7 @@ def shares_memory(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
             module, (nn.Identity, nn.Flatten, nn.Unflatten, nn.modules.dropout._DropoutNd)
         )
     if node.op == "call_method":
-        return node.target in VIEW_METHODS or _is_inplace_name(str(node.target))
+        return node.target in VIEW_METHODS or is_inplace_name(str(node.target))
     if node.op == "call_function":
         name = called(node)
         return (
@@ -136,7 +122,7 @@ def shares_memory(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 
 def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node]:
     """The inputs that a node changes in place, or may change where nothing is known of it."""
-    first = _first(node)
+    first = first_input(node)
     if node.op == "call_module":
         module = modules[str(node.target)]
         if is_opaque(module):
@@ -157,7 +143,7 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node
     name = called(node)
     inplace = (
         node.target in INPLACE_OPERATORS
-        or _is_inplace_name(name)
+        or is_inplace_name(name)
         or bool(node.kwargs.get("inplace", False))
         or name in WAYS_OUT
     )
@@ -209,147 +195,6 @@ def _runs_pure_graph(node: fx.Node) -> bool:
     return bool(inner) and all(each.op != "call_module" and is_pure(each, {}) for each in nodes)
 
 
-class Epochs(dict[fx.Node, int]):
-    """The epochs of nodes, found when the first is asked for.
-
-    One that a pass has put in since is in that of the node before it.
-    """
-
-    def __init__(self, find: Callable[[], dict[fx.Node, int]]) -> None:
-        """Keeps what finds them."""
-        super().__init__()
-        self._find = find
-
-    def settled(self) -> Epochs:
-        """Itself, with the epochs as they are now, before the graph is changed."""
-        if not self:
-            self.update(self._find())
-        return self
-
-    def __missing__(self, node: fx.Node) -> int:
-        self.settled()
-        if node not in self:
-            self[node] = self[node.prev]
-        return self[node]
-
-
-def epochs(
-    graph: fx.Graph,
-    modules: Mapping[str, nn.Module],
-    harmless: Callable[[fx.Node], bool] = lambda changing: False,
-) -> Epochs:
-    """How many nodes that may change something stand before each node.
-
-    A pure node may trade places with another of the same epoch, as far as its inputs allow. What
-    changes a tensor that nobody else can see counts as pure: `relu(conv(x), inplace=True)`.
-
-    Args:
-        graph: the graph.
-        modules: the modules that it calls, by target.
-        harmless: whether a node that changes its first input and nothing else does not count.
-    """
-    return Epochs(lambda: _epochs(graph, modules, harmless))
-
-
-def _epochs(
-    graph: fx.Graph, modules: Mapping[str, nn.Module], harmless: Callable[[fx.Node], bool]
-) -> dict[fx.Node, int]:
-    found: dict[fx.Node, int] = {}
-    fresh: set[fx.Node] = set()
-    epoch = 0
-    for node in graph.nodes:
-        if _is_fresh(node, fresh, modules):
-            fresh.add(node)
-            fresh |= _parts_of_their_own(node)
-        elif not is_pure(node, modules):
-            epoch += not (_changes_first_only(node, modules) and harmless(node))
-        found[node] = epoch
-    return found
-
-
-def _is_fresh(node: fx.Node, fresh: set[fx.Node], modules: Mapping[str, nn.Module]) -> bool:
-    """Whether the memory of a node's output is its own.
-
-    So is that of a part, as long as the whole has been cut and nothing else, and of what is
-    changed in place where it was the input's own and the input is read here only.
-    """
-    first = _first(node)
-    own = first in fresh and first is not None and len(first.users) == 1
-    changed = list(written(node, modules))
-    if changed:
-        # Where `out=` or an unknown function writes, there is more to it than the first input.
-        return own and _changes_first_only(node, modules)
-    if node.op == "call_module":
-        module = modules[str(node.target)]
-        return not is_opaque(module) and not shares_memory(node, modules) and _allocates(module)
-    if node.op not in ("call_function", "call_method"):
-        return False
-    if called(node) in SPLITS:
-        return own
-    return node in fresh or node.target in ALLOCATING
-
-
-def _parts_of_their_own(split: fx.Node) -> set[fx.Node]:
-    """The parts that a split gives to one node only; none of any other node."""
-    if called(split) not in SPLITS:
-        return set()
-    taken = Counter(user.args[1:] for user in split.users)
-    return {user for user in split.users if taken[user.args[1:]] == 1}
-
-
-DETACHING = frozenset({"detach", "detach_"})
-"""Methods that no gradient goes past."""
-
-SPLITS = frozenset({"unsafe_split_with_sizes", "unstack"})
-"""Functions that cut a tensor into parts that have no memory in common."""
-
-PRODUCTS: tuple[Any, ...] = (operator.matmul, torch.matmul, torch.mm, torch.addmm, F.linear)
-"""Functions that multiply matrices."""
-
-ALLOCATING: frozenset[Any] = frozenset(
-    {
-        *(operator.add, operator.sub, operator.mul, operator.truediv, operator.neg, *PRODUCTS),
-        *(F.conv1d, F.conv2d, F.conv3d, F.embedding, F.batch_norm, F.group_norm, F.layer_norm),
-        *(F.conv_transpose1d, F.conv_transpose2d, F.conv_transpose3d),
-    }
-)
-"""Functions whose result is a tensor with memory of its own, or no tensor."""
-
-
-def _changes_first_only(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    if list(written(node, modules)) != [_first(node)]:
-        return False
-    if node.op == "call_module":
-        return not is_opaque(modules[str(node.target)])
-    known = node.target in INPLACE_OPERATORS
-    known |= node.op == "call_function" and of_torch(node.target)
-    known |= node.op == "call_method" and _is_inplace_name(str(node.target))
-    return known and "out" not in node.kwargs and called(node) not in WAYS_OUT
-
-
-def _allocates(module: nn.Module) -> bool:
-    """Whether a module of PyTorch's gives a tensor with memory of its own."""
-    modules = nn.modules
-    return isinstance(
-        module,
-        (
-            Wide,
-            Product,
-            nn.Linear,
-            nn.Embedding,
-            modules.conv._ConvNd,
-            modules.batchnorm._BatchNorm,
-            nn.GroupNorm,
-            nn.LayerNorm,
-            nn.RMSNorm,
-            nn.PReLU,
-            modules.instancenorm._InstanceNorm,
-            modules.pooling._MaxPoolNd,
-            modules.pooling._AvgPoolNd,
-        ),
-    )
-
-
 def is_opaque(module: nn.Module) -> bool:
     """Whether a module may do anything to its input: it is not known, or has hooks."""
     if isinstance(module, View):  # Its wide layer is conjoin's own.
@@ -364,8 +209,13 @@ def _is_known(module: nn.Module) -> bool:
     return known and not any(getattr(module, hooks) for hooks in CALL_HOOKS)
 
 
-def _is_inplace_name(name: str) -> bool:
+def is_inplace_name(name: str) -> bool:
+    """Whether a method of this name changes its tensor, as PyTorch's are named."""
     return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
+
+
+DETACHING = frozenset({"detach", "detach_"})
+"""Methods that no gradient goes past."""
 
 
 def is_seen(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
@@ -396,77 +246,6 @@ def trained(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> set[fx.Node]:
         if ends or (node in found and node not in without):
             found.update(node.all_input_nodes)
     return found - without
-
-
-def reads_strides(
-    node: fx.Node, modules: Mapping[str, nn.Module], *, escapes: bool, dim: int | None = None
-) -> str:
-    """What depends on the strides of the node's output; empty where nothing is known to.
-
-    Args:
-        node: a call of a layer.
-        modules: the modules that the graph calls, by target.
-        escapes: whether something beyond the graph reads the graph's outputs.
-        dim: the dimension, counted from the end, along which the output is to be a slice; where
-            that is known, so is which views it has like any other tensor.
-    """
-    for user in node.users:
-        if user.op == "output" and escapes:
-            return "what reads the output is not known"
-        if user.op == "call_module":
-            module = modules[str(user.target)]
-            if is_opaque(module) or isinstance(module, (nn.Flatten, nn.Unflatten)):
-                return type(module).__name__
-        reads = user.op in ("call_method", "call_function") and called(user) in STRIDE_METHODS
-        moved = dim == -1 and _moves_front(node, user)
-        if reads and not moved and (dim is None or not _cuts_behind(node, user, dim)):
-            return called(user)
-        if user.op == "call_function" and not of_torch(user.target):
-            return f"{getattr(user.target, '__name__', user.target)} is not PyTorch's"
-        if shares_memory(user, modules):
-            along = dim if moved else None
-            if why := reads_strides(user, modules, escapes=escapes, dim=along):
-                return why
-    return ""
-
-
-def _cuts_behind(node: fx.Node, view: fx.Node, dim: int) -> bool:
-    """Whether a view leaves the dimensions in front of one as they are, as far as is known.
-
-    What lies along that one and behind it lies together, also in a slice.
-    """
-    before, after = node.meta.get(VALUE), view.meta.get(VALUE)
-    if called(view) != "view" or not (isinstance(before, Tensor) and isinstance(after, Tensor)):
-        return False
-    front = before.dim() + dim
-    kept = [str(size) for size in before.shape[:front]] == [str(n) for n in after.shape[:front]]
-    return kept and after.dim() > front >= 0
-
-
-def _moves_front(node: fx.Node, view: fx.Node) -> bool:
-    """Whether a view leaves the last dimension as it is, as far as is known.
-
-    The rows of a slice along that one are as far apart as those of the whole, all of them, so that
-    they can be counted in any way.
-    """
-    before, after = node.meta.get(VALUE), view.meta.get(VALUE)
-    if called(view) not in ("view", "_unsafe_view"):
-        return False
-    if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
-        return False
-    return min(before.dim(), after.dim()) > 0 and str(before.shape[-1]) == str(after.shape[-1])
-
-
-def merges_channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
-    """Whether a node flattens all dimensions but the first.
-
-    It gives the same values from a slice as from a tensor of its own; whether it shares memory
-    only a second reader of its input could tell.
-    """
-    if node.op == "call_module":
-        module = modules[str(node.target)]
-        return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
-    return called(node) == "flatten" and node.args[1:] in ((1,), (1, -1)) and not node.kwargs
 
 
 def called(node: fx.Node) -> str:

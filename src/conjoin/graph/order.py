@@ -12,6 +12,7 @@ from collections.abc import Callable, Mapping, Sequence
 from torch import fx, nn
 
 from conjoin.graph import hazards
+from conjoin.graph.epochs import epochs_of
 from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
 
@@ -40,7 +41,7 @@ Edges = dict[fx.Node, set[fx.Node]]
 
 def constraints(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Edges:
     """What must come before each node, its inputs aside."""
-    epochs = hazards.epochs(graph, modules)
+    epochs = epochs_of(graph, modules)
     found: Edges = {}
     last: dict[object, fx.Node] = {}
     barrier: fx.Node | None = None

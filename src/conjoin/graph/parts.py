@@ -26,6 +26,7 @@ from torch.nn import functional as F
 
 from conjoin.graph import channelwise, edit, elementwise, hazards, samplewise
 from conjoin.graph.bundles import CASTS, batched, beside, columns, rejoined
+from conjoin.graph.epochs import epochs_of
 from conjoin.layers.embedding import unstack
 from conjoin.layers.view import wides
 from conjoin.layers.wide import Wide
@@ -107,7 +108,7 @@ class Separation:
         self._modules = modules
         self._names = names
         self._uses = {node: len(node.users) for node in graph.nodes}
-        self._epochs = hazards.epochs(graph, modules).settled()
+        self._epochs = epochs_of(graph, modules).settled()
         self._values: dict[fx.Node, Value] = {}
         self._contiguous: set[fx.Node] = set()
 

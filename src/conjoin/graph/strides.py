@@ -4,7 +4,8 @@
 
 Dynamo's graphs tell of each value how it lies, so that can be tried out on fake tensors, which have
 no memory. Mostly it comes to an end soon: `q.view(...).transpose(1, 2)` of a slice is a view as
-well, and attention gives of it what it gives of a tensor of its own.
+well, and attention gives of it what it gives of a tensor of its own. Where nothing tells how values
+lie, it is the names of operations that say what reads their strides.
 """
 
 from __future__ import annotations
@@ -19,7 +20,19 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from conjoin.graph import hazards
-from conjoin.graph.meta import EXAMPLE
+from conjoin.graph.meta import EXAMPLE, VALUE
+
+RANDOM_FILLS = frozenset(
+    "normal_ uniform_ random_ bernoulli_ exponential_ cauchy_ geometric_ log_normal_".split()
+)
+"""Methods that draw a number for each element, in an order that depends on the strides."""
+
+STRIDE_METHODS = RANDOM_FILLS | frozenset(
+    "view view_as _unsafe_view stride is_contiguous data_ptr storage_offset as_strided "
+    "untyped_storage storage numpy __array__ __dlpack__ view_as_complex reshape reshape_as flatten "
+    "ravel contiguous as_strided_ resize_ resize_as_ set_".split()
+)
+"""Methods whose result depends on the strides, also in whether it shares memory."""
 
 
 def followed(
@@ -107,3 +120,80 @@ def _aliases(value: Any, found: Mapping[fx.Node, Any], inputs: list[fx.Node]) ->
         for tensor in _tensors(found.get(input, input.meta[EXAMPLE]))
     }
     return [tensor.untyped_storage()._cdata in held for tensor in _tensors(value)]
+
+
+def reads_strides(
+    node: fx.Node, modules: Mapping[str, nn.Module], *, escapes: bool, dim: int | None = None
+) -> str:
+    """What depends on the strides of the node's output; empty where nothing is known to.
+
+    Args:
+        node: a call of a layer.
+        modules: the modules that the graph calls, by target.
+        escapes: whether something beyond the graph reads the graph's outputs.
+        dim: the dimension, counted from the end, along which the output is to be a slice; where
+            that is known, so is which views it has like any other tensor.
+    """
+    for user in node.users:
+        if user.op == "output" and escapes:
+            return "what reads the output is not known"
+        if user.op == "call_module":
+            module = modules[str(user.target)]
+            if hazards.is_opaque(module) or isinstance(module, (nn.Flatten, nn.Unflatten)):
+                return type(module).__name__
+        reads = (
+            user.op in ("call_method", "call_function") and hazards.called(user) in STRIDE_METHODS
+        )
+        moved = dim == -1 and _moves_front(node, user)
+        if reads and not moved and (dim is None or not _cuts_behind(node, user, dim)):
+            return hazards.called(user)
+        if user.op == "call_function" and not hazards.of_torch(user.target):
+            return f"{getattr(user.target, '__name__', user.target)} is not PyTorch's"
+        if hazards.shares_memory(user, modules):
+            along = dim if moved else None
+            if why := reads_strides(user, modules, escapes=escapes, dim=along):
+                return why
+    return ""
+
+
+def _cuts_behind(node: fx.Node, view: fx.Node, dim: int) -> bool:
+    """Whether a view leaves the dimensions in front of one as they are, as far as is known.
+
+    What lies along that one and behind it lies together, also in a slice.
+    """
+    before, after = node.meta.get(VALUE), view.meta.get(VALUE)
+    if hazards.called(view) != "view" or not (
+        isinstance(before, Tensor) and isinstance(after, Tensor)
+    ):
+        return False
+    front = before.dim() + dim
+    kept = [str(size) for size in before.shape[:front]] == [str(n) for n in after.shape[:front]]
+    return kept and after.dim() > front >= 0
+
+
+def _moves_front(node: fx.Node, view: fx.Node) -> bool:
+    """Whether a view leaves the last dimension as it is, as far as is known.
+
+    The rows of a slice along that one are as far apart as those of the whole, all of them, so that
+    they can be counted in any way.
+    """
+    before, after = node.meta.get(VALUE), view.meta.get(VALUE)
+    if hazards.called(view) not in ("view", "_unsafe_view"):
+        return False
+    if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
+        return False
+    return min(before.dim(), after.dim()) > 0 and str(before.shape[-1]) == str(after.shape[-1])
+
+
+def merges_channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node flattens all dimensions but the first.
+
+    It gives the same values from a slice as from a tensor of its own; whether it shares memory
+    only a second reader of its input could tell.
+    """
+    if node.op == "call_module":
+        module = modules[str(node.target)]
+        return type(module) is nn.Flatten and (module.start_dim, module.end_dim) == (1, -1)
+    return (
+        hazards.called(node) == "flatten" and node.args[1:] in ((1,), (1, -1)) and not node.kwargs
+    )

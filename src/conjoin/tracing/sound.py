@@ -18,18 +18,12 @@ from __future__ import annotations
 
 import functools
 import inspect
-import itertools
-import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import Any
 
-import torch
-from torch import Tensor, fx, nn
-from torch.fx.graph import _format_target
-from torch.overrides import TorchFunctionMode
-from torch.utils import _pytree as pytree
+from torch import fx, nn
 
 from conjoin import merging
 from conjoin.graph import channelwise, edit, elementwise, hazards, products
@@ -39,16 +33,17 @@ from conjoin.layers.view import View
 from conjoin.merging import REGION
 from conjoin.nn import Parallel, Split, Unite
 from conjoin.reachable import reachable_from, words
+from conjoin.tracing.compiled import compiled
 from conjoin.tracing.known import is_not_none
 from conjoin.tracing.proxies import UnsoundError
-from conjoin.tracing.quick import CALL, Names, Written, restoring_mode, storing
-from conjoin.tracing.ranks import RESHAPING, Ranked, Ranks
-from conjoin.tracing.sandbox.allowed import CONTAINERS, operations
+from conjoin.tracing.quick import Written
+from conjoin.tracing.sandbox.allowed import CONTAINERS
 from conjoin.tracing.sandbox.classes import plain_class
 from conjoin.tracing.sandbox.constants import is_constant, snapshots
 from conjoin.tracing.sandbox.objects import MISSING, Place, held_at
 from conjoin.tracing.sandbox.sandbox import Sandbox
-from conjoin.tracing.structures import Observed, Structure, names_of, rebuilt, required
+from conjoin.tracing.structures import Observed, Structure, required
+from conjoin.tracing.tracer import Tracer, is_distribution
 from conjoin.tracing.undisturbed import letting_go, undisturbed
 
 SUNK = elementwise.ACTIVATIONS | elementwise.DROPOUTS | channelwise.MODULES
@@ -56,14 +51,6 @@ SUNK = elementwise.ACTIVATIONS | elementwise.DROPOUTS | channelwise.MODULES
 
 OF_CONJOIN = (Parallel, Split, Unite)
 """Modules of conjoin's that a trace looks into."""
-
-
-OF_DISTRIBUTIONS = frozenset({"sample", "rsample", "log_prob", "entropy"})
-"""Methods of distributions that change nothing, and give tensors with memory of their own."""
-
-
-CALLED = re.compile(r'(?<= = )(?:getattr\()*self(?:\.\w+|, "[^"]*"\))+(?=\()')
-"""How torch.fx writes what it calls of the region, `getattr(self.layers, "0")` for one."""
 
 
 NOTHING_SEEN = Observed()
@@ -119,148 +106,6 @@ class Traced:
     cuts: tuple[tuple[str, int | None], ...]
 
 
-class _Tracer(fx.Tracer):
-    """Traces one region, in a sandbox."""
-
-    proxy_buffer_attributes = True
-
-    def __init__(
-        self,
-        region: nn.Module,
-        structure: Structure,
-        opaque: set[nn.Module],
-        observed: Observed,
-    ) -> None:
-        super().__init__()
-        self.structure, self.opaque, self.observed = structure, opaque, observed
-        self.ranks = Ranks(region.get_submodule)
-        self.reshapes = False
-        self.untraced: list[nn.Module] = []
-        self.sandbox = sandbox = Sandbox(region, self._record, self._parameter)
-        self.lent: dict[str, Any] = {}
-        self.tensors: dict[int, list[str]] = {}
-        for module, path in sandbox.paths.items():
-            for name, tensor in itertools.chain(
-                module._parameters.items(), module._buffers.items()
-            ):
-                if tensor is not None:
-                    self.tensors.setdefault(id(tensor), []).append(f"{path}.{name}".lstrip("."))
-
-    def _record(self, function: Any, *args: Any, **kwargs: Any) -> Any:
-        return self.create_proxy("call_function", function, args, kwargs)
-
-    def _parameter(self, path: str) -> Any:
-        if path not in self.lent:
-            self.lent[path] = self.create_proxy("get_attr", path, (), {})
-        return self.lent[path]
-
-    def proxy(self, node: fx.Node) -> fx.Proxy:
-        return Ranked(node, self)
-
-    def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
-        return m in self.opaque
-
-    def call_module(
-        self, m: nn.Module, forward: Callable[..., Any], args: Any, kwargs: dict[str, Any]
-    ) -> Any:
-        if m in self.opaque:
-            if type(m).__module__.split(".")[0] not in ("torch", "conjoin"):
-                self._refuse_held((args, kwargs))
-                self.untraced.append(m)
-            return super().call_module(m, forward, args, kwargs)
-        self.sandbox.stack.append(m)
-        result = super().call_module(m, forward, args, kwargs)
-        self.sandbox.stack.pop()
-        return result
-
-    def create_proxy(
-        self, kind: str, target: Any, args: Any, kwargs: dict[str, Any], *rest: Any, **named: Any
-    ) -> Any:
-        if any(_is_distribution(each) for each in pytree.tree_leaves((args, kwargs))):
-            # What else an object of these may give shares memory with the tensors that it holds.
-            if kind != "call_method" or target not in OF_DISTRIBUTIONS:
-                raise UnsoundError("it does more with a distribution than draw from it")
-        elif kind == "call_method" and target not in operations():
-            raise UnsoundError(f"it calls .{target}")
-        if target is getattr and args[1] not in operations():
-            raise UnsoundError(f"it reads .{args[1]}")
-        if target in ("dim", "ndimension") and kind == "call_method":
-            rank = self.ranks.rank(args[0].node)
-            if rank is not None:
-                return rank
-        name = target if isinstance(target, str) else getattr(target, "__name__", "")
-        self.reshapes |= "out" in kwargs or name in RESHAPING
-        return super().create_proxy(kind, target, args, kwargs, *rest, **named)
-
-    def getattr(self, attr: str, attr_val: Any, parameter_proxy_cache: dict[str, Any]) -> Any:
-        """A proxy for a parameter or buffer; everything else is what it is."""
-        if not isinstance(attr_val, Tensor):
-            return attr_val
-        found = self.tensors.get(id(attr_val), [])
-        if len(found) != 1:
-            raise UnsoundError("a tensor that is not registered, or more than once")
-        if found[0] not in parameter_proxy_cache:
-            proxy = self.create_proxy("get_attr", found[0], (), {})
-            parameter_proxy_cache[found[0]] = proxy
-        return parameter_proxy_cache[found[0]]
-
-    def create_args_for_root(
-        self, root_fn: Any, is_module: bool, concrete_args: Any = None
-    ) -> tuple[Any, list[Any]]:
-        """Proxies for the tensors of a call of this structure."""
-        forward = plain_class(self.root).forward
-        proxies = [
-            self.create_proxy("placeholder", name, (), {})
-            for name in names_of(self.structure, forward)
-        ]
-        nodes = [proxy.node for proxy in proxies]
-        self.ranks.inputs = dict(zip(nodes, self.observed.ranks, strict=False))
-
-        def run(root: nn.Module, *tensors: Any) -> Any:
-            args, kwargs = rebuilt(self.structure, iter(tensors))
-            for value in (*args, *kwargs.values()):
-                if not isinstance(value, fx.Proxy):
-                    self.sandbox.hold(value)
-            with self.sandbox.entered(), _NothingReal():
-                output = self.sandbox.forward_of(root)(root, *args, **kwargs)
-            stored = tuple(self.sandbox.stored.values())
-            self._refuse_held((output, stored))
-            return (output, stored) if stored else output
-
-        run.__annotations__ = {}  # It would be that of the new forward.
-        return run, [self.root, *proxies]
-
-    def asked_ranks(self) -> Iterator[tuple[int, int]]:
-        """The inputs whose number of dimensions was asked for, by their numbers."""
-        for number, (node, rank) in enumerate(self.ranks.inputs.items()):
-            if node in self.ranks.asked:
-                yield number, rank
-
-    def _refuse_held(self, value: Any) -> None:
-        """Refuses to hand out a container of which the graph would make a new one each time."""
-        seen: set[int] = set()
-        for container, _ in snapshots(value):
-            if self.sandbox.is_held(container) or id(container) in seen:
-                raise UnsoundError("a container that is not made anew leaves the forward")
-            seen.add(id(container))
-
-
-class _NothingReal(TorchFunctionMode):
-    """Stops a trace when an operation runs that does not depend on the forward's arguments."""
-
-    def __torch_function__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        kwargs = kwargs or {}
-        if not any(isinstance(leaf, fx.Proxy) for leaf in pytree.tree_leaves((args, kwargs))):
-            raise UnsoundError(f"{getattr(func, '__name__', func)} runs without the input")
-        return func(*args, **kwargs)
-
-
 def trace(
     region: nn.Module,
     rewrite: Callable[[fx.GraphModule], bool],
@@ -308,7 +153,7 @@ def trace(
         return None
     merging.tell(graph_module)
     return Traced(
-        *_compile(graph_module.graph, tuple(sandbox.stored)),
+        *compiled(graph_module.graph, tuple(sandbox.stored)),
         structure,
         tuple(sandbox.modes.items()),
         tuple(sandbox.places),
@@ -343,13 +188,13 @@ def _take_out_idle(graph: fx.Graph, modules: dict[str, nn.Module]) -> None:
 
 def _soundly(
     region: nn.Module, structure: Structure, observed: Observed, asked: set[str]
-) -> tuple[fx.Graph, _Tracer] | None:
+) -> tuple[fx.Graph, Tracer] | None:
     """A sound trace of a region, as deep as it can be; None where there is none."""
     opaque = {module for module in region.modules() if _is_leaf(module, region)}
     left = {module for module in region.modules() if module is not region} - opaque
     while True:
         try:
-            tracer = _Tracer(region, structure, opaque, observed)
+            tracer = Tracer(region, structure, opaque, observed)
         except UnsoundError:
             return None
         sandbox = tracer.sandbox
@@ -371,21 +216,17 @@ def _soundly(
 def _may_be_stored(value: Any) -> bool:
     """Whether a value becomes a plain attribute of a module, and no Parameter or child of it."""
     if isinstance(value, fx.Proxy):
-        return value.node.op != "get_attr" and not _is_distribution(value)
+        return value.node.op != "get_attr" and not is_distribution(value)
     if type(value) in (list, tuple, dict):
         return all(map(_may_be_stored, value.values() if type(value) is dict else value))
     return is_constant(value)
-
-
-def _is_distribution(value: Any) -> bool:
-    return isinstance(value, fx.Proxy) and value.node.target in hazards.DISTRIBUTIONS
 
 
 def _of_class(modules: set[nn.Module], cls: type) -> Iterator[nn.Module]:
     return (module for module in modules if plain_class(module) is cls)
 
 
-def _traced(region: nn.Module, tracer: _Tracer) -> fx.Graph:
+def _traced(region: nn.Module, tracer: Tracer) -> fx.Graph:
     with letting_go():
         graph = tracer.trace(region)
     sandbox = tracer.sandbox
@@ -456,41 +297,3 @@ def _reads_mode(cls: Any) -> bool:
         for value in vars(base).values()
         if type(value) is FunctionType
     )
-
-
-def _compile(
-    graph: fx.Graph, stored: tuple[tuple[str, str], ...]
-) -> tuple[Callable[..., Any], Written]:
-    """The graph as a function of the region and its arguments, and as source to be bound.
-
-    Args:
-        graph: the graph.
-        stored: paths of modules, and names of attributes, whose values it gives beside the output.
-    """
-    code = graph.python_code("self")
-    targets = dict.fromkeys(str(node.target) for node in graph.nodes if node.op == "call_module")
-    called = tuple((f"{CALL}{number}", target) for number, target in enumerate(targets))
-    restores = any(node.target is torch._C._set_grad_enabled for node in graph.nodes)
-    namespace: dict[str, Any] = dict(code.globals)
-    written = Written(
-        _calling(code.src, {at: name for name, at in called}), namespace, called, restores, stored
-    )
-    source = _calling(code.src, {target: _child(target) for target in targets})
-    function = Names(namespace).define(source, "forward")
-    if restores:
-        function = restoring_mode(function)
-    if stored:
-        function = storing(function, stored)
-    function.__conjoin_source__ = source  # type: ignore[attr-defined]
-    return function, written
-
-
-def _calling(source: str, expressions: Mapping[str, str]) -> str:
-    """Source with expressions of its own for what it calls of the region."""
-    written = {_format_target("self", target): each for target, each in expressions.items()}
-    return CALLED.sub(lambda found: written.get(found[0], found[0]), source)
-
-
-def _child(target: str) -> str:
-    """What reads a module from the region, past `nn.Module.__getattr__`, which is slow Python."""
-    return "self" + "".join(f"._modules[{name!r}]" for name in target.split("."))

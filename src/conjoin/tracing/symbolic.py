@@ -18,7 +18,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from conjoin.graph import hazards
+from conjoin.graph import hazards, strides
 from conjoin.graph.site import Sightings, Site, Untraced
 from conjoin.layers import Kind, activation, kind_of
 from conjoin.layers.part import Part
@@ -171,7 +171,7 @@ def _note(
                     activations=tuple(prefix + name for name in activations),
                 )
             )
-        if why := hazards.reads_strides(node, modules, escapes=bool(prefix)):
+        if why := strides.reads_strides(node, modules, escapes=bool(prefix)):
             seen.strided.setdefault(layer, why)
 
 

@@ -15,7 +15,7 @@ from torch._ops import OpOverload, OpOverloadPacket
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from conjoin.graph import hazards
+from conjoin.graph import strides
 from conjoin.graph.site import Shapes, Site
 from conjoin.layers import Kind, activation, kind_of
 from conjoin.layers.lockstep import in_transform
@@ -44,7 +44,7 @@ STRIDE_QUERIES = frozenset(
         Tensor.resize_,
         Tensor.resize_as_,
         Tensor.set_,
-        *(getattr(Tensor, name) for name in hazards.RANDOM_FILLS),
+        *(getattr(Tensor, name) for name in strides.RANDOM_FILLS),
     }
 )
 """Functions whose result depends on the strides of the tensor that they are given."""
@@ -307,7 +307,7 @@ def _is_strided_operator(func: object) -> bool:
         return False
     packet = func.overloadpacket if isinstance(func, OpOverload) else func
     namespace, name = packet._qualified_op_name.split("::")
-    return namespace != "aten" or name in hazards.STRIDE_METHODS
+    return namespace != "aten" or name in strides.STRIDE_METHODS
 
 
 def _same_memory(first: Tensor, second: Tensor) -> bool:
