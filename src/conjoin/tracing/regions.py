@@ -10,6 +10,7 @@ optional arguments, a hook on a module that the new forward does not call, a sib
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import dataclasses
 import functools
 import itertools
@@ -118,15 +119,19 @@ class Plan:
     """The rewritten forwards of one region.
 
     Attributes:
+        cls: the class of the region; of a subclass of it, methods may be others.
         variants: by the structure of the call; of those for one structure, the first that holds.
     """
 
+    cls: type[nn.Module]
     variants: dict[Structure, tuple[Variant, ...]]
 
     def find(
         self, region: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Callable[..., Any], tuple[Tensor, ...]] | None:
         """The forward for a call, and the call's tensors; None where the original must run."""
+        if type(region) is not self.cls:
+            return None
         if not kwargs and all(map(is_plain, args)):
             structure: Structure = len(args)
         else:
@@ -206,7 +211,8 @@ def _bind(region: nn.Module, unbound: _Unbound) -> Plan:
     for traced, marks in unbound:
         bound = _bound(at, traced, marks)
         variants[traced.structure] = (*variants.get(traced.structure, ()), bound)
-    return Plan(variants)
+    cls = type(region)
+    return Plan(cls if issubclass(cls, Region) else region_class(cls), variants)
 
 
 def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -> Variant:
@@ -285,12 +291,16 @@ class Region(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         names = self.conjoin_names if isinstance(self, Owner) else ()
+        if "conjoin_base" not in vars(type(self)):  # Somebody has put a class of theirs before it.
+            return copyreg.__newobj__, (type(self),), self.__dict__.copy()  # type: ignore[attr-defined]
         return _new_region, (plain_class(self), names), self.__dict__.copy()
 
     def __setstate__(self, state: Any) -> None:
         """A copy is bound to its own modules; what comes out of a pickle is traced anew."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         held = vars(self).pop(PLAN, None)
+        if "conjoin_base" not in vars(type(self)):
+            return
         held = held.unbound() if isinstance(held, Plan) else held
         if not isinstance(held, list):
             self.__class__ = self.conjoin_base  # type: ignore[assignment]
