@@ -30,7 +30,7 @@ Place = tuple[str, tuple[Any, ...]]
 A step is the key of an item of a container, or the name of an attribute of an object.
 """
 
-_DECIDING = "__getattribute__ __getattr__ __setattr__".split()
+_DECIDING = "__getattribute__ __getattr__".split()
 """Methods of a class that make its attributes something else than what an object holds."""
 
 
