@@ -6,14 +6,23 @@ the model.
 
 from __future__ import annotations
 
+import argparse
 import contextlib
 import dataclasses
 import functools
 import sys
-from collections import Counter, OrderedDict, defaultdict, deque
+from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
-from types import CellType, CodeType, FunctionType, MethodType, ModuleType
+from types import (
+    CellType,
+    CodeType,
+    FunctionType,
+    MemberDescriptorType,
+    MethodType,
+    ModuleType,
+    SimpleNamespace,
+)
 from typing import Any, TypeVar
 
 import torch
@@ -24,6 +33,12 @@ TRUSTED = frozenset({"torch", "conjoin", "numpy", *sys.stdlib_module_names}) - {
 
 CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 """Types of object whose contents are put back."""
+
+NAMESPACES = (SimpleNamespace, argparse.Namespace)
+"""Classes of Python's own whose objects are what their attributes are, and nothing else."""
+
+HOLDERS = (*NAMESPACES, UserDict, UserList, ChainMap)
+"""Classes of Python's own that code keeps things in by their attributes."""
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device)
 """Types of object that hold nothing else."""
@@ -174,7 +189,7 @@ def _data(value: Any) -> Iterable[object]:
             *(value.__kwdefaults__ or {}).values(),
             *(cell.cell_contents for cell in value.__closure__ or () if is_full(cell)),
         ]
-    return _wrapped(value) or (attributes(value) or {}).values()
+    return _wrapped(value) or _kept(value)
 
 
 def _inside(value: Any) -> Iterable[object]:
@@ -185,9 +200,9 @@ def _inside(value: Any) -> Iterable[object]:
         return () if is_trusted(value) else _members(value)
     if type(value) is FunctionType:
         return () if is_trusted(value) else _referred(value)
-    if (held := _wrapped(value)) or is_trusted(type(value)) or isinstance(value, ModuleType):
+    if (held := _wrapped(value)) or not keeps(value):
         return held
-    return type(value), *(attributes(value) or {}).values()
+    return type(value), *_kept(value)
 
 
 def is_trusted(value: Any) -> bool:
@@ -207,6 +222,30 @@ def attributes(value: object) -> dict[str, Any] | None:
     except AttributeError:
         return None
     return found if type(found) is dict else None
+
+
+def slots(value: object) -> dict[Any, object]:
+    """What an object holds in slots of its classes, by what reads and sets each."""
+    found: dict[Any, object] = {}
+    for cls in type(value).__mro__:
+        # Members of classes that are written in C are none that can be set.
+        declares = "__slots__" in vars(cls) and not is_trusted(cls)
+        for member in vars(cls).values() if declares else ():
+            if type(member) is MemberDescriptorType:
+                with contextlib.suppress(AttributeError):  # Nothing is in it.
+                    found[member] = member.__get__(value)
+    return found
+
+
+def keeps(value: object) -> bool:
+    """Whether an object is one that the user's code may keep something in, by its attributes."""
+    cls = type(value)
+    return (cls in HOLDERS or not is_trusted(cls)) and not isinstance(value, ModuleType)
+
+
+def _kept(value: object) -> tuple[object, ...]:
+    """What an object holds in attributes and slots."""
+    return *(attributes(value) or {}).values(), *slots(value).values()
 
 
 def _members(cls: type) -> Iterator[object]:

@@ -4,13 +4,22 @@ import copy
 import io
 import pickle
 import warnings
+from unittest import mock
 
 import pytest
 import safetensors.torch
 import torch
-from equivalence import assert_equivalent, assert_same_state, assert_same_structure
+from equivalence import (
+    assert_close,
+    assert_equivalent,
+    assert_same_state,
+    assert_same_structure,
+    gradients,
+    tensors,
+)
 from products import AutoInt, Heads, MMoE, optimized
 from torch import nn
+from torch.nn.parallel.replicate import replicate
 from torch.nn.utils import parametrize, prune, weight_norm
 
 import conjoin
@@ -420,3 +429,25 @@ def test_other_memory_for_a_parameter_alone(parametrized):
                 weight.set_(weight.detach().clone() * 2)
     torch.testing.assert_close(getattr(at(fused, name)[0], own), getattr(at(model, name)[0], own))
     torch.testing.assert_close(fused(*inputs), model(*inputs))
+
+
+def copied_to(tensors, devices, detach=False):
+    return [[tensor.clone() for tensor in tensors] for _ in devices]
+
+
+@each_model
+def test_replicas_of_data_parallelism(name):
+    model, inputs, fused = optimized(name)
+    model.eval(), fused.eval()
+    with mock.patch.multiple(
+        "torch.nn.parallel.replicate",
+        _broadcast_coalesced_reshape=copied_to,
+        _get_device_index=lambda device, optional: device,
+    ):
+        twins = replicate(fused, [0, 1])
+    for twin in twins:
+        outputs = dict(tensors(twin(*inputs)))
+        assert_close(outputs, dict(tensors(model(*inputs))))
+        sum(output.sum() for output in outputs.values()).backward()
+    sum(output.sum() * 2 for output in dict(tensors(model(*inputs))).values()).backward()
+    assert_close(gradients(fused), gradients(model))

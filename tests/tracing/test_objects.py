@@ -47,6 +47,17 @@ class Settings:
     feature: Feature = dataclasses.field(default_factory=lambda: Feature("inner", 0.5))
 
 
+@dataclasses.dataclass(frozen=True)
+class Frozen:
+    scale: float = 2.0
+    sizes: tuple = (1, 2)
+
+
+class Checking(Feature):
+    def __setattr__(self, name, value):
+        object.__setattr__(self, name, value)
+
+
 class Computing(Feature):
     def __getattr__(self, name):
         if name.startswith("__"):
@@ -67,6 +78,7 @@ class Pair(nn.Module):
         self.features = [Feature("two", 3.0), Other("three", 4.0)]
         self.named = {"p": (Feature("four", 5.0), [Feature("five", 6.0)]), "q": 1}
         self.computing, self.watching = Computing("six", 1.0), Watching("seven", 1.0)
+        self.frozen, self.checking = Frozen(), Checking("eight", 2.0)
         self.names, self.options = types.SimpleNamespace(scale=2.0), argparse.Namespace(bias=3.0)
 
 
@@ -104,6 +116,10 @@ def of_namespaces(self, x):
     return self.a(x) * self.names.scale, self.b(x) + self.options.bias
 
 
+def of_frozen(self, x):
+    return self.a(x) * self.frozen.scale * len(self.frozen.sizes), self.b(x) * self.checking.twice
+
+
 def is_none(self, x):
     return (self.a(x) if self.feature.inner is None else x), self.b(x)
 
@@ -134,6 +150,7 @@ REWRITTEN = [
     nested,
     object_in_an_object,
     of_namespaces,
+    of_frozen,
     is_none,
     missing,
     asks,
@@ -270,6 +287,10 @@ CHANGES = {
     "names": (object_in_an_object, of("settings", "names", ())),
     "namespace": (of_namespaces, of("names", "scale", 9.0)),
     "options": (of_namespaces, of("options", "bias", 9.0)),
+    "frozen": (of_frozen, lambda model: setattr(model, "frozen", Frozen(9.0))),
+    "frozen, changed all the same": (of_frozen, lambda model: object.__setattr__(
+        model.frozen, "scale", 9.0)),
+    "checking": (of_frozen, of("checking", "scale", 9.0)),
     "no longer None": (is_none, of("feature", "inner", 1)),
     "no longer missing": (missing, of("feature", "gone", 9.0)),
     "no longer missing in the class": (asks, of_cls("gone", 9.0)),

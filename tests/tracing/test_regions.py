@@ -568,6 +568,41 @@ def test_a_pass_that_changes_classes_is_run_until_it_is_done(monkeypatch):
     assert_equivalent(optimized, original, (vector(model),))
 
 
+class WithMethod(nn.Module):
+    factor = 2.0
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.scaled(self.a(x)), self.b(x) * self.factor
+
+    def scaled(self, x):
+        return x * 2
+
+
+@pytest.mark.parametrize(
+    "content", [{"scaled": lambda self, x: x * 5}, {"factor": 5.0}], ids=["method", "constant"]
+)
+@pytest.mark.parametrize("how", ["itself", "copied", "compiled"])
+@pytest.mark.parametrize("outer", [False, True])
+def test_a_region_that_becomes_one_of_a_subclass(content, how, outer):
+    """As tools do that put a class of their own between a module and its class."""
+    x = torch.randn(3, 4, dtype=torch.float64)
+    model = (nn.Sequential(WithMethod()) if outer else WithMethod()).double()
+    optimized = conjoin.optimize(model, (x,), policy="always")
+    for each in (model, optimized):
+        region = each[0] if outer else each
+        assert (PLAN in vars(region)) == (each is optimized)
+        region.__class__ = type("Sub", (type(region),), content)
+    if how == "copied":
+        optimized = copy.deepcopy(optimized)
+    torch.compiler.reset()
+    called = torch.compile(optimized, backend="eager") if how == "compiled" else optimized
+    assert_close(dict(tensors(called(x))), dict(tensors(model(x))))
+
+
 class Inner(nn.Module):
     def __init__(self, scale):
         super().__init__()

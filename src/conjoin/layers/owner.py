@@ -124,8 +124,10 @@ def _lends(owner: Owner, name: str) -> bool:
 
     A shallow copy of the owner may have taken it back for both.
     """
-    key, _ = owner.conjoin_lent.get(name, ("", ""))
-    return key in owner._modules and owner._parameters.get(name, owner) is None
+    place = owner.conjoin_lent.get(name)
+    if place is None:
+        return False
+    return place[0] in owner._modules and owner._parameters.get(name, owner) is None
 
 
 def _places(owner: Owner) -> list[tuple[str, tuple[str, str]]]:

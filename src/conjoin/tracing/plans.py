@@ -97,15 +97,19 @@ class Plan:
     """The rewritten forwards of one region.
 
     Attributes:
+        cls: the class of the region; of a subclass of it, methods may be others.
         variants: by the structure of the call; of those for one structure, the first that holds.
     """
 
+    cls: type[nn.Module]
     variants: dict[Structure, tuple[Variant, ...]]
 
     def find(
         self, region: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Callable[..., Any], tuple[Tensor, ...]] | None:
         """The forward for a call, and the call's tensors; None where the original must run."""
+        if type(region) is not self.cls:
+            return None
         if not kwargs and all(map(is_plain, args)):
             structure: Structure = len(args)
         else:
@@ -174,8 +178,13 @@ def _marks(modules: Sequence[nn.Module]) -> tuple[_Mark, ...]:
     return tuple(marks)
 
 
-def bind(region: nn.Module, unbound: Unbound) -> Plan:
+def bind(region: nn.Module, cls: type[nn.Module], unbound: Unbound) -> Plan:
     """The plan of a region for what was traced of it, or of the module that it is a copy of.
+
+    Args:
+        region: the module.
+        cls: the class that it has as a region.
+        unbound: what was traced.
 
     Raises:
         KeyError: the region is not as it was when it was traced.
@@ -185,7 +194,7 @@ def bind(region: nn.Module, unbound: Unbound) -> Plan:
     for traced, marks in unbound:
         bound = _bound(at, traced, marks)
         variants[traced.structure] = (*variants.get(traced.structure, ()), bound)
-    return Plan(variants)
+    return Plan(cls, variants)
 
 
 def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -> Variant:

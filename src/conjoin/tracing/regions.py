@@ -10,6 +10,7 @@ optional arguments, a hook on a module that the new forward does not call, a sib
 from __future__ import annotations
 
 import contextlib
+import copyreg
 import functools
 import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
@@ -44,12 +45,16 @@ class Region(nn.Module):
 
     def __reduce_ex__(self, protocol: Any) -> tuple[Any, ...]:
         names = self.conjoin_names if isinstance(self, Owner) else ()
+        if "conjoin_base" not in vars(type(self)):  # Somebody has put a class of theirs before it.
+            return copyreg.__newobj__, (type(self),), self.__dict__.copy()  # type: ignore[attr-defined]
         return _new_region, (plain_class(self), names), self.__dict__.copy()
 
     def __setstate__(self, state: Any) -> None:
         """A copy is bound to its own modules; what comes out of a pickle is traced anew."""
         super().__setstate__(state)  # type: ignore[no-untyped-call]
         held = vars(self).pop(PLAN, None)
+        if "conjoin_base" not in vars(type(self)):
+            return
         held = held.unbound() if isinstance(held, Plan) else held
         if not isinstance(held, list):
             self.__class__ = self.conjoin_base  # type: ignore[assignment]
@@ -58,7 +63,7 @@ class Region(nn.Module):
                 _become(self, trace(self, held or {None: Observed()}, meta, {})[0])
             return
         try:
-            vars(self)[PLAN] = bind(self, held)
+            vars(self)[PLAN] = bind(self, type(self), held)
         except (KeyError, UnsoundError):  # It is not as it was when it was traced.
             self.__class__ = self.conjoin_base  # type: ignore[assignment]
 
@@ -266,7 +271,7 @@ def _become(module: nn.Module, traced: list[Traced]) -> None:
         return
     try:
         cls = region_class(type(module))
-        plan = bind(module, [(each, marks_of(module, each)) for each in traced])
+        plan = bind(module, cls, [(each, marks_of(module, each)) for each in traced])
     except Exception:  # noqa: BLE001 - A metaclass of the user's, which may refuse a subclass.
         return
     vars(module)[PLAN] = plan

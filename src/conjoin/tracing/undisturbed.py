@@ -30,9 +30,11 @@ from conjoin.reachable import (
     contents,
     is_full,
     is_trusted,
+    keeps,
     made_once,
     reached_beyond,
     reached_by_code,
+    slots,
     words,
 )
 from conjoin.tracing.repeating import device_of
@@ -251,9 +253,7 @@ def _saver_of(value: Any) -> Callable[[Any], Undo] | None:
         return lambda cache: functools.partial(_put_back_cache, cache, cache.cache_info())
     if isinstance(value, type):
         return None if is_trusted(value) else _save_class
-    if is_trusted(type(value)) or attributes(value) is None:
-        return None
-    return _save_attributes
+    return _save_attributes if keeps(value) else None
 
 
 def _save_container(value: Any) -> Undo:
@@ -266,7 +266,7 @@ def _save_class(cls: type) -> Undo:
 
 def _save_attributes(value: Any) -> Undo:
     own = attributes(value) or {}
-    return functools.partial(_put_back, own, own.copy())
+    return functools.partial(_put_back_attributes, value, own, own.copy(), slots(value))
 
 
 def _save_cell(cell: CellType) -> Undo:
@@ -304,6 +304,18 @@ def _put_back_module(
     _put_back(own, before)
     for value, copied in held:
         _put_back(value, copied)
+
+
+def _put_back_attributes(
+    value: Any, own: dict[str, Any], before: dict[str, Any], kept: dict[Any, object]
+) -> None:
+    _put_back(own, before)
+    now = slots(value)
+    for member in now.keys() - kept.keys():
+        member.__delete__(value)
+    for member, held in kept.items():
+        if now.get(member, _MISSING) is not held:
+            member.__set__(value, held)
 
 
 def _put_back_names(namespace: dict[str, Any], names: Iterable[str], held: Iterable[Any]) -> None:

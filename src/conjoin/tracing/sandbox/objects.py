@@ -8,15 +8,14 @@ call whether the object is still there, and what was read of it is still the sam
 
 from __future__ import annotations
 
-import argparse
 from abc import ABCMeta
 from collections.abc import Iterator, Mapping
-from types import FunctionType, MethodType, SimpleNamespace
+from types import FunctionType, MethodType
 from typing import TYPE_CHECKING, Any, NoReturn
 
 from torch import Tensor, nn
 
-from conjoin.reachable import TRUSTED
+from conjoin.reachable import NAMESPACES, TRUSTED
 from conjoin.tracing.proxies import UnsoundError
 
 if TYPE_CHECKING:
@@ -31,10 +30,7 @@ Place = tuple[str, tuple[Any, ...]]
 A step is the key of an item of a container, or the name of an attribute of an object.
 """
 
-NAMESPACES = (SimpleNamespace, argparse.Namespace)
-"""Classes of Python's own whose objects are what they hold, and nothing else."""
-
-_DECIDING = "__getattribute__ __getattr__ __setattr__".split()
+_DECIDING = "__getattribute__ __getattr__".split()
 """Methods of a class that make its attributes something else than what an object holds."""
 
 
