@@ -102,3 +102,14 @@ def test_a_gradient_of_its_own_has_to_pay(monkeypatch, rows, out, width, own):
     monkeypatch.undo()
     product = batched.product(_of(2, rows, width), _of(2, out, width), None)
     assert (type(product.grad_fn).__name__ == "_ProductBackward") is own
+
+
+@pytest.mark.parametrize("product", [batched.product, _plain])
+def test_a_weight_may_change_where_its_product_needs_no_gradient_of_rows(product):
+    rows, weight, bias = _operands()
+    rows = rows.detach()
+    out = product(rows, weight, bias)
+    with torch.no_grad():
+        weight.mul_(2)
+    out.sum().backward()
+    torch.testing.assert_close(weight.grad, rows.sum(1, keepdim=True).expand_as(weight))

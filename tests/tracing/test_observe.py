@@ -355,3 +355,11 @@ class Counting(nn.Module):
 def test_tensors_beside_the_model_stay(look):
     look(Counting(), (torch.ones(2, 4),))
     assert [float(each.sum()) for each in (STEPS, Counting.seen, AVERAGES["x"])] == [0, 0, 0]
+
+
+def test_operators_of_higher_order():
+    def forward(m, x):
+        y = torch.cond(x.sum() > 0, lambda x: x.sin(), lambda x: x.cos(), (x,))
+        return heads(m, y)
+
+    assert layers(sighted(model_of(forward), X)) == ["a", "b"] * 2

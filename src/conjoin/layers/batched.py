@@ -61,7 +61,8 @@ def _is_plain(rows: Tensor, weight: Tensor) -> bool:
 class _Product(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-        ctx.save_for_backward(rows, weight)
+        # As in PyTorch, where rows need no gradient the weight may change before the backward pass.
+        ctx.save_for_backward(rows, weight if ctx.needs_input_grad[0] else None)
         return _multiply(rows, weight, bias)
 
     @staticmethod

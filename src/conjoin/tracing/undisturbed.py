@@ -21,6 +21,7 @@ from typing import Any
 
 import torch
 from torch import nn
+from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conjoin.reachable import (
@@ -136,6 +137,9 @@ class KeepingTensors(TorchDispatchMode):
     Also within a mode for fake tensors, where an operation on real ones alone runs for real.
     """
 
+    # One that runs code, such as `torch.cond`, runs as it is, and has no schema.
+    supports_higher_order_operators = True
+
     def __init__(self, own: frozenset[int]) -> None:
         """Knows the ids of the tensors of the model itself, which may change."""
         super().__init__()  # type: ignore[no-untyped-call]
@@ -178,6 +182,8 @@ def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterat
 @functools.cache
 def _writes(func: Any) -> tuple[tuple[int, str], ...]:
     """The positions and names of the arguments that an operation changes in place."""
+    if not isinstance(func, OpOverload):
+        return ()
     return tuple(
         (position, argument.name)
         for position, argument in enumerate(func._schema.arguments)
