@@ -26,6 +26,7 @@ from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.lockstep import in_transform
 from conjoin.layers.owner import Owner, copies_itself, owner_class, raw_parameters
+from conjoin.layers.subclass import subclass
 from conjoin.layers.view import View, views
 from conjoin.layers.wide import Wide
 from conjoin.merging import MERGER, Merger
@@ -310,14 +311,8 @@ _region_classes: dict[type, type[Region]] = {}
 def region_class(base: type[nn.Module]) -> type[Region]:
     """The class of regions that are `base` modules: a subclass of `base` that goes by its name."""
     if base not in _region_classes:
-        names = {
-            "conjoin_base": base,
-            "forward": _forward(base),
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-        }
-        _region_classes[base] = cast("type[Region]", type(base.__name__, (Region, base), names))
+        made = subclass(Region, base, _forward(base))
+        _region_classes[base] = cast("type[Region]", made)
     return _region_classes[base]
 
 
