@@ -44,7 +44,6 @@ from conjoin.reachable import functions_of, words
 MERGER = "conjoin_merger"
 """The entry of a GraphModule's `meta` that holds the merger of the model behind it."""
 
-
 REGION = "conjoin_region"
 """The entry that holds the module of the model whose forward a GraphModule was traced from."""
 

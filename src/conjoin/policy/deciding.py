@@ -107,8 +107,9 @@ def _estimated(
 ) -> Iterator[Candidate]:
     """What becomes of a candidate by an estimate.
 
-    Where a forward is rewritten, what is behind the layers may run wide too, so that nothing is cut
-    or copied there. So that counts only where none is.
+    Where a forward is rewritten, what is behind the layers may run wide too. So the form is chosen
+    as if nothing were cut or copied right behind them. What would be against it where it is, in
+    lockstep or in a rewritten forward, is kept for `leave_apart`, which knows how the layers run.
     """
     works = group.works()
     form, figures = choose(known, works, group.names, group.setting(cut=False))
