@@ -40,7 +40,7 @@ class Join(Rewrite):
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class ParameterProduct:
     """A product with a parameter.
 
     Attributes:
@@ -53,11 +53,11 @@ class Product:
     node: fx.Node
     weight: fx.Node
     bias: fx.Node | None
-    part: functional.Part | None
+    part: functional.Piece | None
 
 
 @dataclass(frozen=True, slots=True)
-class Group:
+class Joinable:
     """Products of one tensor that may become one.
 
     Attributes:
@@ -65,15 +65,15 @@ class Group:
         figures: what they take; None where the device is not measured, or sizes are not known.
     """
 
-    products: tuple[Product, ...]
+    products: tuple[ParameterProduct, ...]
     figures: Joining | None
 
 
-def groups(graph_module: fx.GraphModule) -> list[Group]:
+def groups(graph_module: fx.GraphModule) -> list[Joinable]:
     """The products of a graph that read one tensor, each with parameters of its own."""
     graph, modules = graph_module.graph, edit.called_modules(graph_module)
     epochs = functional.epochs(graph, modules)
-    found: dict[Hashable, list[Product]] = {}
+    found: dict[Hashable, list[ParameterProduct]] = {}
     for node in graph.nodes:
         if _is_plain(node) and (product := _product(node, modules)) is not None:
             key = functional.settings(node), epochs[node], _alike(product)
@@ -85,7 +85,7 @@ def _is_plain(node: fx.Node) -> bool:
     return functional.is_product(node) and not functional.is_grouped(node)
 
 
-def _product(node: fx.Node, modules: Mapping[str, nn.Module]) -> Product | None:
+def _product(node: fx.Node, modules: Mapping[str, nn.Module]) -> ParameterProduct | None:
     """A node as a product with parameters; None where it is none."""
     given, dim = functional.arguments(node), functional.weight_dim(node)
     weight, bias = given["weight"], given.get("bias")
@@ -94,7 +94,7 @@ def _product(node: fx.Node, modules: Mapping[str, nn.Module]) -> Product | None:
     made = node.meta.get(EXAMPLE)
     if len(held) < len(values) or {each.dtype for each in held} != {getattr(made, "dtype", None)}:
         return None  # Under autocast a product is of another type, and so is what it reads.
-    return Product(node, weight, bias, functional.part(node, held[0].shape[dim], modules))
+    return ParameterProduct(node, weight, bias, functional.piece(node, held[0].shape[dim], modules))
 
 
 def _parameter(node: object) -> Tensor | None:
@@ -106,7 +106,7 @@ def _parameter(node: object) -> Tensor | None:
     return value if plain else None
 
 
-def _alike(product: Product) -> Hashable:
+def _alike(product: ParameterProduct) -> Hashable:
     """What must be equal beside the settings; also whether there is a backward pass."""
     weight, made = product.weight.meta[EXAMPLE], product.node.meta[EXAMPLE]
     dim, biased = functional.weight_dim(product.node), product.bias is not None
@@ -120,18 +120,18 @@ def _alike(product: Product) -> Hashable:
     )
 
 
-def _group(products: Sequence[Product]) -> Group:
+def _group(products: Sequence[ParameterProduct]) -> Joinable:
     made, weight = (node.meta[EXAMPLE] for node in (products[0].node, products[0].weight))
     read = functional.arguments(products[0].node)["input"].meta.get(EXAMPLE)
     known = machine.constants(weight.device, weight.dtype)
     if known is None or not isinstance(read, Tensor) or not elements(read):
-        return Group(tuple(products), None)
+        return Joinable(tuple(products), None)
     works = [_work(product, read) for product in products]
     setting = Setting(made.requires_grad, passed_on=read.requires_grad)
-    return Group(tuple(products), joining.estimate(known, works, setting))
+    return Joinable(tuple(products), joining.estimate(known, works, setting))
 
 
-def _work(product: Product, read: Tensor) -> Work:
+def _work(product: ParameterProduct, read: Tensor) -> Work:
     """What a product does for the sizes that the graph was captured with."""
     weight, outputs = product.weight.meta[EXAMPLE], elements(product.node.meta[EXAMPLE])
     width = weight.shape[functional.weight_dim(product.node)]
@@ -146,12 +146,12 @@ def _work(product: Product, read: Tensor) -> Work:
     )
 
 
-def _pays(group: Group) -> bool:
+def _pays(group: Joinable) -> bool:
     possible = all(product.part is not None for product in group.products)
     return possible and group.figures is not None and group.figures.pays
 
 
-def _join(graph: fx.Graph, group: Group, modules: Mapping[str, nn.Module]) -> None:
+def _join(graph: fx.Graph, group: Joinable, modules: Mapping[str, nn.Module]) -> None:
     """Puts one product with joined weights and a split in the place of a group."""
 
     def joined() -> tuple[fx.Node, fx.Node | None]:

@@ -42,7 +42,7 @@ ON_THE_TABLE = ("max_norm", "scale_grad_by_freq", "sparse")
 
 
 @dataclass(frozen=True, slots=True)
-class Product:
+class SliceProduct:
     """A product with a slice.
 
     Attributes:
@@ -51,7 +51,7 @@ class Product:
         bias: the slice of the bias, if there is one.
     """
 
-    part: functional.Part
+    part: functional.Piece
     weight: Slice
     bias: Slice | None
 
@@ -92,10 +92,10 @@ class Rejoin(Rewrite):
         return PassResult(graph_module, bool(found))
 
 
-def _siblings(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[list[Product]]:
+def _siblings(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[list[SliceProduct]]:
     """Products with slices of one weight that read one tensor, by their rows."""
     epochs = functional.epochs(graph, modules)
-    groups: dict[Hashable, list[Product]] = {}
+    groups: dict[Hashable, list[SliceProduct]] = {}
     for node in graph.nodes:
         found = _lookup(node) or _product(node, modules)
         if found is not None:
@@ -106,7 +106,9 @@ def _siblings(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[lis
         yield sorted(products, key=lambda product: product.weight.start)
 
 
-def _product(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[Hashable, Product] | None:
+def _product(
+    node: fx.Node, modules: Mapping[str, nn.Module]
+) -> tuple[Hashable, SliceProduct] | None:
     """A node as a product with slices, and what must be equal; None where it is none."""
     if not functional.is_product(node):
         return None
@@ -117,15 +119,15 @@ def _product(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[Hashable,
     if given.get("bias") is not None and (bias is None or bias.shape is not None):
         return None
     size = weight.size if weight.shape is None else weight.shape[dim]
-    part = functional.part(node, size, modules)
+    part = functional.piece(node, size, modules)
     if part is None:
         return None
     kernel = None if weight.shape is None else (weight.shape[:dim], weight.shape[dim + 1 :])
     grouped = size if functional.is_grouped(node) else None
-    return (functional.settings(node), kernel, grouped), Product(part, weight, bias)
+    return (functional.settings(node), kernel, grouped), SliceProduct(part, weight, bias)
 
 
-def _lookup(node: fx.Node) -> tuple[Hashable, Product] | None:
+def _lookup(node: fx.Node) -> tuple[Hashable, SliceProduct] | None:
     """A node as a lookup in a slice, and what must be equal; None where it is none."""
     if node.op != "call_function" or node.target is not F.embedding:
         return None
@@ -136,7 +138,7 @@ def _lookup(node: fx.Node) -> tuple[Hashable, Product] | None:
     if any(given.get(name) for name in ON_THE_TABLE) or (padding is not None and padding < 0):
         return None
     key = node.target, elementwise.comparable(given, lambda input: input), weight.shape
-    return key, Product(functional.Part(node, 1, None), weight, None)
+    return key, SliceProduct(functional.Piece(node, 1, None), weight, None)
 
 
 def _slice(node: object) -> Slice | None:
@@ -160,9 +162,9 @@ def _slice(node: object) -> Slice | None:
     return Slice((node,), whole, start, size)
 
 
-def _runs(products: Sequence[Product]) -> Iterator[list[Product]]:
+def _runs(products: Sequence[SliceProduct]) -> Iterator[list[SliceProduct]]:
     """Two products or more, each with the rows that follow on those of the one before."""
-    run: list[Product] = []
+    run: list[SliceProduct] = []
     for product in products:
         if run and not _follows(run[-1], product):
             if len(run) > 1:
@@ -173,13 +175,13 @@ def _runs(products: Sequence[Product]) -> Iterator[list[Product]]:
         yield run
 
 
-def _follows(first: Product, second: Product) -> bool:
+def _follows(first: SliceProduct, second: SliceProduct) -> bool:
     if first.bias is None or second.bias is None:
         return first.weight.precedes(second.weight) and first.bias is second.bias
     return first.weight.precedes(second.weight) and first.bias.precedes(second.bias)
 
 
-def _pays(run: Sequence[Product]) -> bool:
+def _pays(run: Sequence[SliceProduct]) -> bool:
     """Whether products take less time as one: with groups, where their input is small."""
     first = run[0].part.node
     if first.target is F.embedding or not functional.is_grouped(first):
@@ -192,7 +194,7 @@ def _pays(run: Sequence[Product]) -> bool:
         return known and memory_format(read) != "channels_last"
 
 
-def _join(graph: fx.Graph, run: Sequence[Product], modules: Mapping[str, nn.Module]) -> None:
+def _join(graph: fx.Graph, run: Sequence[SliceProduct], modules: Mapping[str, nn.Module]) -> None:
     """Puts one product and a split in the place of a run of them."""
     weights = [product.weight for product in run]
     biases = [product.bias for product in run if product.bias is not None]
@@ -232,7 +234,7 @@ def _blocks(graph: fx.Graph, rows: fx.Node, slices: Sequence[Slice]) -> fx.Node:
     return graph.call_function(torch.cat, (blocks, 1))
 
 
-def _read(graph: fx.Graph, run: Sequence[Product]) -> None:
+def _read(graph: fx.Graph, run: Sequence[SliceProduct]) -> None:
     """Puts one lookup in a stack of tables in the place of those in each."""
     nodes, slices = [product.part.node for product in run], [product.weight for product in run]
     first = min(nodes)

@@ -19,6 +19,6 @@ STEADY = Machine(
     bandwidth=1e10,
     written=WRITTEN,
     joined=WRITTEN,
-    packed=((0, 0.0), (MEGABYTE, 0.0)),
+    few_rows=((0, 0.0), (MEGABYTE, 0.0)),
 )
 """A core and a memory such as are common, with an allocator that asks the system for 32 MiB."""

@@ -13,6 +13,8 @@ import io
 import os
 import re
 import shlex
+import subprocess
+import sys
 from pathlib import Path
 
 import dialects
@@ -101,3 +103,10 @@ def test_readme():
     assert README.read_text() == expected
     assert text.count("```text\n```") == 0
     assert {name for _, name, _ in SECTION.findall(text)} == MADE.keys()
+
+
+def test_an_import_brings_the_names_that_are_called():
+    named = {*re.findall(r"`conjoin\.([\w.]+)\(", README.read_text())}
+    assert "checkpoints.separate" in named
+    command = "\n".join(["import conjoin", *(f"conjoin.{name}" for name in sorted(named))])
+    subprocess.run([sys.executable, "-c", command], check=True)

@@ -1,6 +1,6 @@
 """Sibling layers of a PyTorch model become one wide layer, and come back."""
 
-from conjoin import nn
+from conjoin import checkpoints, nn
 from conjoin.api import optimize, report, unfuse
 from conjoin.layers import KINDS, Kind
 from conjoin.legality import Reason, Refusal
@@ -18,6 +18,7 @@ __all__ = [
     "Refusal",
     "Report",
     "Verification",
+    "checkpoints",
     "nn",
     "optimize",
     "report",

@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from conjoin import memory, programs
-from conjoin.applying import apply, restore
+from conjoin.applying import Plan, apply, restore
 from conjoin.counting import count, counted, group_of, on_copies, uncounted
 from conjoin.graph.siblings import Candidate, candidates, in_order
 from conjoin.graph.site import Sightings, Untraced
@@ -25,7 +25,7 @@ from conjoin.memory import Memory
 from conjoin.policy.budget import Need, fit
 from conjoin.policy.cost import Policy
 from conjoin.policy.deciding import check_policy, decide, note, noted
-from conjoin.policy.levels import Against, estimates
+from conjoin.policy.levels import Levels
 from conjoin.reachable import remembering
 from conjoin.reports.report import Group, Report
 from conjoin.tracing import graph_modules
@@ -115,14 +115,10 @@ def optimize(
         # A graph is lifted before it is looked at, so of a model with graphs the copy is.
         optimized = model if inplace or not _has_graphs(model) else _copy(model)
         with graph_modules.lifted(optimized):
-            found, sightings = _find(optimized, calls, kinds)
-            found = decide(optimized, noted(optimized, found, again=True), sightings, policy)
-            against = estimates(optimized, sightings, policy)
-            if limit is not None:
-                found = _fit(optimized, calls[0], found, sightings, kinds, against, limit, policy)
+            plan = _plan(optimized, calls, kinds, policy, limit, again=True)
             if optimized is model and not inplace:
                 optimized = _copy(model)
-            _, found = apply(optimized, found, sightings, kinds, against, policy=policy)
+            _, found = apply(optimized, plan)
             note(optimized, found)
     return optimized
 
@@ -196,22 +192,15 @@ def report(
     model = _copy(model) if _has_graphs(model) else model
     # What the collector would find is counted as if it were alive until then.
     with _no_collection(), remembering(), graph_modules.lifted(model):
-        found, sightings = _find(model, calls, kinds)
-        found = decide(model, noted(model, found, again=False), sightings, policy)
-        against = estimates(model, sightings, policy)
-        if limit is not None:
-            found = _fit(model, calls[0], found, sightings, kinds, against, limit, policy)
-        if calls:
-            counts = count(model, calls[0], found, sightings, kinds, against, policy)
-        else:
-            counts = uncounted(model, found, sightings, kinds)
+        plan = _plan(model, calls, kinds, policy, limit, again=False)
+        counts = count(model, calls[0], plan) if calls else uncounted(model, plan)
         groups = tuple(
             group_of(candidate, counts)
-            for candidate in in_order(counts.groups(found), model, sightings)
+            for candidate in in_order(counts.groups(plan.found), model, plan.sightings)
         )
     launches = Launches(counts.plain.count, counts.optimized.count)
     peaks = Memory(counts.plain.peak, counts.optimized.peak)
-    return Report(groups, launches, sightings.untraced, bool(calls), peaks)
+    return Report(groups, launches, plan.sightings.untraced, bool(calls), peaks)
 
 
 def _report_program(program: ExportedProgram, calls: list[Call], kinds: tuple[Kind, ...]) -> Report:
@@ -356,30 +345,47 @@ def _copy(model: Module) -> Module:
         ) from error
 
 
-def _fit(
+def _plan(
     model: nn.Module,
-    call: Call,
-    found: tuple[Candidate, ...],
-    sightings: Sightings,
+    calls: list[Call],
     kinds: tuple[Kind, ...],
-    against: Against | None,
-    limit: int,
     policy: Policy,
-) -> tuple[Candidate, ...]:
-    """The groups with which a call stays within a limit of memory, predicted on copies."""
+    limit: int | None,
+    *,
+    again: bool,
+) -> Plan:
+    """What is found in a model, and decided of it by the policy and a limit of memory.
+
+    Args:
+        model: the model.
+        calls: its example calls.
+        kinds: the kinds of layer.
+        policy: which groups to merge.
+        limit: the bytes that a call may need, if that is limited.
+        again: whether groups that were left alone are decided again.
+    """
+    found, sightings = _find(model, calls, kinds)
+    found = decide(model, noted(model, found, again=again), sightings, policy)
+    plan = Plan(found, sightings, kinds, Levels(model, sightings, policy))
+    return plan if limit is None else _fit(model, calls[0], plan, limit)
+
+
+def _fit(model: nn.Module, call: Call, plan: Plan, limit: int) -> Plan:
+    """What is to be done for a call to stay within a limit of memory, predicted on copies."""
 
     def fitted(copied: Callable[[], Copy]) -> tuple[Candidate, ...]:
         def need(groups: Sequence[Candidate]) -> Need:
             merged = copied()
-            levels = apply(merged.model, groups, sightings, kinds, against, policy=policy)[0].levels
-            behind = (Candidate(level.kind, level.layers, level.widths) for level in levels)
+            merger, _ = apply(merged.model, dataclasses.replace(plan, found=groups))
+            behind = (Candidate(each.kind, each.layers, each.widths) for each in merger.levels)
             return Need(merged.count(call, {}).peak or 0, tuple(behind))
 
         plain = copied()
         restore(plain.model)
         merged = frozenset(name for name, _ in views(model))
         with undisturbed(plain.model):
-            return fit(found, sightings, need, plain.count(call, {}).peak or 0, limit, merged)
+            peak = plain.count(call, {}).peak or 0
+            return fit(tuple(plan.found), plan.sightings, need, peak, limit, merged)
 
     settled = on_copies(model, fitted)
     if settled is None:
@@ -387,7 +393,7 @@ def _fit(
             "memory_budget was given, and how much memory the model needs is predicted on copies "
             "of it, which cannot be made. Leave memory_budget out."
         )
-    return settled
+    return dataclasses.replace(plan, found=settled)
 
 
 def _find(

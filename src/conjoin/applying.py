@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from dataclasses import dataclass
 
 from torch import nn
 
@@ -15,47 +16,57 @@ from conjoin.layers.owner import reclaim
 from conjoin.layers.releasing import release
 from conjoin.layers.view import views
 from conjoin.merging import MERGER, Merger
-from conjoin.policy.cost import Policy
 from conjoin.policy.deciding import DECIDED, leave_apart
-from conjoin.policy.levels import Against
+from conjoin.policy.levels import Levels
 from conjoin.tracing import graph_modules, regions
 
 
+@dataclass(frozen=True, slots=True)
+class Plan:
+    """What is to be done to a model, or to a copy of it.
+
+    Attributes:
+        found: its groups and refusals.
+        sightings: what was seen of it.
+        kinds: the kinds of layer.
+        levels: what decides of the layers behind its groups.
+    """
+
+    found: Sequence[Candidate]
+    sightings: Sightings
+    kinds: tuple[Kind, ...]
+    levels: Levels
+
+    def merger(self, model: nn.Module) -> Merger:
+        """What merges the layers of the model, or of a copy."""
+        return Merger(model, self.kinds, self.sightings, self.found, asked=self.levels)
+
+
 def apply(
-    model: nn.Module,
-    found: Sequence[Candidate],
-    sightings: Sightings,
-    kinds: tuple[Kind, ...],
-    against: Against | None = None,
-    depths: Depths | None = None,
-    policy: Policy = "auto",
+    model: nn.Module, plan: Plan, depths: Depths | None = None
 ) -> tuple[Merger, tuple[Candidate, ...]]:
     """Merges groups, and what the rewritten forwards can run at once beyond them.
 
     Args:
         model: the model, changed in place.
-        found: its groups and refusals.
-        sightings: what was seen of it.
-        kinds: the kinds of layer.
-        against: what is against merging layers behind the groups, if anything.
+        plan: what is to be done to it.
         depths: what watches the rewritten graphs, for a report.
-        policy: which of the layers behind groups are merged, where that may not pay.
 
     Returns:
         The merger, and what became of what was found.
     """
-    merger = Merger(model, kinds, sightings, found, against=against, policy=policy)
+    merger, found = plan.merger(model), tuple(plan.found)
     if depths is not None:
         merger.rewritten = depths.watch
     if merger.merge_all(found):
         regions.uninstall(model)  # They may know wide layers that are no more.
     called = graph_modules.rewrite_all(model, merger)
     while True:
-        regions.install(model, sightings.calls, {MERGER: merger})
+        regions.install(model, plan.sightings.calls, {MERGER: merger})
         running = regions.covered(model) | called
         merger.give_back(running)
         settled = leave_apart(model, found, running, regions.cuts(model))
-        if settled == tuple(found):
+        if settled == found:
             return merger, settled
         merger.leave(settled)
         found = settled

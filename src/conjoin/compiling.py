@@ -100,7 +100,7 @@ _told: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
 
 def _tell(
-    graph_module: fx.GraphModule, found: Sequence[join.Group], example_inputs: Sequence[Any]
+    graph_module: fx.GraphModule, found: Sequence[join.Joinable], example_inputs: Sequence[Any]
 ) -> None:
     """Says what `optimize` would have gained, once for each weight."""
     missed = [group for group in found if group.figures is None or group.figures.misses]

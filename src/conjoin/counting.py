@@ -13,19 +13,16 @@ from typing import TypeVar
 
 from torch import nn
 
-from conjoin.applying import apply, restore
+from conjoin.applying import Plan, apply, restore
 from conjoin.graph.depth import Chain, Depths
 from conjoin.graph.siblings import Candidate
-from conjoin.graph.site import Sightings
 from conjoin.launches import UNCOUNTED, Counted
-from conjoin.layers import PRODUCTS, Kind
+from conjoin.layers import PRODUCTS
 from conjoin.layers.owner import raw_parameters
 from conjoin.layers.product import SUFFIX
 from conjoin.layers.view import wides
 from conjoin.layers.wide import Wide
-from conjoin.merging import Level, Merger
-from conjoin.policy.cost import Policy
-from conjoin.policy.levels import Against
+from conjoin.merging import Level
 from conjoin.reports.report import Group
 from conjoin.tracing.copies import Call, Copy, UncopyableError
 from conjoin.tracing.undisturbed import undisturbed
@@ -131,48 +128,28 @@ def counted(model: nn.Module, call: Call) -> Counted:
     return on_copies(model, lambda copied: copied().count(call, {})) or UNCOUNTED
 
 
-def count(
-    model: nn.Module,
-    call: Call,
-    found: Sequence[Candidate],
-    sightings: Sightings,
-    kinds: tuple[Kind, ...],
-    against: Against | None = None,
-    policy: Policy = "auto",
-) -> Counts:
+def count(model: nn.Module, call: Call, plan: Plan) -> Counts:
     """The launches of a call of the model, plain and optimized."""
-    counts = on_copies(
-        model, lambda copied: _count_on(copied, call, found, sightings, kinds, against, policy)
-    )
-    return counts or Counts()
+    return on_copies(model, lambda copied: _count_on(copied, call, plan)) or Counts()
 
 
-def uncounted(
-    model: nn.Module, found: Sequence[Candidate], sightings: Sightings, kinds: tuple[Kind, ...]
-) -> Counts:
+def uncounted(model: nn.Module, plan: Plan) -> Counts:
     """What becomes of products with raw Parameters, which are found where a forward is traced."""
     if any(True for _ in raw_parameters(model)):
         with contextlib.suppress(UncopyableError), undisturbed(model):
-            merger, _ = apply(Copy(model, fake=False).model, found, sightings, kinds)
+            merger, _ = apply(Copy(model, fake=False).model, plan)
             levels = tuple(level for level in merger.levels if level.kind in PRODUCTS)
             return Counts(levels=levels, refused=tuple(merger.refused.values()))
     return Counts()
 
 
-def _count_on(
-    copied: Callable[[], Copy],
-    call: Call,
-    found: Sequence[Candidate],
-    sightings: Sightings,
-    kinds: tuple[Kind, ...],
-    against: Against | None,
-    policy: Policy,
-) -> Counts:
+def _count_on(copied: Callable[[], Copy], call: Call, plan: Plan) -> Counts:
     """The launches, counted on copies of the model."""
     plain, optimized = copied(), copied()
     restore(plain.model)
     depths = Depths(optimized.model)
-    merger, found = apply(optimized.model, found, sightings, kinds, against, depths, policy)
+    merger, found = apply(optimized.model, plan, depths)
+    plan = dataclasses.replace(plan, found=found)
     levels = _levels(optimized.model)
     groups = [candidate.layers for candidate in (*found, *merger.refused.values())]
     groups += [level.layers for level in levels.values()]
@@ -187,24 +164,17 @@ def _count_on(
         return Counts(
             plain.count(call, _named(plain.model, names), _products(plain.model, names)),
             fused,
-            _count_apart(copied(), call, found, sightings, kinds, idle) if idle else UNCOUNTED,
+            _count_apart(copied(), call, plan, idle) if idle else UNCOUNTED,
             (*merger.levels, *map(levels.__getitem__, depths.roots)),
             _depths(depths, optimized.model),
             tuple(merger.refused.values()),
-            tuple(found),
+            found,
         )
 
 
-def _count_apart(
-    apart: Copy,
-    call: Call,
-    found: Sequence[Candidate],
-    sightings: Sightings,
-    kinds: tuple[Kind, ...],
-    groups: Sequence[tuple[str, ...]],
-) -> Counted:
+def _count_apart(apart: Copy, call: Call, plan: Plan, groups: Sequence[tuple[str, ...]]) -> Counted:
     """The launches where no forward is rewritten, within the layers of groups."""
-    Merger(apart.model, kinds, sightings, found).merge_all(found)
+    plan.merger(apart.model).merge_all(plan.found)
     names = {name for layers in groups for name in layers}
     made = apart.count(call, _named(apart.model, names), _products(apart.model, names))
     return Counted(made.count, {**dict.fromkeys(names, 0), **(made.by_layer or {})})

@@ -9,12 +9,11 @@ import itertools
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
 from torch import Tensor, fx, nn
 from torch.nn.parameter import is_lazy
 
 from conjoin.graph import edit, products, strides
-from conjoin.graph.products import Call
+from conjoin.graph.products import ProductCall
 from conjoin.graph.siblings import Candidate, among, held_elsewhere, overlaps
 from conjoin.graph.site import Shapes, Sightings, Site
 from conjoin.layers import (
@@ -37,13 +36,13 @@ from conjoin.layers.releasing import release
 from conjoin.layers.view import View, wides
 from conjoin.layers.wide import Wide
 from conjoin.legality import Reason, Refusal
-from conjoin.policy import gathering
-from conjoin.policy.cost import Figures, Lie, Policy
+from conjoin.policy.cost import Lie
+from conjoin.policy.levels import Levels
+from conjoin.policy.workload import trains
 from conjoin.reachable import functions_of, words
 
 MERGER = "conjoin_merger"
 """The entry of a GraphModule's `meta` that holds the merger of the model behind it."""
-
 
 REGION = "conjoin_region"
 """The entry that holds the module of the model whose forward a GraphModule was traced from."""
@@ -114,7 +113,6 @@ class Merger:
             tensor, and layers that it does not pay to run at once.
         rewritten: what is called with each graph when all passes are through with it, if anything.
         frozen: whether it merges nothing, and only knows what is merged.
-        policy: which layers on tensors of their own it merges.
         training: whether a backward pass is to be quick too.
     """
 
@@ -127,8 +125,7 @@ class Merger:
         *,
         frozen: bool = False,
         escapes: bool = True,
-        against: Callable[[Candidate, Lie], Figures | None] | None = None,
-        policy: Policy = "auto",
+        asked: Levels | None = None,
     ) -> None:
         """Looks at the model's parameters once.
 
@@ -139,22 +136,20 @@ class Merger:
             found: its siblings; those that were refused are left alone.
             frozen: merge nothing, and know what is merged.
             escapes: whether something beyond the graphs reads their outputs.
-            against: what is against merging layers that read tensors of their own, if anything.
-            policy: which of the tables on tensors of their own are merged, where that may not pay.
+            asked: what decides of layers that read tensors of their own, by default of this model.
         """
         self.frozen = frozen
-        self._against = against
-        self.policy = policy
         self._escapes = escapes
         self.kinds = kinds
         self.levels: list[Level] = []
         self.refused: dict[frozenset[str], Candidate] = {}
         self.rewritten: Callable[[fx.GraphModule], None] | None = None
         self._model = model
-        self.training = model.training and torch.is_grad_enabled()
+        self.training = trains(model)
         self._ordered: set[str] = set()
         self._shared = overlaps(dict(model.named_modules()))
         self._sightings = sightings
+        self._asked = asked or Levels(model, sightings or Sightings((), {}))
         self._apart: set[str] = set()
         self._unpaired: set[str] = set()
         if sightings is not None:
@@ -215,7 +210,7 @@ class Merger:
             self._merge(candidate.kind, merged, candidate.contiguous, together=True)
             self.levels.append(Level(candidate.kind, candidate.layers, candidate.widths))
 
-    def raw_products(self, graph_module: fx.GraphModule) -> dict[Call, RawProduct]:
+    def raw_products(self, graph_module: fx.GraphModule) -> dict[ProductCall, RawProduct]:
         """The products of a graph with Parameters of the model that can be lent, by their calls."""
         graph, modules = graph_module.graph, edit.called_modules(graph_module)
         calls = products.calls(graph)
@@ -230,7 +225,7 @@ class Merger:
         strided = {c for c in calls if strides.reads_strides(c.node, modules, escapes=escapes)}
         stacked = {call.input for call in strided if not call.convolves}
         copied = {call.reads for call in strided if call.convolves}
-        found: dict[Call, RawProduct] = {}
+        found: dict[ProductCall, RawProduct] = {}
         made: dict[object, RawProduct] = {}
         for call in calls:
             nodes = {"weight": call.weight, "bias": call.bias}
@@ -355,7 +350,7 @@ class Merger:
         """Whether it does not pay to run layers at once that may be merged; and notes why."""
         widths = tuple(tensors(layer)["weight"].shape[kind.weight_dim] for layer in layers)
         candidate = Candidate(kind, names, widths)
-        figures = self._against(candidate, lie) if self._against else None
+        figures = self._asked.against(candidate, lie)
         if figures is not None:
             refusal = Refusal(names, Reason.DOES_NOT_PAY, str(figures))
             found = dataclasses.replace(candidate, refusal=refusal, figures=figures)
@@ -407,10 +402,7 @@ class Merger:
         """Whether layers on tensors of their own take less time at once, as far as is known."""
         if self._sightings is None or any(isinstance(layer, View) for layer in layers):
             return True
-        names = [self._names[layer] for layer in layers]
-        return self.policy == "always" or gathering.pays(
-            kind, layers, [self._sightings.shapes.get(name) for name in names], self.training
-        )
+        return self._asked.gather(kind, layers, [self._names[layer] for layer in layers])
 
     def _merge(
         self,

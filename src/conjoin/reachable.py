@@ -57,7 +57,7 @@ Made = TypeVar("Made")
 
 
 @dataclasses.dataclass(frozen=True, slots=True)
-class _Memory:
+class _Known:
     """What was found of code.
 
     Attributes:
@@ -71,7 +71,7 @@ class _Memory:
     words: dict[int, tuple[CodeType, tuple[object, ...]]] = dataclasses.field(default_factory=dict)
 
 
-_memory: ContextVar[_Memory | None] = ContextVar("conjoin_memory", default=None)
+_known: ContextVar[_Known | None] = ContextVar("conjoin_known", default=None)
 
 
 @contextlib.contextmanager
@@ -80,14 +80,14 @@ def remembering() -> Iterator[None]:
 
     That is right as long as each look at a model puts back what it changed.
     """
-    if _memory.get() is not None:
+    if _known.get() is not None:
         yield
         return
-    token = _memory.set(_Memory())
+    token = _known.set(_Known())
     try:
         yield
     finally:
-        _memory.reset(token)
+        _known.reset(token)
 
 
 def functions_of(model: nn.Module) -> Iterator[FunctionType]:
@@ -99,12 +99,12 @@ def functions_of(model: nn.Module) -> Iterator[FunctionType]:
 
 def words(code: CodeType) -> tuple[object, ...]:
     """The names and constants in code and in the functions in it."""
-    memory = _memory.get()
-    if memory is None:
+    known = _known.get()
+    if known is None:
         return tuple(_words(code))
-    if id(code) not in memory.words:
-        memory.words[id(code)] = code, tuple(_words(code))
-    return memory.words[id(code)][1]
+    if id(code) not in known.words:
+        known.words[id(code)] = code, tuple(_words(code))
+    return known.words[id(code)][1]
 
 
 def _words(code: CodeType) -> Iterator[object]:
@@ -124,12 +124,12 @@ def reachable_from(model: nn.Module) -> Iterator[object]:
 def reached_by_code(model: nn.Module) -> Reached:
     """All that the code of the model's modules can reach, as their classes define it."""
     classes = frozenset(getattr(type(m), "conjoin_base", type(m)) for m in model.modules())
-    memory = _memory.get() or _Memory()
-    if classes not in memory.closures:
-        found = memory.closures[classes] = {}
+    known = _known.get() or _Known()
+    if classes not in known.closures:
+        found = known.closures[classes] = {}
         for _ in _walk([*classes], _inside, found):
             pass
-    return memory.closures[classes]
+    return known.closures[classes]
 
 
 def reached_beyond(model: nn.Module, known: Reached) -> Iterator[object]:
@@ -144,11 +144,11 @@ def reached_beyond(model: nn.Module, known: Reached) -> Iterator[object]:
 
 def made_once(make: Callable[[Reached], Made], reached: Reached) -> Made:
     """What a function makes of objects, made once for as long as that is remembered."""
-    memory = _memory.get() or _Memory()
+    known = _known.get() or _Known()
     key = make, id(reached)
-    if key not in memory.made:
-        memory.made[key] = make(reached)
-    made: Made = memory.made[key]
+    if key not in known.made:
+        known.made[key] = make(reached)
+    made: Made = known.made[key]
     return made
 
 

@@ -23,7 +23,7 @@ from conjoin.policy.forms import forms
 FORWARD = Setting(training=False)
 TRAINING = Setting(training=True)
 NONE = ((0.0, 0.0), (1e9, 0.0))
-FLAT = Machine(1.0, 0.5, 0.0, 1.0, bandwidth=1e9, written=NONE, joined=NONE, packed=NONE)
+FLAT = Machine(1.0, 0.5, 0.0, 1.0, bandwidth=1e9, written=NONE, joined=NONE, few_rows=NONE)
 """A machine on which only calls and arithmetic take time."""
 
 
@@ -234,7 +234,7 @@ def test_figures_in_words(figures, words):
 
 @pytest.mark.parametrize("few", [True, False])
 def test_a_large_weight_beside_few_rows_is_read_slowly(few):
-    leaving = dataclasses.replace(FLAT, packed=((0.0, 0.0), (1e3, 10.0), (2e3, 100.0)))
+    leaving = dataclasses.replace(FLAT, few_rows=((0.0, 0.0), (1e3, 10.0), (2e3, 100.0)))
     works = [dataclasses.replace(linear(8), weight=10**3, few=few) for _ in range(2)]
     _, figures = choose(leaving, works, names(2), FORWARD)
     expected = (22, 101.5) if few else (2, 1.5)

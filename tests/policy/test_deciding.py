@@ -26,7 +26,7 @@ SMALL = Machine(
     bandwidth=1e15,
     written=ASKING,
     joined=ASKING,
-    packed=((0.0, 0.0), (1.0, 0.0)),
+    few_rows=((0.0, 0.0), (1.0, 0.0)),
 )
 """A machine that has to ask for each 16 KiB, and takes a second for that."""
 

@@ -24,7 +24,7 @@ FLAT = dataclasses.replace(
     bandwidth=1e9,
     written=NONE,
     joined=NONE,
-    packed=NONE,
+    few_rows=NONE,
 )
 COPIES = dataclasses.replace(STEADY, joined=((0.0, 0.0), (1e3, 0.0), (1e3 + 1, 1.0), (2e3, 2.0)))
 """A machine on which it takes a second to copy more than 1,000 bytes."""

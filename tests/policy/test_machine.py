@@ -85,7 +85,7 @@ def changed(**fields):
                 {"written": [[1, 2, 3]]},
                 {"written": [[size, -1.0] for size in machine.SIZES]},
                 {"joined": [[size, 1e-6] for size in machine.SIZES]},
-                {"packed": [[size, math.inf] for size in machine.WEIGHTS]},
+                {"few_rows": [[size, math.inf] for size in machine.WEIGHTS]},
             )
         ),
     ],

@@ -51,7 +51,7 @@ MEMORY_FORMATS = (torch.contiguous_format, torch.channels_last, torch.channels_l
 
 
 @dataclass(frozen=True, slots=True)
-class Part:
+class Piece:
     """A product that may become a part of a wide one.
 
     Attributes:
@@ -93,12 +93,12 @@ def settings(node: fx.Node) -> Hashable:
     return node.target, elementwise.comparable(given, lambda input: input)
 
 
-def part(node: fx.Node, size: int, modules: Mapping[str, nn.Module]) -> Part | None:
+def piece(node: fx.Node, size: int, modules: Mapping[str, nn.Module]) -> Piece | None:
     """A product as a part; None where it must be copied and it is not known how it lies."""
     if not strides.reads_strides(node, modules, escapes=True):
-        return Part(node, size, None)
+        return Piece(node, size, None)
     copied = _memory_format(node)
-    return None if copied is None else Part(node, size, copied)
+    return None if copied is None else Piece(node, size, copied)
 
 
 def epochs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Epochs:
@@ -122,7 +122,7 @@ def epochs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Epochs:
 
 def join(
     graph: fx.Graph,
-    parts: Sequence[Part],
+    parts: Sequence[Piece],
     modules: Mapping[str, nn.Module],
     weights: Callable[[], tuple[fx.Node, fx.Node | None]],
 ) -> None:
@@ -184,8 +184,8 @@ def _memory_format(node: fx.Node) -> torch.memory_format | None:
 
 
 def _as_slices(
-    graph: fx.Graph, parts: Sequence[Part], modules: Mapping[str, nn.Module]
-) -> Sequence[Part]:
+    graph: fx.Graph, parts: Sequence[Piece], modules: Mapping[str, nn.Module]
+) -> Sequence[Piece]:
     """The same products without copies, where nobody could tell a part from a tensor of its own."""
     formats = {part.copied for part in parts}
     example = parts[0].node.meta.get(EXAMPLE)

@@ -47,7 +47,7 @@ CONVOLVING: dict[Any, str] = {getattr(F, function): function for function in CON
 
 
 @dataclass(frozen=True, slots=True)
-class Call:
+class ProductCall:
     """A product in a graph.
 
     Attributes:
@@ -98,7 +98,7 @@ class Call:
         return Matmul(self.function, weight, bias, self.equation)
 
 
-def calls(graph: fx.Graph) -> list[Call]:
+def calls(graph: fx.Graph) -> list[ProductCall]:
     """The products of a graph."""
     return [call for node in graph.nodes if (call := _read(node)) is not None]
 
@@ -126,7 +126,7 @@ def call(
     edit.erase_unread(graph, [n for n in graph.nodes if n.op == "get_attr" and n.target in lent])
 
 
-def read_otherwise(graph: fx.Graph, found: Sequence[Call]) -> set[str]:
+def read_otherwise(graph: fx.Graph, found: Sequence[ProductCall]) -> set[str]:
     """The targets of weights and biases that are read in any other way than in one product."""
     products = {call.node: call for call in found}
     turned = {call.turned for call in found}
@@ -180,7 +180,9 @@ def write_out(
         graph.erase_node(node)
 
 
-def _is_of(call: Call, lent: Mapping[str, tuple[str, str]], target: str, layer: Product) -> bool:
+def _is_of(
+    call: ProductCall, lent: Mapping[str, tuple[str, str]], target: str, layer: Product
+) -> bool:
     """Whether a call is the product that a layer stands for."""
     bias = None if call.bias is None else lent.get(str(call.bias.target))
     return (
@@ -193,7 +195,7 @@ def _is_of(call: Call, lent: Mapping[str, tuple[str, str]], target: str, layer: 
     )
 
 
-def _read(node: fx.Node) -> Call | None:
+def _read(node: fx.Node) -> ProductCall | None:
     """A node as a product with a Parameter; None where it is none."""
     if node.op == "call_function" and (found := _convolution(node)) is not None:
         return found
@@ -207,7 +209,7 @@ def _read(node: fx.Node) -> Call | None:
     if not _is_attribute(weight) or not (bias is None or _is_attribute(bias)):
         return None
     rows = function == "linear" or turned is not None or _is_product(equation, turned=True)
-    return Call(node, input, weight, bias, function, equation, rows, turned)
+    return ProductCall(node, input, weight, bias, function, equation, rows, turned)
 
 
 def turns(node: fx.Node) -> bool:
@@ -221,7 +223,7 @@ def turns(node: fx.Node) -> bool:
     )
 
 
-def _convolution(node: fx.Node) -> Call | None:
+def _convolution(node: fx.Node) -> ProductCall | None:
     """A node as a convolution with a Parameter; None where it is none."""
     function = CONVOLVING.get(node.target)
     if function is None:
@@ -235,7 +237,7 @@ def _convolution(node: fx.Node) -> Call | None:
     plain &= _is_attribute(weight) and (bias is None or _is_attribute(bias))
     if not plain or not isinstance(input, fx.Node) or not isinstance(weight, fx.Node):
         return None
-    return Call(node, input, weight, bias, function, settings=settings)
+    return ProductCall(node, input, weight, bias, function, settings=settings)
 
 
 def _plain(setting: Any) -> Any:

@@ -41,7 +41,6 @@ PRODUCTS: tuple[Kind, ...] = (*product.KINDS, *convolved.KINDS)
 NORMS: tuple[Kind, ...] = (*NORMALIZATIONS, PReLU())
 """The kinds that follow wide layers and keep the number of channels."""
 
-
 GATHERED: tuple[Kind, ...] = (Tables(),)
 """The kinds that layers on tensors of their own are merged as, where that is another one."""
 

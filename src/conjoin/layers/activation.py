@@ -20,6 +20,7 @@ from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers import origin
 from conjoin.layers.lockstep import PLAIN_TENSORS, in_transform
 from conjoin.layers.origin import Step
+from conjoin.layers.subclass import subclass
 
 PURE: dict[type[nn.Module], tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     nn.CELU: (F.celu, ("alpha",)),
@@ -103,14 +104,8 @@ _noting_classes: dict[type, type[Noting]] = {}
 def noting_class(base: type[nn.Module]) -> type[Noting]:
     """The class of `base` activations that note: a subclass of `base` that goes by its name."""
     if base not in _noting_classes:
-        names = {
-            "conjoin_base": base,
-            "forward": _forward(base),
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-        }
-        _noting_classes[base] = cast("type[Noting]", type(base.__name__, (Noting, base), names))
+        made = subclass(Noting, base, _forward(base))
+        _noting_classes[base] = cast("type[Noting]", made)
     return _noting_classes[base]
 
 

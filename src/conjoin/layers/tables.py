@@ -16,7 +16,7 @@ to 0.65 to 0.9 of its time up to 256 rows a batch, and to 0.95 to 1.0 above; 4 t
 In training what matters is the size of the weight: gradients of many rows that are asked of the
 system at each step take up to twice the time, also written by hand, and then tables stay apart.
 
-Where no rewritten forward runs, each view reads its slice, and gives a gradient of the size of all.
+Where no rewritten forward runs, each view reads its slice (`slices.py`).
 The numbers first_i are a tensor that the wide layer keeps, for which an exported program has no
 place: tables stay apart there.
 """

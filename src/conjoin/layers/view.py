@@ -28,6 +28,7 @@ from conjoin.layers.kind import TENSORS
 from conjoin.layers.lockstep import in_transform
 from conjoin.layers.part import lend, unshared
 from conjoin.layers.releasing import take_out
+from conjoin.layers.subclass import subclass
 from conjoin.layers.wide import WIDE, Sibling, Wide, fits, like
 
 DATA_PARALLEL = "torch.nn.parallel.distributed"
@@ -235,15 +236,8 @@ _view_classes: dict[type, type[View]] = {}
 def view_class(base: type[nn.Module]) -> type[View]:
     """The class of views of `base` layers: a subclass of `base` that goes by its name."""
     if base not in _view_classes:
-        names = {
-            "conjoin_base": base,
-            "forward": _forward(base),
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-        }
         view = getattr(base, "conjoin_view", View)
-        _view_classes[base] = cast("type[View]", type(base.__name__, (view, base), names))
+        _view_classes[base] = cast("type[View]", subclass(view, base, _forward(base)))
     return _view_classes[base]
 
 

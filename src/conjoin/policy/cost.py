@@ -3,7 +3,7 @@
 k layers read x. They may run by themselves, as one wide layer, or in between as several, and what
 one of these layers takes is taken to be
 
-    launches * call  +  max(2 * multiply-adds / rate + weights laid out, bytes read / bandwidth)
+    launches * call  +  max(2 * multiply-adds / rate + few rows, bytes read / bandwidth)
                      +  new bytes
 
 summed over the forward pass and, in training, the backward pass and what a step of Adam takes for
@@ -17,9 +17,9 @@ each parameter. All constants are measured on the machine (see `machine.py`). Wh
   that an optimizer makes and drops again; cats, copies and joined weights are read as well;
 - what a new byte takes: not the same in a tensor that lies in a cache, in one that does not, and in
   one that the allocator asks the system for at each call, whose pages are all faulted in anew;
-- how a library reads a weight beside two or three rows, too few for what it does with many: MKL
-  lays the whole weight out anew, in memory that it asks for at each call. On one core 36 MB in one
-  weight took 1.2 times what they took in 22, and several times where the system had to give it.
+- few rows: what a product of two or three rows takes beyond its arithmetic, by the bytes of its
+  weight. One large weight took longer there than several on the machine of the benchmark
+  (`time_projections`, wide by hand, in inference). Why is not known; each machine is measured.
 
 What is done to the parts, and how well a library does at one width or another, are not in it. So it
 is an estimate, and labelled so; `policy="measure"` measures.
@@ -83,7 +83,7 @@ class Machine:
         written: what it takes to fill a tensor that is new, beyond `call`, by its number of bytes,
             which ascend.
         joined: likewise what it takes to join two tensors side by side, by the bytes of the result.
-        packed: likewise what a product of few rows takes beyond its arithmetic, by the bytes of
+        few_rows: likewise what a product of few rows takes beyond its arithmetic, by the bytes of
             its weight.
     """
 
@@ -94,7 +94,7 @@ class Machine:
     bandwidth: float
     written: Table
     joined: Table
-    packed: Table
+    few_rows: Table
 
     def new(self, size: float) -> float:
         """Seconds to fill a new tensor of `size` bytes."""
@@ -104,9 +104,9 @@ class Machine:
         """Seconds to fill one of `size` bytes with what lies elsewhere in another order."""
         return _between(self.joined, size)
 
-    def pack(self, size: float) -> float:
-        """Seconds to lay out a weight of `size` bytes for a product of few rows."""
-        return _between(self.packed, size)
+    def beside_few_rows(self, size: float) -> float:
+        """Seconds that a weight of `size` bytes takes beside few rows, beyond the arithmetic."""
+        return _between(self.few_rows, size)
 
 
 def _between(table: Table, size: float) -> float:
@@ -316,7 +316,7 @@ def _product(machine: Machine, layers: Sequence[Work]) -> float:
     operations = sum(each.operations for each in layers)
     weight, read = sum(each.weight for each in layers), sum(each.read for each in layers)
     few = any(each.few for each in layers)
-    computed = operations / machine.rate + (machine.pack(weight) if few else 0.0)
+    computed = operations / machine.rate + (machine.beside_few_rows(weight) if few else 0.0)
     return max(computed, (layers[0].input + read) / machine.bandwidth)
 
 

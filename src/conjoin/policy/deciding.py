@@ -9,25 +9,21 @@ from __future__ import annotations
 
 import dataclasses
 import itertools
-import math
 from collections.abc import Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import get_args
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import nn
 
 from conjoin.graph.siblings import Candidate, activations
-from conjoin.graph.site import Shapes, Sightings
-from conjoin.layers import Kind
-from conjoin.layers.kind import common, tensors
+from conjoin.graph.site import Sightings
 from conjoin.layers.releasing import release
 from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
 from conjoin.legality import Reason, Refusal
 from conjoin.policy import machine, race
-from conjoin.policy.cost import Cut, Figures, Machine, Policy, Setting, Work, choose, likely, pick
+from conjoin.policy.cost import Cut, Figures, Machine, Policy, choose, likely, pick
 from conjoin.policy.forms import Form
+from conjoin.policy.workload import Workload, trains, workload_of
 
 DECIDED = "_conjoin_decided"
 """The attribute of an optimized model that holds the groups that were left alone by choice, and
@@ -37,76 +33,11 @@ CHOICES = frozenset({Reason.DOES_NOT_PAY, Reason.EXCEEDS_MEMORY})
 """The reasons why a group that could be merged is left alone."""
 
 
-MANY = 4
-"""Rows from which on a library has a way of its own for a product; of one row it is another one."""
-
-
 def check_policy(policy: object) -> None:
     """Raises ValueError where there is no such policy."""
     known = get_args(Policy)
     if policy not in known:
         raise ValueError(f"policy is one of {', '.join(map(repr, known))}, not {policy!r}.")
-
-
-@dataclasses.dataclass(frozen=True, slots=True)
-class Group:
-    """Layers that may be merged, in what was seen of them.
-
-    Attributes:
-        kind: their kind.
-        names: their qualified names.
-        layers: the layers.
-        shapes: what each read and gave.
-        contiguous: the positions of those whose output must be contiguous.
-        training: whether a backward pass is to be quick too.
-    """
-
-    kind: Kind
-    names: tuple[str, ...]
-    layers: tuple[nn.Module, ...]
-    shapes: tuple[Shapes, ...]
-    contiguous: frozenset[int]
-    training: bool
-
-    @property
-    def weight(self) -> Tensor:
-        """The weight of one of them; it is on the device of all, and of their dtype."""
-        return tensors(self.layers[0])["weight"]
-
-    def works(self) -> list[Work]:
-        """What each layer does."""
-        return [self._work(position) for position in range(len(self.layers))]
-
-    def _work(self, position: int) -> Work:
-        shapes, held = self.shapes[position], tensors(self.layers[position])
-        weight, size = held["weight"], held["weight"].element_size()
-        outputs, width = math.prod(shapes.output), weight.shape[self.kind.weight_dim]
-        looked_up = _is_index(shapes.dtype)
-        return Work(
-            input=math.prod(shapes.input) * shapes.dtype.itemsize,
-            output=outputs * size,
-            weight=weight.numel() * size,
-            read=(outputs if looked_up else weight.numel()) * size,
-            operations=0 if looked_up else 2 * outputs * weight.numel() // max(width, 1),
-            biased="bias" in held,
-            contiguous=position in self.contiguous,
-            few=not looked_up and 1 < outputs // max(width, 1) < MANY,
-        )
-
-    def setting(self, *, cut: bool = True) -> Setting:
-        """What their calls have in common; `cut` as in `Setting`."""
-        widths = [tensors(layer)["weight"].shape[self.kind.weight_dim] for layer in self.layers]
-        passed_on = any(shapes.passed_on for shapes in self.shapes)
-        joined = self.kind.joins(widths)
-        one_by_one = self.kind.reads_one_by_one(widths, training=self.training)
-        stacked = bool(self.kind.stacked)
-        return Setting(self.training, passed_on, joined, one_by_one, cut, stacked)
-
-    def key(self) -> Hashable:
-        """What is equal for groups that take the same time."""
-        keys = [common(self.kind, layer, tensors(layer)) for layer in self.layers]
-        settings = tuple(tuple(key.items()) for key in keys)
-        return self.kind, settings, self.shapes, tuple(self.works()), self.training
 
 
 def decide(
@@ -140,7 +71,7 @@ def _decided(
     layers = tuple(model.get_submodule(name) for name in candidate.layers)
     if (merged := _as_merged(layers)) is not None:
         return pieces(candidate, merged, sightings)
-    group = None if policy == "always" else group_of(candidate, layers, sightings, trains(model))
+    group = None if policy == "always" else workload_of(candidate, layers, sightings, trains(model))
     if group is None:
         return (candidate,)
     known = machine.constants(group.weight.device, group.weight.dtype)
@@ -153,30 +84,8 @@ def _decided(
     return _chosen(candidate, form, figures, sightings)
 
 
-def trains(model: nn.Module) -> bool:
-    """Whether a step of training is to be quick, or forward only."""
-    return model.training and torch.is_grad_enabled()
-
-
-def group_of(
-    candidate: Candidate, layers: tuple[nn.Module, ...], sightings: Sightings, training: bool
-) -> Group | None:
-    """A candidate in what was seen of it; None where its layers were not run, or are not real."""
-    if not all(name in sightings.shapes for name in candidate.layers):
-        return None
-    if any(isinstance(layer, View) for layer in layers):  # Something has changed since.
-        return None
-    held = [tensor for layer in layers for tensor in tensors(layer).values()]
-    if any(isinstance(tensor, FakeTensor) or tensor.is_meta for tensor in held):
-        return None
-    training = training and any(tensor.requires_grad for tensor in held)
-    shapes = tuple(sightings.shapes[name] for name in candidate.layers)
-    contiguous = candidate.contiguous
-    return Group(candidate.kind, candidate.layers, layers, shapes, contiguous, training)
-
-
 def _raced(
-    group: Group, known: Machine | None, raced: dict[Hashable, dict[Form, float]]
+    group: Workload, known: Machine | None, raced: dict[Hashable, dict[Form, float]]
 ) -> tuple[Form, Figures]:
     """How to run a group by a race, which groups that are equal run once."""
     among = likely(known, group.works(), group.names, group.setting())
@@ -186,7 +95,7 @@ def _raced(
             group.kind,
             group.layers,
             group.contiguous,
-            _example(group),
+            group.example(),
             among,
             training=group.training,
         )
@@ -194,12 +103,13 @@ def _raced(
 
 
 def _estimated(
-    candidate: Candidate, group: Group, known: Machine, sightings: Sightings
+    candidate: Candidate, group: Workload, known: Machine, sightings: Sightings
 ) -> Iterator[Candidate]:
     """What becomes of a candidate by an estimate.
 
-    Where a forward is rewritten, what is behind the layers may run wide too, so that nothing is cut
-    or copied there. So that counts only where none is.
+    Where a forward is rewritten, what is behind the layers may run wide too. So the form is chosen
+    as if nothing were cut or copied right behind them. What would be against it where it is, in
+    lockstep or in a rewritten forward, is kept for `leave_apart`, which knows how the layers run.
     """
     works = group.works()
     form, figures = choose(known, works, group.names, group.setting(cut=False))
@@ -214,18 +124,6 @@ def _estimated(
         spared = known.call * (len(works) - 1) * (1 + group.training)
         candidate = dataclasses.replace(candidate, cut=Cut(cut, spared))
     return _chosen(candidate, form, figures, sightings)
-
-
-def _is_index(dtype: torch.dtype) -> bool:
-    return not (dtype.is_floating_point or dtype.is_complex)
-
-
-def _example(group: Group) -> Tensor:
-    """Something that the layers of a group can be called with."""
-    shapes = group.shapes[0]
-    value = 0 if _is_index(shapes.dtype) else 0.5
-    example = torch.full(shapes.input, value, dtype=shapes.dtype, device=group.weight.device)
-    return example.requires_grad_(group.training and shapes.passed_on)
 
 
 def _as_merged(layers: Sequence[nn.Module]) -> Form | None:

@@ -1,38 +1,41 @@
-"""Does it pay to run layers behind the siblings at once? Asked while graphs are rewritten."""
+"""Does it pay to run layers at once that read tensors of their own? Asked in rewriting graphs."""
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Sequence
 
 from torch import nn
 
 from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Sightings
-from conjoin.policy import machine
+from conjoin.layers import Kind
+from conjoin.policy import gathering, machine
 from conjoin.policy.cost import Figures, Lie, Policy, level
-from conjoin.policy.deciding import group_of, trains
-
-Against = Callable[[Candidate, Lie], Figures | None]
-"""What is against merging layers that read tensors that lie so; None where nothing is."""
+from conjoin.policy.workload import trains, workload_of
 
 
-def estimates(model: nn.Module, sightings: Sightings, policy: Policy) -> Against | None:
-    """What an estimate is against; None where all is merged, whatever it takes.
+class Levels:
+    """What decides of layers on tensors of their own: those behind siblings, and tables.
 
-    Args:
-        model: the model, in the mode that it is to be quick in.
-        sightings: what was seen of it.
-        policy: which layers to merge.
+    Attributes:
+        policy: which of them to merge.
+        training: whether a backward pass is to be quick too.
     """
-    if policy == "always" or not sightings.shapes:
-        return None
-    training = trains(model)
 
-    def against(candidate: Candidate, lie: Lie) -> Figures | None:
-        if not sightings.shapes.keys() >= {*candidate.layers}:
+    def __init__(self, model: nn.Module, sightings: Sightings, policy: Policy = "auto") -> None:
+        """By what was seen of a model, which is in the mode that it is to be quick in."""
+        self.policy = policy
+        self.training = trains(model)
+        self._model = model
+        self._sightings = sightings
+
+    def against(self, candidate: Candidate, lie: Lie) -> Figures | None:
+        """What is against merging layers that read tensors that lie so; None where nothing is."""
+        seen, names = self._sightings, candidate.layers
+        if self.policy == "always" or not seen.shapes.keys() >= {*names}:
             return None
-        layers = tuple(model.get_submodule(name) for name in candidate.layers)
-        group = group_of(candidate, layers, sightings, training)
+        layers = tuple(self._model.get_submodule(name) for name in names)
+        group = workload_of(candidate, layers, seen, self.training)
         if group is None:
             return None
         known = machine.constants(group.weight.device, group.weight.dtype)
@@ -41,4 +44,13 @@ def estimates(model: nn.Module, sightings: Sightings, policy: Policy) -> Against
         figures = level(known, group.works(), group.setting(), lie)
         return figures if figures.layers > 1 else None
 
-    return against
+    def gather(self, kind: Kind, layers: Sequence[nn.Module], names: Sequence[str]) -> bool:
+        """Whether tables take less time at once, as far as is known.
+
+        Args:
+            kind: their kind.
+            layers: the tables, of the model or of a copy.
+            names: their qualified names.
+        """
+        shapes = [self._sightings.shapes.get(name) for name in names]
+        return self.policy == "always" or gathering.pays(kind, layers, shapes, self.training)

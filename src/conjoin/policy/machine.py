@@ -63,7 +63,7 @@ READ = 2**27
 MORE = 4
 """By how many parameters the steps of Adam differ that tell what one of them adds."""
 
-TABLES = {"written": SIZES, "joined": JOINED, "packed": WEIGHTS}
+TABLES = {"written": SIZES, "joined": JOINED, "few_rows": WEIGHTS}
 """What is measured by numbers of bytes, and by which."""
 
 ROUNDS = 5
@@ -185,7 +185,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         long = full((READ // dtype.itemsize,))
         reading = least(long.sum, device)
         rate = 2 * SIDE**3 / product
-        packed = _packed(long[: len(long) // 4].view(-1, FEATURES), call, rate, device)
+        few_rows = _few_rows(long[: len(long) // 4].view(-1, FEATURES), call, rate, device)
         joined = [_joining(long, n // dtype.itemsize, device) for n in JOINED]
         del long
         filled = [least(functools.partial(full, (n // dtype.itemsize,)), device) for n in SIZES]
@@ -198,7 +198,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         bandwidth=READ / reading,
         written=_table(SIZES, filled),
         joined=_table(JOINED, joined),
-        packed=packed,
+        few_rows=few_rows,
     )
 
 
@@ -223,7 +223,7 @@ def _joining(source: Tensor, size: int, device: torch.device) -> float:
     return least(join, device) / len(halves)
 
 
-def _packed(weights: Tensor, call: float, rate: float, device: torch.device) -> Table:
+def _few_rows(weights: Tensor, call: float, rate: float, device: torch.device) -> Table:
     """What products of a few rows take beyond calls and arithmetic, by the bytes of the weight.
 
     Args:

@@ -76,7 +76,9 @@ def _as_when_exported(env: ShapeEnv) -> Iterator[None]:
     A program from a file only says which sizes it may be called with, 0 and 1 among them.
     """
     before = dict(env.var_to_range)
-    hints = getattr(env, "backed_var_to_val", None) or getattr(env, "var_to_val", {})
+    # Their name in older versions of PyTorch warns in newer ones.
+    name = "backed_var_to_val" if hasattr(env, "backed_var_to_val") else "var_to_val"
+    hints = getattr(env, name)
     for symbol, known in before.items():
         if known.lower < 2 and symbol in hints and hints[symbol] >= 2:
             env.var_to_range[symbol] = ValueRanges(2, known.upper)

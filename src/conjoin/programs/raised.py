@@ -34,7 +34,7 @@ HELD = (InputKind.PARAMETER, InputKind.BUFFER)
 
 
 @dataclass(frozen=True, slots=True)
-class Form:
+class Spelling:
     """How a node is written.
 
     Attributes:
@@ -59,7 +59,7 @@ class Raised:
 
     module: fx.GraphModule
     origins: Mapping[fx.Node, tuple[fx.Node, ...]]
-    forms: Mapping[fx.Node, Form]
+    forms: Mapping[fx.Node, Spelling]
 
     def is_kept(self, node: fx.Node) -> bool:
         """Whether a node does what it did, though it may read other nodes."""
@@ -71,11 +71,11 @@ class Raised:
         yield from zip(self.forms[node].inputs, form(node).inputs, strict=True)
 
 
-def form(node: fx.Node) -> Form:
+def form(node: fx.Node) -> Spelling:
     """How a node is written now."""
     inputs: list[fx.Node] = []
     rest = map_arg((node.args, node.kwargs), lambda each: inputs.append(each))
-    return Form(tuple(inputs), f"{node.op} {node.target} {rest!r}")
+    return Spelling(tuple(inputs), f"{node.op} {node.target} {rest!r}")
 
 
 def raised(program: ExportedProgram) -> Raised:

@@ -297,7 +297,8 @@ def _advice(report: Report) -> list[str]:
         return []
     gains = ["count launches"]
     gains += ["look into what could not be traced"] if report.untraced else []
-    return [f"Pass example_inputs, the model's arguments as a tuple, to {' and to '.join(gains)}."]
+    how = "example_inputs=, or --input on the command line"
+    return [f"Give example inputs ({how}) to {' and to '.join(gains)}."]
 
 
 def _plural(number: int, noun: str) -> str:

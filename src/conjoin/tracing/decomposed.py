@@ -41,7 +41,7 @@ CONVOLUTIONS: Mapping[str, Callable[..., Any]] = {
 
 
 @dataclass(frozen=True, slots=True)
-class Written:
+class LayerCall:
     """A call of a layer as operations.
 
     Attributes:
@@ -55,7 +55,7 @@ class Written:
     nodes: tuple[fx.Node, ...]
 
 
-def read(node: fx.Node, arguments: Callable[[fx.Node], dict[str, Any]]) -> Written | None:
+def read(node: fx.Node, arguments: Callable[[fx.Node], dict[str, Any]]) -> LayerCall | None:
     """What a node stands for in a decomposed graph; None where it is nothing of this.
 
     Args:
@@ -71,7 +71,7 @@ def read(node: fx.Node, arguments: Callable[[fx.Node], dict[str, Any]]) -> Writt
     return None
 
 
-def _linear(node: fx.Node) -> Written | None:
+def _linear(node: fx.Node) -> LayerCall | None:
     """A product with a weight (out, in) that is transposed for it alone."""
     *bias, input, turned = node.args
     if node.kwargs or not isinstance(turned, fx.Node) or len(turned.users) != 1:
@@ -79,19 +79,19 @@ def _linear(node: fx.Node) -> Written | None:
     if not products.turns(turned):
         return None
     given = {"input": input, "weight": turned.args[0], "bias": bias[0] if bias else None}
-    return Written(aten.linear, given, (turned, node))
+    return LayerCall(aten.linear, given, (turned, node))
 
 
-def _convolution(node: fx.Node, given: Mapping[str, Any]) -> Written | None:
+def _convolution(node: fx.Node, given: Mapping[str, Any]) -> LayerCall | None:
     way, names = ("_transpose", TRANSPOSED) if given["transposed"] else ("", CONVOLVED)
     name = f"conv{way}{len(given['stride'])}d"
     if name not in CONVOLUTIONS:
         return None
     kept = {name: given[name] for name in ("input", "weight", "bias", *names)}
-    return Written(getattr(aten, name), kept, (node,))
+    return LayerCall(getattr(aten, name), kept, (node,))
 
 
-def _norm(item: fx.Node, arguments: Callable[[fx.Node], dict[str, Any]]) -> Written | None:
+def _norm(item: fx.Node, arguments: Callable[[fx.Node], dict[str, Any]]) -> LayerCall | None:
     """The first of what a normalization gives, where nothing reads the statistics."""
     node = item.args[0]
     if not isinstance(node, fx.Node) or any(user.users for user in node.users if user is not item):
@@ -99,13 +99,13 @@ def _norm(item: fx.Node, arguments: Callable[[fx.Node], dict[str, Any]]) -> Writ
     unread = (user for user in node.users if user is not item)
     nodes = (node, *unread, item)
     if node.target is aten.native_layer_norm.default:
-        return Written(aten.layer_norm, arguments(node), nodes)
+        return LayerCall(aten.layer_norm, arguments(node), nodes)
     if node.target is aten.native_group_norm.default:
         given = arguments(node)
         kept = {name: given[name] for name in ("input", "weight", "bias", "eps")}
-        return Written(aten.group_norm, {**kept, "num_groups": given["group"]}, nodes)
+        return LayerCall(aten.group_norm, {**kept, "num_groups": given["group"]}, nodes)
     if node.target is aten._native_batch_norm_legit_no_training.default:
-        return Written(aten.batch_norm, {**arguments(node), "training": False}, nodes)
+        return LayerCall(aten.batch_norm, {**arguments(node), "training": False}, nodes)
     return None
 
 

@@ -23,7 +23,7 @@ from conjoin.graph.meta import VALUE
 from conjoin.layers.kind import TENSORS
 from conjoin.layers.owner import Held
 from conjoin.tracing import decomposed
-from conjoin.tracing.decomposed import Written
+from conjoin.tracing.decomposed import LayerCall
 
 aten = torch.ops.aten
 
@@ -182,14 +182,14 @@ def raise_(module: fx.GraphModule, *, fixed: bool = True) -> Origins:
     return origins
 
 
-def _written(node: fx.Node) -> Written:
+def _written(node: fx.Node) -> LayerCall:
     """The call of a layer that an operation may be."""
     found = decomposed.read(node, arguments_by_schema)
     if found is not None:
         return found
     operation = getattr(OF_TORCH.get(node.target, node.target), "overloadpacket", None)
     known = operation in LAYERS or operation in TRACKING
-    return Written(operation, arguments_by_schema(node) if known else {}, (node,))
+    return LayerCall(operation, arguments_by_schema(node) if known else {}, (node,))
 
 
 def _function(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
@@ -210,7 +210,7 @@ def _function(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[
 
 def _called_layer(
     module: fx.GraphModule,
-    written: Written,
+    written: LayerCall,
     calls: dict[str, tuple[Any, ...]],
     counts: Mapping[str, list[fx.Node]],
 ) -> str:

@@ -19,6 +19,7 @@ from typing import Any, cast
 from torch import nn
 
 from conjoin.layers.owner import Owner, copies_itself, owner_class, raw_parameters
+from conjoin.layers.subclass import subclass
 from conjoin.layers.view import View, views
 from conjoin.layers.wide import Wide
 from conjoin.merging import MERGER, Merger
@@ -71,14 +72,7 @@ class Region(nn.Module):
 def region_class(base: type[nn.Module]) -> type[Region]:
     """The class of regions that are `base` modules: a subclass of `base` that goes by its name."""
     if base not in region_classes:
-        names = {
-            "conjoin_base": base,
-            "forward": _forward(base),
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-        }
-        region_classes[base] = type(base.__name__, (Region, base), names)
+        region_classes[base] = subclass(Region, base, _forward(base))
     return cast("type[Region]", region_classes[base])
 
 
