@@ -34,6 +34,9 @@ TRUSTED = frozenset({"torch", "conjoin", "numpy", *sys.stdlib_module_names}) - {
 CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 """Types of object whose contents are put back."""
 
+BASES = (OrderedDict, dict, list, set, deque)
+"""The classes of containers, each with its own way to hold what is in it."""
+
 NAMESPACES = (SimpleNamespace, argparse.Namespace)
 """Classes of Python's own whose objects are what their attributes are, and nothing else."""
 
@@ -202,7 +205,7 @@ def _inside(value: Any) -> Iterable[object]:
         return () if is_trusted(value) else _referred(value)
     if (held := _wrapped(value)) or not keeps(value):
         return held
-    return type(value), *_kept(value)
+    return type(value), *_kept(value), *own_items(value)
 
 
 def is_trusted(value: Any) -> bool:
@@ -213,6 +216,21 @@ def is_trusted(value: Any) -> bool:
 def contents(value: Any) -> Iterable[object]:
     """The values of a container."""
     return value.values() if isinstance(value, dict) else value
+
+
+def base_of(value: object) -> type[Any] | None:
+    """The class of Python's own containers that an object is one of; None where it is none."""
+    return next((cls for cls in BASES if isinstance(value, cls)), None)
+
+
+def own_items(value: Any) -> list[Any]:
+    """What is in a container of a class of the user's own, past the methods of that class."""
+    base = base_of(value)
+    if base is None:
+        return []
+    if issubclass(base, dict):
+        return [each for item in base.items(value) for each in item]
+    return [*base.__iter__(value)]
 
 
 def attributes(value: object) -> dict[str, Any] | None:

@@ -1,10 +1,12 @@
 """A look at a model puts back what its code keeps, in whatever objects it keeps it."""
 
 import argparse
+import array
 import collections
 import dataclasses
 import types
 
+import numpy
 import pytest
 import torch
 from torch import nn
@@ -60,6 +62,69 @@ ITEMS = {
 }
 
 
+class Attributes(dict):
+    """A dict whose items are attributes too, and that looks at what it is given."""
+
+    def __init__(self, **items):
+        super().__init__(items)
+        vars(self).update(items)
+
+    def __setitem__(self, name, value):
+        assert not name.startswith("_")
+        super().__setitem__(name, value)
+        setattr(self, name, value)
+
+    def copy(self):
+        raise NotImplementedError
+
+
+class Ordered(collections.OrderedDict):
+    """Whose order changes without its keys"""
+
+
+class Listed(list):
+    """A list of the user's own"""
+
+
+class Queued(collections.deque):
+    """A deque of the user's own"""
+
+
+class Chosen(set):
+    """A set of the user's own"""
+
+
+def moves(kept, x):
+    kept.move_to_end("a")
+    kept["c"] = [x]
+    kept["b"].append(x)
+
+
+def adds_one(kept, x):
+    kept[0] += 1
+
+
+VALUES = {
+    "dict": (lambda: Attributes(n=0), lambda kept, x: kept.update(n=1) or keeps_items(kept, x)),
+    "OrderedDict": (lambda: Ordered(a=1, b=[]), moves),
+    "list": (lambda: Listed([1]), lambda kept, x: kept.append(x)),
+    "deque": (lambda: Queued([1], 2), lambda kept, x: kept.extend([x, x])),
+    "set": (lambda: Chosen({1}), lambda kept, x: kept.add(2)),
+    "numpy": (lambda: numpy.zeros(2), adds_one),
+    "numpy in a list": (lambda: [numpy.zeros(2)], lambda kept, x: adds_one(kept[0], x)),
+    "array": (lambda: array.array("d", [0.0]), adds_one),
+    "longer array": (lambda: array.array("d", [0.0]), lambda kept, x: kept.append(1.0)),
+    "bytearray": (lambda: bytearray(2), adds_one),
+    "RandomState": (lambda: numpy.random.RandomState(0), lambda kept, x: kept.rand()),
+}
+
+
+def value_of(kept):
+    if isinstance(kept, numpy.random.RandomState):
+        return [str(part) for part in kept.get_state()]
+    return str(kept), str(getattr(kept, "__dict__", None))
+
+
 def keeps(kept, x):
     kept.n += 1
     kept.seen.append(x)
@@ -113,3 +178,17 @@ def test_what_is_kept_is_put_back(cls, look, inputs, make, keep):
     before = described(kept)
     look(model, inputs)
     assert described(kept) == before
+
+
+@pytest.mark.parametrize("cls", [Heads, OfGlobal])
+@pytest.mark.parametrize("look", [conjoin.optimize, conjoin.report])
+@pytest.mark.parametrize("inputs", [None, (torch.ones(2, 4),)], ids=["traced", "observed"])
+@pytest.mark.parametrize(("make", "keep"), VALUES.values(), ids=VALUES)
+def test_values_are_put_back(cls, look, inputs, make, keep):
+    kept = make()
+    HELD.kept = kept
+    model = cls(None if cls is OfGlobal else kept, keep)
+    before = value_of(kept)
+    look(model, inputs)
+    assert value_of(kept) == before
+    assert type(kept) is type(make())

@@ -8,7 +8,9 @@ tensors would be fake, and the model would find it there later.
 
 from __future__ import annotations
 
+import array
 import contextlib
+import copy
 import functools
 import itertools
 import operator
@@ -28,11 +30,13 @@ from conjoin.reachable import (
     CONTAINERS,
     Reached,
     attributes,
+    base_of,
     contents,
     is_full,
     is_trusted,
     keeps,
     made_once,
+    own_items,
     reached_beyond,
     reached_by_code,
     slots,
@@ -255,11 +259,17 @@ def _saver_of(value: Any) -> Callable[[Any], Undo] | None:
         return lambda generator: functools.partial(
             setattr, generator.bit_generator, "state", generator.bit_generator.state
         )
+    if type(value).__name__ == "RandomState" and type(value).__module__.startswith("numpy."):
+        return lambda generator: functools.partial(generator.set_state, generator.get_state())
+    if type(value) in (array.array, bytearray) or _is_numbers(value):
+        return lambda numbers: functools.partial(_put_back_numbers, numbers, copy.copy(numbers))
     if isinstance(value, functools._lru_cache_wrapper):
         return lambda cache: functools.partial(_put_back_cache, cache, cache.cache_info())
     if isinstance(value, type):
         return None if is_trusted(value) else _save_class
-    return _save_attributes if keeps(value) else None
+    if not keeps(value):
+        return None
+    return _save_attributes if base_of(value) is None else _save_items
 
 
 def _save_container(value: Any) -> Undo:
@@ -273,6 +283,17 @@ def _save_class(cls: type) -> Undo:
 def _save_attributes(value: Any) -> Undo:
     own = attributes(value) or {}
     return functools.partial(_put_back_attributes, value, own, own.copy(), slots(value))
+
+
+def _save_items(value: Any) -> Undo:
+    """How to put back a container of a class of the user's own, past the methods of that class."""
+    return functools.partial(_put_back_items, value, own_items(value), _save_attributes(value))
+
+
+def _is_numbers(value: Any) -> bool:
+    """Whether a value is an array of NumPy's that may change."""
+    cls = type(value)
+    return cls.__name__ == "ndarray" and cls.__module__ == "numpy" and value.flags.writeable
 
 
 def _save_cell(cell: CellType) -> Undo:
@@ -302,6 +323,23 @@ def _put_back(value: Any, before: Any) -> None:
 
 def _differ(values: Iterable[object], before: Iterable[object]) -> bool:
     return not all(map(operator.is_, values, before))
+
+
+def _put_back_items(value: Any, before: list[Any], attributes_too: Undo) -> None:
+    base: Any = base_of(value)
+    now = own_items(value)
+    if len(now) != len(before) or _differ(now, before):
+        base.clear(value)
+        if issubclass(base, dict):
+            for key, item in zip(before[::2], before[1::2], strict=True):
+                base.__setitem__(value, key, item)
+        else:
+            (set.update if base is set else base.extend)(value, before)
+    attributes_too()
+
+
+def _put_back_numbers(value: Any, before: Any) -> None:
+    value[... if _is_numbers(value) else slice(None)] = before
 
 
 def _put_back_module(
