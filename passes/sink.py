@@ -20,10 +20,11 @@ from conjoin.graph import bundles, channelwise, edit, elementwise, hazards, stri
 from conjoin.graph.bundles import Bundle
 from conjoin.graph.epochs import epochs_of
 from conjoin.graph.rewriting import Rewrite
+from conjoin.keys import norm_key
 from conjoin.layers import norm_of
 from conjoin.layers.view import View
 from conjoin.layers.wide import WIDE, Wide
-from conjoin.merging import Merger, merger_of, norm_key
+from conjoin.merging import Merger, merger_of
 
 
 class Sink(Rewrite):

@@ -30,10 +30,11 @@ from conjoin.graph.bundles import Bundle
 from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.epochs import epochs_of
 from conjoin.graph.rewriting import Rewrite
+from conjoin.keys import layer_key, norm_key, table_key
 from conjoin.layers import GATHERED, Kind, Norm
 from conjoin.layers.view import View
 from conjoin.layers.wide import WIDE
-from conjoin.merging import Merger, layer_key, merger_of, norm_key, table_key
+from conjoin.merging import Merger, merger_of
 from conjoin.policy.cost import Lie
 
 

@@ -20,12 +20,13 @@ from conjoin.graph.epochs import epochs_of
 from conjoin.graph.rewriting import Rewrite
 from conjoin.graph.siblings import Candidate, among
 from conjoin.graph.site import Sightings, Site
+from conjoin.keys import layer_key, norm_key
 from conjoin.layers import GATHERED, kind_of
 from conjoin.layers.embedding import Embedding
 from conjoin.layers.product import SUFFIX
 from conjoin.layers.view import View
 from conjoin.layers.wide import WIDE, Wide
-from conjoin.merging import Merger, layer_key, merger_of, norm_key
+from conjoin.merging import Merger, merger_of
 
 FORESIGHT = 8
 """How many operations behind siblings are looked at, to put those that go on alike together."""

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
-from conjoin.layers.kind import TENSORS
+from conjoin.layers.checks import TENSORS
 from conjoin.layers.owner import lender
 from conjoin.layers.part import Part
 from conjoin.layers.product import Product

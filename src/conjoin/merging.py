@@ -9,7 +9,7 @@ import itertools
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 from torch.nn.parameter import is_lazy
 
 from conjoin.graph import edit, products, strides
@@ -22,14 +22,12 @@ from conjoin.layers import (
     NORMS,
     PRODUCTS,
     Kind,
-    Norm,
     activation,
     kind_of,
-    norm_of,
 )
-from conjoin.layers.embedding import Embedding
+from conjoin.layers.checks import TENSORS, tensors
 from conjoin.layers.fusing import fuse
-from conjoin.layers.kind import TENSORS, common, tensors
+from conjoin.layers.kind import common
 from conjoin.layers.owner import lend, may_lend, reclaim
 from conjoin.layers.product import SUFFIX, Product
 from conjoin.layers.releasing import release
@@ -422,55 +420,6 @@ class Merger:
         # Siblings for which it did not pay in the example have been refused.
         wide.paid = wide.varies and not wide.channels_last and self._names[layers[0]] in seen
         return wide
-
-
-def layer_key(
-    node: fx.Node, input: fx.Node, modules: Mapping[str, nn.Module], merger: Merger
-) -> tuple[Kind, Hashable] | None:
-    """What a layer that reads `input` is; equal for layers that can run at once."""
-    if node.op != "call_module" or edit.only_input(node) is not input:
-        return None
-    layer = modules[str(node.target)]
-    kind = merger.kind_of(layer)
-    weight = None if kind is None or kind.stacked is None else layer.weight
-    if kind is None or not isinstance(weight, Tensor):
-        return None
-    shape = tuple(weight.shape)
-    return kind, (shape, tuple(kind.key(layer).items()))
-
-
-def table_key(
-    node: fx.Node, input: fx.Node, modules: Mapping[str, nn.Module], merger: Merger
-) -> tuple[Kind, Hashable] | None:
-    """What a table that reads `input` is; equal for those that can run at once.
-
-    Those that are merged go with each other, in any order.
-    """
-    if node.op != "call_module" or edit.only_input(node) is not input:
-        return None
-    layer = modules[str(node.target)]
-    kind = kind_of(layer, GATHERED)
-    if kind not in GATHERED:
-        return None
-    if isinstance(layer, View):
-        return kind, layer.wide_layer.identity
-    if not isinstance(kind_of(layer, merger.kinds), Embedding) or not merger.is_free(kind, layer):
-        return None
-    return kind, tuple(common(kind, layer, tensors(layer)).items())
-
-
-def norm_key(
-    node: fx.Node, input: fx.Node, modules: Mapping[str, nn.Module]
-) -> tuple[Norm, Hashable] | None:
-    """What a normalization with a weight does to `input`; equal for those that can be merged."""
-    if node.op != "call_module" or edit.only_input(node) is not input:
-        return None
-    module = modules[str(node.target)]
-    kind = norm_of(module)
-    if kind is None or module.weight is None:
-        return None
-    biased = getattr(module, "bias", None) is not None
-    return kind, (module.training, biased, tuple(kind.key(module).items()))
 
 
 def merger_of(graph_module: fx.GraphModule) -> Merger:

@@ -10,7 +10,8 @@ from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
 from conjoin.layers import KINDS, kind_of
-from conjoin.layers.kind import common, tensors
+from conjoin.layers.checks import tensors
+from conjoin.layers.kind import common
 from conjoin.legality import Reason
 
 every_kind = pytest.mark.parametrize("case", EVERY_KIND.values(), ids=EVERY_KIND)

@@ -11,7 +11,7 @@ from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
-from conjoin.layers.kind import FORWARDS
+from conjoin.layers.checks import FORWARDS
 from conjoin.layers.view import View
 
 VIEW_METHODS = frozenset(

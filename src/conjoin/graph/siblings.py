@@ -17,7 +17,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 
 from conjoin.graph.site import Sightings, Site
 from conjoin.layers import Kind, kind_of
-from conjoin.layers.kind import Verdict, common, tensors
+from conjoin.layers.checks import Verdict, tensors
+from conjoin.layers.kind import common
 from conjoin.layers.view import View, wides
 from conjoin.layers.wide import Wide
 from conjoin.legality import Reason, Refusal

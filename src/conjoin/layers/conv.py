@@ -41,7 +41,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from conjoin.layers.kind import Kind, Verdict, memory_format
+from conjoin.layers.checks import Verdict
+from conjoin.layers.kind import Kind, memory_format
 from conjoin.legality import Reason
 
 if TYPE_CHECKING:

@@ -20,7 +20,8 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.overrides import handle_torch_function, has_torch_function_unary
 
-from conjoin.layers.kind import Kind, Verdict
+from conjoin.layers.checks import Verdict
+from conjoin.layers.kind import Kind
 from conjoin.legality import Reason
 
 if TYPE_CHECKING:

@@ -7,8 +7,9 @@ from collections.abc import Sequence
 
 from torch import nn
 
+from conjoin.layers.checks import tensors
 from conjoin.layers.enclosing import mark
-from conjoin.layers.kind import Kind, tensors
+from conjoin.layers.kind import Kind
 from conjoin.layers.view import view_class
 from conjoin.layers.wide import WIDE, Wide
 

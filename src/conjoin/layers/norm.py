@@ -24,7 +24,8 @@ import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
-from conjoin.layers.kind import Kind, Verdict
+from conjoin.layers.checks import Verdict
+from conjoin.layers.kind import Kind
 from conjoin.legality import Reason
 
 if TYPE_CHECKING:

@@ -18,7 +18,7 @@ from typing import Any, cast
 
 from torch import Tensor, fx, nn
 
-from conjoin.layers.kind import tensors
+from conjoin.layers.checks import tensors
 from conjoin.layers.part import unshared
 from conjoin.layers.product import SUFFIX, Product
 from conjoin.layers.releasing import take_out

@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conjoin.layers.kind import TENSORS
+from conjoin.layers.checks import TENSORS
 from conjoin.layers.lockstep import in_transform, state_of
 from conjoin.layers.wide import Sibling, Wide
 

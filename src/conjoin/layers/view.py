@@ -23,8 +23,8 @@ import torch
 from torch import Tensor, nn
 
 from conjoin.layers import lockstep, slices
+from conjoin.layers.checks import TENSORS
 from conjoin.layers.conversion import CONVERSION
-from conjoin.layers.kind import TENSORS
 from conjoin.layers.lockstep import in_transform
 from conjoin.layers.part import lend, unshared
 from conjoin.layers.releasing import take_out

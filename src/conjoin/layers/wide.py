@@ -21,8 +21,9 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, fx, nn
 
+from conjoin.layers.checks import TENSORS, tensors
 from conjoin.layers.enclosing import encloses
-from conjoin.layers.kind import TENSORS, Kind, memory_format, tensors
+from conjoin.layers.kind import Kind, memory_format
 from conjoin.layers.running import Lender
 
 if TYPE_CHECKING:

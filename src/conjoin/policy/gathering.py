@@ -16,7 +16,7 @@ from torch import Tensor, nn
 
 from conjoin.graph.site import Shapes
 from conjoin.layers import Kind
-from conjoin.layers.kind import tensors
+from conjoin.layers.checks import tensors
 from conjoin.policy import machine
 from conjoin.policy.cost import LEAST_GAIN, Machine, Setting, Work, seconds
 

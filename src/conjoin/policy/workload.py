@@ -13,7 +13,8 @@ from torch._subclasses.fake_tensor import FakeTensor
 from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Shapes, Sightings
 from conjoin.layers import Kind
-from conjoin.layers.kind import common, tensors
+from conjoin.layers.checks import tensors
+from conjoin.layers.kind import common
 from conjoin.layers.view import View
 from conjoin.policy.cost import Setting, Work
 

@@ -24,7 +24,7 @@ from torch.utils import _pytree as pytree
 
 from conjoin.graph import edit, hazards
 from conjoin.graph.meta import VALUE
-from conjoin.layers.kind import TENSORS
+from conjoin.layers.checks import TENSORS
 from conjoin.layers.owner import Owner
 from conjoin.layers.product import SUFFIX
 from conjoin.layers.view import View, wides

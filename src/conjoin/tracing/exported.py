@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from conjoin.graph import edit
 from conjoin.graph.meta import VALUE
-from conjoin.layers.kind import TENSORS
+from conjoin.layers.checks import TENSORS
 from conjoin.layers.owner import Held
 from conjoin.tracing import decomposed
 from conjoin.tracing.decomposed import LayerCall
