@@ -177,3 +177,26 @@ def test_functions_have_the_names_that_the_passes_know():
     assert left == {"aten.squeeze.dim"}
     for a, b in zip(lifted(x), Functions()(x), strict=True):
         torch.testing.assert_close(a, b, rtol=0, atol=0)
+
+
+class Beside(nn.Module):
+    """A Linear written out, which holds another tensor that is no buffer."""
+
+    def __init__(self, width):
+        super().__init__()
+        self.weight = nn.Parameter(torch.randn(width, 4))
+        self.offset = torch.randn(width)
+
+    def forward(self, x):
+        return nn.functional.linear(x, self.weight) + self.offset
+
+
+def test_a_layer_keeps_what_its_module_holds_beside():
+    model, x = nn.ModuleList([Beside(3), Beside(2)]).double(), torch.randn(2, 4).double()
+    model.forward = lambda x: [each(x) for each in model]
+    program = torch.export.export(model, (x,))
+    lifted = lift(program.module())
+    lifted.graph.lint()
+    torch.testing.assert_close(lifted(x), [*model.forward(x)])
+    merged = {(group.layers, group.fused) for group in conjoin.report(program).groups}
+    assert merged == {(("0", "1"), True)}

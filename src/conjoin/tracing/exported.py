@@ -321,7 +321,7 @@ def _settings(arguments: Mapping[str, Any]) -> tuple[tuple[str, Any], ...]:
 def _layer(
     cls: type[nn.Module], owner: nn.Module, settings: tuple[tuple[str, Any], ...]
 ) -> nn.Module:
-    """A layer of that class with the owner's parameters and buffers."""
+    """A layer of that class with what the owner holds."""
     held, options = owner._parameters, dict(settings)
     weight = held["weight"]
     assert weight is not None  # _owner looked
@@ -356,4 +356,6 @@ def _layer(
     layer = cls(*sizes, **options, device="meta")
     layer._parameters.update(held)
     layer._buffers.update(owner._buffers)
+    beside = {name: value for name, value in vars(owner).items() if name not in vars(layer)}
+    vars(layer).update(beside)  # Such as constants of the program, which its graph may read.
     return layer.train(training)
