@@ -97,10 +97,11 @@ def test_dynamo_reads_views_as_ever(linear):
 @pytest.mark.parametrize("name", ["in order", "one left out"])
 def test_nothing_is_kept(linear, name):
     model = merged(Calls(linear, SCRIPTS[name]))
+    before = {*lockstep._thread.runs}
     program = exported(model, torch.randn(3, 4, dtype=torch.float64))
     gc.collect()
     assert not lockstep._thread.exported
-    assert not lockstep._thread.runs
+    assert {*lockstep._thread.runs} <= before
     assert_same(program, model, torch.randn(5, 4, dtype=torch.float64))
 
 
