@@ -403,6 +403,45 @@ def test_no_compilation_for_each_number(numbers):
     assert seen[0] == seen[1]
 
 
+class Space:
+    """What an agent observes."""
+
+    def __init__(self):
+        self._shape = (6,)
+
+    @property
+    def shape(self):
+        return self._shape
+
+
+class Agent(nn.Module):
+    """Branches of two layers, behind a question to an object that holds a tuple."""
+
+    def __init__(self):
+        super().__init__()
+        self.space = Space()
+        self.first = nn.ModuleList(nn.Linear(6, 8) for _ in range(2))
+        self.second = nn.ModuleList(nn.Linear(8, 8) for _ in range(2))
+
+    def forward(self, x):
+        x = x.flatten(1) if len(self.space.shape) == 1 else x
+        branches = zip(self.first, self.second, strict=True)
+        return tuple(second(first(x).tanh()) for first, second in branches)
+
+
+def test_a_rewritten_forward_is_found_where_an_object_holds_a_tuple():
+    x = torch.randn(4, 6, dtype=torch.float64)
+    model = Agent().double()
+    inner = Inner()
+    fused = conjoin.optimize(model, (x,), policy="always")
+    with torch.no_grad():
+        assert_same_outputs(compiled_by(fused, inner)(x), model(x))
+    assert inner.products == [1]  # Behind it there is one batched product.
+    fused.space._shape = (6, 1)
+    with torch.no_grad():
+        assert_same_outputs(compiled_by(fused, Inner())(x), model(x))
+
+
 class Read(nn.Module):
     """Siblings whose outputs are read by something that depends on how they lie in memory."""
 

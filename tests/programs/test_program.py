@@ -150,6 +150,30 @@ def test_public_models(name: str) -> None:
     assert_same(file_of(program), conjoin.unfuse(file_of(fused)))
 
 
+OPTIMIZED = (
+    *("bert", "llama", "unet_conditioned", "stable_diffusion3", "bn_inception", "rec_mmoe"),
+    *("rec_ple", "critics", "agents_mixed", "table_sequential_attention"),
+)
+"""Models whose siblings run in a rewritten forward, in lockstep, or both."""
+
+
+@pytest.mark.zoo
+@pytest.mark.parametrize("name", OPTIMIZED)
+def test_public_models_that_were_optimized(name: str) -> None:
+    pytest.importorskip(ZOO[name].package)
+    model = ZOO[name].model().eval()
+    args, kwargs = ZOO[name].call()
+    fused = conjoin.optimize(copy.deepcopy(model), args, example_kwargs=kwargs)
+    products = count(fused, args, kwargs).products
+    assert products < count(model, args, kwargs).products
+    program = export(fused, args, kwargs)
+    for each in (program, conjoin.optimize(program)):
+        run = _Keywords(each)
+        assert count(run, args, kwargs).products <= products
+        found, expected = (pytree.tree_leaves(m(*args, **kwargs)) for m in (run, model))
+        assert_close(found, expected)
+
+
 class _Keywords(_Unmoded):
     def forward(self, *args: object, **kwargs: object) -> object:
         return self.run[0](*args, **kwargs)

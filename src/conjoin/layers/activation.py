@@ -18,7 +18,7 @@ from torch.nn.modules import module as nn_module
 
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers import origin
-from conjoin.layers.lockstep import PLAIN_TENSORS, in_transform
+from conjoin.layers.lockstep import PLAIN_TENSORS, in_transform, runs_python
 from conjoin.layers.origin import Step
 from conjoin.layers.subclass import subclass
 
@@ -120,7 +120,7 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
     @functools.wraps(base.forward)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
         output = base.forward(self, *args, **kwargs)
-        if not torch.compiler.is_compiling() and len(args) == 1 and not kwargs:
+        if runs_python() and len(args) == 1 and not kwargs:
             _note(self, args[0], output)
         return output
 

@@ -19,13 +19,15 @@ import dataclasses
 import threading
 import weakref
 from collections.abc import Callable
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, fx
 from torch._C._functorch import maybe_current_level
+from torch._export.wrappers import _export_tracepoint
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
+from torch.fx.experimental.proxy_tensor import _AttrProxy, get_proxy_mode
 
 from conjoin.layers import origin
 from conjoin.layers.origin import Step
@@ -52,6 +54,7 @@ class _Run:
     graph: Callable[[], object] | None
     state: tuple[object, ...]
     parts: dict[int, Tensor]
+    borders: int
 
     def is_for(self, wide: Wide, input: Tensor, state: tuple[object, ...]) -> bool:
         """Whether this run computed what a call with `input` would compute now."""
@@ -63,9 +66,19 @@ class _Run:
         )
 
 
+_Runs = dict[tuple[int, int], _Run]
+"""Runs by wide layer and input."""
+
+
 class _Thread(threading.local):
     def __init__(self) -> None:
-        self.runs: dict[tuple[int, int], _Run] = {}
+        self.runs: _Runs = {}
+        self.exported: weakref.WeakKeyDictionary[object, _Runs] = weakref.WeakKeyDictionary()
+
+    def current(self) -> _Runs:
+        """The runs that may be shared now; those of an export end with it, as its graphs do."""
+        tracer = exporting() if torch.compiler.is_compiling() else None
+        return self.runs if tracer is None else self.exported.setdefault(tracer, {})
 
 
 _thread = _Thread()
@@ -95,7 +108,14 @@ def take(wide: Wide, index: int, input: Any) -> Tensor | None:
         The part, which nobody else has been given; None where the sibling must compute it, or
         where that takes less time.
     """
-    if not _shareable(input) or (wide.varies and not wide.kind.pays(wide, input)):
+    if not _shareable(input):
+        return None
+    runs = _thread.current()
+    exported = runs is not _thread.runs
+    if isinstance(wide, _AttrProxy):  # Stands for it where a module of the model has two names.
+        wide = cast(Any, wide).get_base()
+    # A graph is exported for many sizes, and is not to be guarded by one of them.
+    if wide.varies and (exported or not wide.kind.pays(wide, input)):
         return None
     source: Tensor = input
     steps: tuple[Step, ...] = ()
@@ -108,44 +128,50 @@ def take(wide: Wide, index: int, input: Any) -> Tensor | None:
         source, steps = found
     key = id(wide), id(source)
     state = _state(wide, source, steps, input)
-    run = _thread.runs.get(key)
+    run = runs.get(key)
     if run is not None and run.is_for(wide, source, state):
+        if exported and run.borders != _borders():
+            return None
         part = run.parts.pop(index, None)
         if not run.parts:
             wide.wasted = 0
-            del _thread.runs[key]
+            del runs[key]
         return part
     if run is not None:
-        _drop(_thread.runs, key)
+        _drop(runs, key)
     # A checkpoint computes again what it did, so patience must not end between the two.
     if wide.wasted >= PATIENCE and not checkpointed:
         return None
-    return _start(key, wide, index, (input, source, steps), state)
+    return _start((runs, key), wide, index, (input, source, steps), state)
 
 
 def _start(
-    key: tuple[int, int],
+    place: tuple[_Runs, tuple[int, int]],
     wide: Wide,
     index: int,
     read: tuple[Tensor, Tensor, tuple[Step, ...]],
     state: tuple[object, ...],
 ) -> Tensor | None:
+    runs, key = place
+    exported = runs is not _thread.runs
     try:
-        alias = _alias(*read)
+        # In an exported graph every operation counts, and a run may hold its input.
+        alias = read[0] if exported else _alias(*read)
         if alias.dtype is not read[0].dtype:
             return None  # Autocast is on, and was not when the input was computed.
         output = wide.forward(alias)  # No call of a module that hooks of all modules would see.
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None  # The sibling's own computation raises the error in the sibling's own words.
     graph: Callable[[], object] | None = None
-    if output.requires_grad:
+    if output.requires_grad and not exported:
         graph = weakref.ref(alias)
         del alias
         if graph() is None:  # The graph did not need the input, so it tells us when it is used up.
             graph = _until_backward(output)
     parts = dict(enumerate(wide.split(output)))
     part = parts.pop(index)
-    _thread.runs[key] = _Run(weakref.ref(wide), _watch(read[1], key), graph, state, parts)
+    watched, borders = _watch(read[1], *place), _borders() if exported else 0
+    runs[key] = _Run(weakref.ref(wide), watched, graph, state, parts, borders)
     return part
 
 
@@ -174,9 +200,8 @@ def _until_backward(output: Tensor) -> Callable[[], object]:
     return weakref.ref(held[0])
 
 
-def _watch(input: Tensor, key: tuple[int, int]) -> weakref.ref[Tensor]:
-    runs = _thread.runs  # The input may die on another thread, whose runs are others.
-
+def _watch(input: Tensor, runs: _Runs, key: tuple[int, int]) -> weakref.ref[Tensor]:
+    # The input may die on another thread, whose runs are others.
     def forget(reference: weakref.ref[Tensor]) -> None:
         run = runs.get(key)
         if run is not None and run.input is reference:
@@ -185,11 +210,37 @@ def _watch(input: Tensor, key: tuple[int, int]) -> weakref.ref[Tensor]:
     return weakref.ref(input, forget)
 
 
-def _drop(runs: dict[tuple[int, int], _Run], key: tuple[int, int]) -> None:
+def _drop(runs: _Runs, key: tuple[int, int]) -> None:
     run = runs.pop(key, None)
     wide = run.wide() if run is not None else None
     if wide is not None:
         wide.wasted += 1
+
+
+def exporting() -> Any:
+    """What traces a forward on fake tensors for `torch.export`; None where nothing does so.
+
+    The forward's Python runs as in eager mode then, and not where Dynamo reads it, as with
+    `strict=True`.
+    """
+    if torch.compiler.is_dynamo_compiling() or not torch.compiler.is_exporting():
+        return None
+    mode = get_proxy_mode()
+    return None if mode is None else mode.tracer
+
+
+def _borders() -> int:
+    """How many borders of modules whose calls are to stay calls there are in an exported graph.
+
+    Such a module (`preserve_module_call_signature`) can take no part of a run outside of it.
+    """
+    graph: fx.Graph = exporting().graph
+    return len(graph.find_nodes(op="call_function", target=_export_tracepoint, sort=False))
+
+
+def runs_python() -> bool:
+    """Whether the forward's Python runs at each call, or else once for all of them."""
+    return not torch.compiler.is_compiling() or exporting() is not None
 
 
 def in_transform() -> bool:
@@ -200,7 +251,7 @@ def in_transform() -> bool:
 def _shareable(input: object) -> bool:
     return (
         type(input) in PLAIN_TENSORS
-        and not torch.compiler.is_compiling()
+        and runs_python()
         and not in_transform()
         and torch._C._get_tracing_state() is None
         and not (input.is_leaf and input.requires_grad)  # type: ignore[attr-defined]

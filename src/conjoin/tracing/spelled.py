@@ -43,6 +43,12 @@ class _Constants(Names):
             return f"{expression} is {value!r}"
         if type(value) in PLAIN:
             return f"type({expression}) is {type(value).__name__} and {expression} == {value!r}"
+        if type(value) is tuple and all(type(each) in (*WORDS, *PLAIN) for each in value):
+            items = (self.same(f"{expression}[{at}]", each) for at, each in enumerate(value))
+            # Dynamo makes another tuple of one that it reads.
+            return " and ".join(
+                (f"type({expression}) is tuple and len({expression}) == {len(value)}", *items)
+            )
         return f"{expression} is {self.name(value)}"
 
 
