@@ -295,17 +295,17 @@ def test_one_branch_is_frozen_after_optimizing():
 PUBLIC = {
     # Three critics. Their forward asks an object of another package, a space of observations, so
     # that it is not traced: only the first layers are one.
-    "critics": {"products": 2, "activations": 0},
-    "critics_of_quantiles": {"products": 2, "activations": 0},
+    "critics": {"products": 6, "activations": 4},
+    "critics_of_quantiles": {"products": 6, "activations": 4},
     # The two hidden layers of policy and value, and the first activation: what the second gives
     # leaves the module that holds the towers. The heads have different widths.
     "policy_actor_critic": {"products": 2, "activations": 1},
     "policy_masked": {"products": 2, "activations": 1},
     # Three experts and two gates on one tensor. The forward goes through a list of objects that
     # describe features, so that it is not traced: only the first layers are one.
-    "rec_mmoe": {"products": 4, "norms": 0},
+    "rec_mmoe": {"products": 6, "norms": 5},
     # The first layers of two towers, for the same reason.
-    "rec_shared_bottom": {"products": 1, "norms": 0},
+    "rec_shared_bottom": {"products": 2, "norms": 1},
     # Two less in each of three A units, four B units and two C units, of three 1x1 on one tensor;
     # one less in the second reduction, of two.
     "inception_v3": {"convolutions": 2 * 9 + 1, "norms": 2 * 9 + 1, "activations": 2 * 9 + 1},

@@ -752,3 +752,19 @@ def test_a_tensor_handed_over_twice_is_one(calls):
     inputs = [x, x + 1]
     for ours, theirs in zip(fused.level(inputs), model.level(inputs), strict=True):
         torch.testing.assert_close(ours, theirs)
+
+
+def test_what_stands_before_the_forward_calls_the_rewritten_one():
+    """As in `model.forward = torch.compile(model.forward)`."""
+    model = Heads().double()
+    fused = conjoin.optimize(model, (vector(model),))
+    assert isinstance(fused, Region)
+    forward = fused.forward
+    fused.forward = lambda *args, **kwargs: forward(*args, **kwargs)
+    x = vector(model)
+    with wide_runs() as runs:
+        torch.testing.assert_close(fused(x), model(x))
+    assert len(runs) == 1
+    for each in (fused, model):
+        each.tail[0].forward = lambda x: x * 2
+    torch.testing.assert_close(fused(x), model(x))

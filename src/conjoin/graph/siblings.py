@@ -154,7 +154,7 @@ def _unseen(model: nn.Module, seen: set[str]) -> Iterator[Candidate]:
     for wide, members in wides(model).items():
         names = tuple(name for name, _ in members)
         if not seen.intersection(names) and len(names) > 1:
-            yield Candidate(wide.kind, names, tuple(wide.widths), None, wide.contiguous)
+            yield Candidate(wide.kind, names, tuple(wide.kind.outputs(wide)), None, wide.contiguous)
 
 
 Calls = tuple[tuple[Hashable, Hashable, Hashable], ...]

@@ -27,7 +27,7 @@ NUMBER = 8
 def pays(
     kind: Kind, layers: Sequence[nn.Module], shapes: Sequence[Shapes | None], training: bool
 ) -> bool:
-    """Whether tables take less time at once; where that is not known, whether fewer are launched.
+    """Whether fewer operations are launched at once, and take less time, as far as is known.
 
     Args:
         kind: their kind.
@@ -38,8 +38,9 @@ def pays(
     weights = [tensors(layer)["weight"] for layer in layers]
     known = [shape for shape in shapes if shape is not None]
     device = machine.constants(weights[0].device, weights[0].dtype)
-    if device is None or len(known) < len(weights):
-        return len(layers) > 2 + kind.prepares
+    fewer = len(layers) > 2 + kind.prepares
+    if not fewer or device is None or len(known) < len(weights):
+        return fewer
     works = [_work(weight, shape) for weight, shape in zip(weights, known, strict=True)]
     training &= weights[0].requires_grad
     most = _apart(device, works, training)

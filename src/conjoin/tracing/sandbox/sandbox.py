@@ -278,7 +278,8 @@ class Sandbox:
         """The forward of a module's class."""
         cls = plain_class(module)
         found = inspect.getattr_static(cls, "forward")
-        self.attributes[self.paths[module], "__dict__", "forward"] = MISSING
+        if path := self.paths[module]:  # Whatever stands before the region's own has called it.
+            self.attributes[path, "__dict__", "forward"] = MISSING
         self.classes[cls, "forward"] = found
         if "forward" in object.__getattribute__(module, "__dict__"):
             self.refuse("its forward was replaced")
