@@ -178,6 +178,13 @@ def test_what_is_left_is_not_copied(pair):
         assert second(fused)[1].weight.grad is None
 
 
+def test_what_is_left_holds_no_memory_that_was(pair):
+    _, fused, x = pair
+    run_each(fused, [0], x)
+    fused.float()
+    assert second(fused)[1].wide_layer.cut is None
+
+
 def test_no_grad_then_with(pair):
     model, fused, x = pair
     with torch.no_grad():

@@ -292,6 +292,7 @@ class Wide(Lender):
 
     def _apply(self, fn: Any, recurse: bool = True) -> Any:
         super()._apply(fn, recurse)  # type: ignore[no-untyped-call]
+        self.cut = None  # What is left of it holds the memory that was.
         self._zeros = self._new_zeros()  # Not converted: `to_empty` makes them anything.
         self.constants = self.kind.constants(self)
         for part in list(self.handed_out.values()):
