@@ -14,8 +14,8 @@ from typing import Any
 
 import torch
 from torch import Tensor
-from torch._C._functorch import maybe_current_level
-from torch.autograd import forward_ad
+
+from conjoin.layers.lockstep import is_traced
 
 LARGE = 2**14
 """How many elements a weight has at least, or the rows beside few outputs, for that to pay.
@@ -52,9 +52,7 @@ def _is_plain(rows: Tensor, weight: Tensor) -> bool:
         and torch.is_grad_enabled()
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled(rows.device.type)
-        and maybe_current_level() is None
-        and forward_ad._current_level < 0
-        and torch._C._get_tracing_state() is None
+        and not is_traced()
     )
 
 

@@ -248,12 +248,16 @@ def in_transform() -> bool:
     return maybe_current_level() is not None or forward_ad._current_level >= 0
 
 
+def is_traced() -> bool:
+    """Whether a transform, or `torch.jit.trace`, follows what is computed."""
+    return in_transform() or torch._C._get_tracing_state() is not None
+
+
 def _shareable(input: object) -> bool:
     return (
         type(input) in PLAIN_TENSORS
         and runs_python()
-        and not in_transform()
-        and torch._C._get_tracing_state() is None
+        and not is_traced()
         and not (input.is_leaf and input.requires_grad)  # type: ignore[attr-defined]
         and not input.is_inference()  # type: ignore[attr-defined]
         and input.layout is torch.strided  # type: ignore[attr-defined]

@@ -19,7 +19,7 @@ import torch
 from torch import Tensor
 
 from conjoin.layers.checks import TENSORS
-from conjoin.layers.lockstep import in_transform, state_of
+from conjoin.layers.lockstep import is_traced, state_of
 from conjoin.layers.wide import Sibling, Wide
 
 Slices = dict[str, Tensor | None]
@@ -82,6 +82,4 @@ def _cut(wide: Wide) -> dict[int, Slices]:
 
 def may_run() -> bool:
     """Whether siblings may run on plain slices now, whose cut others take over."""
-    return not (
-        torch.compiler.is_compiling() or in_transform() or torch._C._get_tracing_state() is not None
-    )
+    return not (torch.compiler.is_compiling() or is_traced())

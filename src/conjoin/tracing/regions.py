@@ -142,13 +142,7 @@ def _regions(module: nn.Module) -> list[Region]:
 
 def covered(module: nn.Module) -> set[Wide]:
     """The wide layers that a rewritten forward of a region within the module runs."""
-    return {
-        cast(Wide, region.get_submodule(path))
-        for region in _regions(module)
-        for variants in vars(region)[PLAN].variants.values()
-        for variant in variants
-        for path, _ in variant.traced.cuts
-    }
+    return {wide for wide, _ in _runs(module)}
 
 
 def cuts(module: nn.Module) -> dict[Wide, int]:
@@ -157,12 +151,18 @@ def cuts(module: nn.Module) -> dict[Wide, int]:
     With the number of operations that run on it before, at most.
     """
     found: dict[Wide, list[int | None]] = {}
+    for wide, count in _runs(module):
+        found.setdefault(wide, []).append(count)
+    known = {wide: [n for n in counts if n is not None] for wide, counts in found.items()}
+    return {wide: max(known[wide]) for wide, each in found.items() if None not in each}
+
+
+def _runs(module: nn.Module) -> Iterator[tuple[Wide, int | None]]:
+    """The wide layers that rewritten forwards run, and how many operations run before a cut."""
     for region in _regions(module):
         for variants in vars(region)[PLAN].variants.values():
             for path, count in itertools.chain(*(each.traced.cuts for each in variants)):
-                found.setdefault(cast(Wide, region.get_submodule(path)), []).append(count)
-    known = {wide: [n for n in counts if n is not None] for wide, counts in found.items()}
-    return {wide: max(known[wide]) for wide, each in found.items() if None not in each}
+                yield cast(Wide, region.get_submodule(path)), count
 
 
 def _structures(calls: Mapping[str, Mapping[Structure, Observed]] | None, name: str) -> Structures:
