@@ -3,6 +3,7 @@
 What pays is the same on all machines here: no test depends on how fast the one is that it runs on.
 """
 
+import gc
 import os
 import re
 
@@ -35,6 +36,12 @@ def _steady_machine():
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(machine, "constants", lambda device, dtype: STEADY)
         yield
+
+
+def pytest_collection_finish():
+    """What is imported by now stays: collections of the tests' own garbage pass it over."""
+    gc.collect()
+    gc.freeze()
 
 
 @pytest.hookimpl(optionalhook=True)

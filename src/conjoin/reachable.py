@@ -28,8 +28,13 @@ from typing import Any, TypeVar
 import torch
 from torch import Tensor, nn
 
-TRUSTED = frozenset({"torch", "conjoin", "numpy", *sys.stdlib_module_names}) - {"__main__"}
-"""Packages whose code is not looked into."""
+TRUSTED = frozenset({"torch", "conjoin", "numpy", "_pytest", *sys.stdlib_module_names}) - {
+    "__main__"
+}
+"""Packages whose code is not looked into.
+
+pytest's is what an `assert` in a test file refers to, and from there all of a session is reached.
+"""
 
 CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
 """Types of object whose contents are put back."""

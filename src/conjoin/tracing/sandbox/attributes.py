@@ -10,10 +10,10 @@ from torch import nn
 
 from conjoin.layers.owner import LENT
 from conjoin.layers.view import View
-from conjoin.reachable import OF_MODULES
+from conjoin.reachable import OF_MODULES, is_trusted
 from conjoin.tracing.sandbox.allowed import LISTINGS
 from conjoin.tracing.sandbox.asking import get_attribute
-from conjoin.tracing.sandbox.classes import is_trusted, plain_class, static
+from conjoin.tracing.sandbox.classes import plain_class, static
 from conjoin.tracing.sandbox.constants import is_constant, is_container
 from conjoin.tracing.sandbox.objects import MISSING, is_object
 from conjoin.tracing.sandbox.stand_ins import Getter

@@ -7,7 +7,6 @@ from typing import Any
 
 from torch import nn
 
-from conjoin.reachable import TRUSTED
 from conjoin.tracing.sandbox.objects import MISSING
 
 
@@ -28,11 +27,6 @@ def foreign(cls: type) -> Iterator[type]:
     for base in cls.__mro__:
         if base.__module__.split(".")[0] not in ("torch", "conjoin", "builtins"):
             yield base
-
-
-def is_trusted(value: Any) -> bool:
-    """Whether a function or a class is of those whose code is not looked at."""
-    return str(value.__module__).split(".")[0] in TRUSTED
 
 
 def static(cls: type, name: str) -> Any:

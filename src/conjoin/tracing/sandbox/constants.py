@@ -11,8 +11,9 @@ from typing import Any
 import torch
 from torch import fx, nn
 
+from conjoin.reachable import is_trusted
 from conjoin.tracing.proxies import UnsoundError
-from conjoin.tracing.sandbox.classes import foreign, is_trusted
+from conjoin.tracing.sandbox.classes import foreign
 from conjoin.tracing.sandbox.objects import Object, is_object
 
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)

@@ -23,7 +23,7 @@ from torch import Tensor, nn
 from conjoin.graph.hazards import DISTRIBUTIONS
 from conjoin.layers.owner import Owner
 from conjoin.layers.view import View
-from conjoin.reachable import TRUSTED, is_full
+from conjoin.reachable import TRUSTED, is_full, is_trusted
 from conjoin.tracing.proxies import UnsoundError
 from conjoin.tracing.sandbox import asking, attributes, bytecode
 from conjoin.tracing.sandbox.allowed import (
@@ -34,7 +34,7 @@ from conjoin.tracing.sandbox.allowed import (
     SPECIAL_METHODS,
     functions,
 )
-from conjoin.tracing.sandbox.classes import foreign, is_trusted, plain_class, static
+from conjoin.tracing.sandbox.classes import foreign, plain_class, static
 from conjoin.tracing.sandbox.constants import MUTABLE, frozen, is_constant, is_container, snapshots
 from conjoin.tracing.sandbox.objects import MISSING, Place, is_object, standing_in
 from conjoin.tracing.sandbox.stand_ins import (
