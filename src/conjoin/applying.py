@@ -68,9 +68,10 @@ def apply(
         settled = leave_apart(model, found, running, regions.cuts(model))
         if settled == found:
             return merger, settled
-        merger.leave(settled)
         found = settled
         regions.uninstall(model)  # They know views that are none any more.
+        merger.take_back()  # It may be behind nothing now; what is not is merged once more.
+        merger.leave(settled)
 
 
 def restore(model: nn.Module) -> None:

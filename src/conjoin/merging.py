@@ -255,6 +255,16 @@ class Merger:
         for module in list(self._model.modules()):
             reclaim(module)
 
+    def take_back(self) -> None:
+        """Undoes what it has merged on tensors of their own, as what is behind siblings is."""
+        levels = {frozenset(level.layers): level for level in self.levels}
+        for wide, members in wides(self._model).items():
+            level = levels.get(frozenset(name for name, _ in members))
+            if level is not None and not wide.together:
+                self.levels.remove(level)
+                for _, view in members:
+                    release(view)
+
     def leave(self, found: Iterable[Candidate]) -> None:
         """Leaves alone what has been refused since."""
         for candidate in found:

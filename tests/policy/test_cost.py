@@ -9,6 +9,7 @@ from machines import MEGABYTE, STEADY
 
 from conjoin.policy.cost import (
     MARGIN,
+    Cut,
     Figures,
     Machine,
     Setting,
@@ -23,7 +24,7 @@ from conjoin.policy.forms import forms
 FORWARD = Setting(training=False)
 TRAINING = Setting(training=True)
 NONE = ((0.0, 0.0), (1e9, 0.0))
-FLAT = Machine(1.0, 0.5, 0.0, 1.0, bandwidth=1e9, written=NONE, joined=NONE, few_rows=NONE)
+FLAT = Machine(1.0, 0.5, 0.0, 1.0, 1.0, bandwidth=1e9, written=NONE, joined=NONE, few_rows=NONE)
 """A machine on which only calls and arithmetic take time."""
 
 
@@ -179,6 +180,17 @@ def test_what_only_costs_stays_apart():
     form, figures = choose(STEADY, works, names(3), FORWARD)
     assert form == apart(3)
     assert figures.chosen == figures.apart < figures.whole
+
+
+def test_where_nothing_is_behind_one_layer_has_to_be_the_quickest():
+    large = [dataclasses.replace(linear(4), operations=1000) for _ in range(3)]
+    slow = dataclasses.replace(FLAT, cut=2.5)
+    uncut = dataclasses.replace(FORWARD, cut=False)
+    assert choose(slow, large, names(3), uncut)[0] == whole(3)
+    assert choose(slow, large, names(3), FORWARD)[0] == apart(3)
+    assert choose(dataclasses.replace(slow, cut=1.5), large, names(3), FORWARD)[0] == whole(3)
+    cut = Cut(choose(slow, large, names(3), FORWARD)[1], spared=0.25)
+    assert (cut.pays(1), cut.pays(2)) == (False, True)
 
 
 def test_near_the_edge_one_layer_is_taken():

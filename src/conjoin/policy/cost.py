@@ -15,6 +15,7 @@ each parameter. All constants are measured on the machine (see `machine.py`). Wh
   cat that is its backward pass, and a copy for each part that must be contiguous;
 - bytes: x is read once for each layer; sums are new bytes, and so are tensors of a weight's size
   that an optimizer makes and drops again; cats, copies and joined weights are read as well;
+- a batched product has a rate of its own, which libraries differ in;
 - what a new byte takes: not the same in a tensor that lies in a cache, in one that does not, and in
   one that the allocator asks the system for at each call, whose pages are all faulted in anew;
 - few rows: what a product of two or three rows takes beyond its arithmetic, by the bytes of its
@@ -52,18 +53,11 @@ is given much back at once gives it to the system, and asks for it again in the 
 core, 22 layers of 1.6 MB took 24 ms of processor time in a step of training, and as 11, 8, 4 and 2
 layers 27, 38, 37 and 53 ms, where the estimate was a few percent less than for 22."""
 
-LEAST_SAVED = 0.005
-"""What share of the time a batched product must save, by an estimate.
-
-Where the arithmetic hides the launches it saves next to nothing, and what it reads and gives is as
-large as what all layers read and give one after another, which leaves a cache sooner: on one core,
-two critics of 256 x 256 took 1.03 to 1.05 of their time forward with 4,096 rows."""
-
 MARGIN = 0.02
 """By how much slower than the quickest form another may be and still be taken.
 
 The constants are not exact to more. Near the edge one wide layer is taken: what is behind the
-layers may gain from it."""
+layers may gain from it. Where nothing more can, it must be the quickest by the estimate."""
 
 
 Table = tuple[tuple[float, float], ...]
@@ -79,6 +73,7 @@ class Machine:
         cut: what it takes to cut a tensor in two.
         step: what one more small parameter adds to a step of Adam.
         rate: floating-point operations in a second.
+        batched: likewise in a batched product; no more than `rate`.
         bandwidth: bytes read in a second, from memory.
         written: what it takes to fill a tensor that is new, beyond `call`, by its number of bytes,
             which ascend.
@@ -91,6 +86,7 @@ class Machine:
     cut: float
     step: float
     rate: float
+    batched: float
     bandwidth: float
     written: Table
     joined: Table
@@ -217,8 +213,7 @@ class Cut:
 
     def pays(self, carried: int) -> bool:
         """Whether one wide layer does with so many operations behind it."""
-        whole = self.figures.whole - carried * self.spared
-        return whole <= self.figures.apart * (1 + MARGIN)
+        return self.figures.whole - carried * self.spared <= self.figures.apart
 
 
 def seconds(machine: Machine, forms: Sequence[Sequence[Work]], setting: Setting) -> float:
@@ -236,10 +231,9 @@ def _seconds_of(machine: Machine, form: Form, works: Sequence[Work], setting: Se
 def level(machine: Machine, works: Sequence[Work], setting: Setting, lie: Lie) -> Figures:
     """What layers take that read tensors of their own, by themselves and as one layer.
 
-    A batched product must save enough by itself: the rates are the same, and what it saves is
-    launches. Where tensors are joined for it, no bundle was there before, so that one operation
-    behind is taken to run at once as well. A convolution in groups reads what lies side by side as
-    it is, so it is left apart only where it is slower.
+    A batched product must be the quicker by itself. Where tensors are joined for it, no bundle was
+    there before, so that one operation behind is taken to run at once as well. A convolution in
+    groups reads what lies side by side as it is, so it is left apart only where it is slower.
 
     Args:
         machine: what is measured of the device.
@@ -248,7 +242,8 @@ def level(machine: Machine, works: Sequence[Work], setting: Setting, lie: Lie) -
         lie: how the tensors lie.
     """
     apart = sum(_layer(machine, [work], setting) for work in works)
-    arithmetic = sum(_product(machine, [work]) for work in works)
+    rate = machine.batched if setting.stacked else machine.rate
+    arithmetic = sum(_product(machine, [work], rate) for work in works)
     whole = _layer(machine, [_together(works)], setting, arithmetic)
     read, given = (sum(getattr(work, name) for work in works) for name in ("input", "output"))
     copied = machine.call + machine.copy(read)
@@ -263,7 +258,7 @@ def level(machine: Machine, works: Sequence[Work], setting: Setting, lie: Lie) -
     if setting.stacked:
         whole += machine.cut * (lie != "apart")
         whole += setting.training * (machine.call + machine.copy(given))
-    most = apart * (1 - LEAST_SAVED if setting.stacked else 1 + MARGIN)
+    most = apart if setting.stacked else apart * (1 + MARGIN)
     chosen, layers = (whole, 1) if whole <= most else (apart, len(works))
     return Figures(apart, whole, chosen, layers, measured=False, training=setting.training)
 
@@ -307,16 +302,16 @@ def _layer(
     fixed = (launches + len(copies)) * machine.call + cut * machine.cut
     fixed += setting.training * (1 + any(biased)) * machine.step
     moved = sum(map(machine.new, new)) + sum(map(machine.copy, copies))
-    product = _product(machine, layers) if arithmetic is None else arithmetic
+    product = _product(machine, layers, machine.rate) if arithmetic is None else arithmetic
     return fixed + products * product + moved
 
 
-def _product(machine: Machine, layers: Sequence[Work]) -> float:
-    """What the arithmetic of one layer takes that is as wide as these."""
+def _product(machine: Machine, layers: Sequence[Work], rate: float) -> float:
+    """What the arithmetic of one layer takes that is as wide as these, at some rate."""
     operations = sum(each.operations for each in layers)
     weight, read = sum(each.weight for each in layers), sum(each.read for each in layers)
     few = any(each.few for each in layers)
-    computed = operations / machine.rate + (machine.beside_few_rows(weight) if few else 0.0)
+    computed = operations / rate + (machine.beside_few_rows(weight) if few else 0.0)
     return max(computed, (layers[0].input + read) / machine.bandwidth)
 
 
@@ -337,7 +332,8 @@ def choose(
     widths = [work.output for work in works]
     among = forms(widths, names)
     taken = {form: _seconds_of(machine, form, works, setting) for form in among}
-    return pick(taken, measured=False, training=setting.training)
+    margin = 0.0 if setting.cut else MARGIN
+    return pick(taken, measured=False, training=setting.training, margin=margin)
 
 
 def likely(
@@ -359,8 +355,10 @@ def likely(
     return first, *sorted(between[:MOST_BETWEEN], key=len), last
 
 
-def pick(taken: Mapping[Form, float], *, measured: bool, training: bool) -> tuple[Form, Figures]:
-    """One wide layer where that is within `MARGIN` of the quickest form, or else several.
+def pick(
+    taken: Mapping[Form, float], *, measured: bool, training: bool, margin: float = MARGIN
+) -> tuple[Form, Figures]:
+    """One wide layer where that is within a margin of the quickest form, or else several.
 
     Of those that are, the narrowest, since what an estimate misses grows with the size of tensors.
     Apart, where no wide form is near, or where it is not measured and saves too little.
@@ -369,12 +367,13 @@ def pick(taken: Mapping[Form, float], *, measured: bool, training: bool) -> tupl
         taken: what each form takes in seconds, in the order of `forms`.
         measured: whether that was measured.
         training: whether it is a step of training.
+        margin: by what share of the time a form may be slower than the quickest, and be taken.
     """
     whole, *several, apart = taken
     if not measured:
         several = [f for f in several if taken[f] <= taken[apart] * (1 - LEAST_GAIN)]
     among = (whole, *reversed(several), apart)
-    most = min(taken[form] for form in among) * (1 + MARGIN)
+    most = min(taken[form] for form in among) * (1 + margin)
     chosen = next(form for form in among if taken[form] <= most)
     seconds = taken[apart], taken[whole], taken[chosen]
     return chosen, Figures(*seconds, len(chosen), measured, training)
