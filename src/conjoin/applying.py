@@ -63,9 +63,10 @@ def apply(
     called = graph_modules.rewrite_all(model, merger)
     while True:
         regions.install(model, plan.sightings.calls, {MERGER: merger})
-        running = regions.covered(model) | called
+        runs = regions.runs(model)
+        running = runs.keys() | called
         merger.give_back(running)
-        settled = leave_apart(model, found, running, regions.cuts(model))
+        settled = leave_apart(model, found, running, runs)
         if settled == found:
             return merger, settled
         found = settled

@@ -28,7 +28,7 @@ from conjoin.layers import (
 from conjoin.layers.checks import TENSORS, tensors
 from conjoin.layers.fusing import fuse
 from conjoin.layers.kind import common
-from conjoin.layers.owner import lend, may_lend, reclaim
+from conjoin.layers.owner import Owner, lend, may_lend, reclaim
 from conjoin.layers.product import SUFFIX, Product
 from conjoin.layers.releasing import release
 from conjoin.layers.view import View, wides
@@ -246,14 +246,15 @@ class Merger:
 
     def give_back(self, running: Collection[Wide]) -> None:
         """Undoes the merging of products that no rewritten forward runs."""
-        for wide, members in wides(self._model).items():
+        owners = [module for module in self._model.modules() if isinstance(module, Owner)]
+        for wide, members in wides(self._model).items() if owners else ():
             if wide.kind in PRODUCTS and wide not in running:
                 names = tuple(name for name, _ in members)
                 self.levels = [level for level in self.levels if level.layers != names]
                 for _, view in members:
                     release(view)
-        for module in list(self._model.modules()):
-            reclaim(module)
+        for owner in owners:
+            reclaim(owner)
 
     def take_back(self) -> None:
         """Undoes what it has merged on tensors of their own, as what is behind siblings is."""

@@ -29,11 +29,12 @@ is an estimate, and labelled so; `policy="measure"` measures.
 from __future__ import annotations
 
 import bisect
+import functools
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Literal
 
-from conjoin.policy.forms import Form, forms
+from conjoin.policy.forms import Form, forms, in_order, ordered
 
 Policy = Literal["auto", "always", "measure"]
 """Which groups are fused: those that an estimate is not against, all, or those that won a race."""
@@ -329,8 +330,15 @@ def choose(
     Returns:
         The form, and what it, the layers by themselves and one wide layer take.
     """
-    widths = [work.output for work in works]
-    among = forms(widths, names)
+    order = ordered([work.output for work in works], names)
+    return _chosen(machine, tuple(works), order, setting)
+
+
+@functools.lru_cache(maxsize=1024)  # A large model consists of a few groups, over and over again.
+def _chosen(
+    machine: Machine, works: tuple[Work, ...], order: tuple[int, ...], setting: Setting
+) -> tuple[Form, Figures]:
+    among = in_order([work.output for work in works], order)
     taken = {form: _seconds_of(machine, form, works, setting) for form in among}
     margin = 0.0 if setting.cut else MARGIN
     return pick(taken, measured=False, training=setting.training, margin=margin)

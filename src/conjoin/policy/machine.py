@@ -96,6 +96,7 @@ def _key(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     return name, device.type, threads, str(dtype), torch.__version__
 
 
+@functools.cache
 def _processor() -> str:
     """The model of the CPU; Python's own answer is the architecture, or nothing, on Linux."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
