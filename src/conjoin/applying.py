@@ -30,12 +30,14 @@ class Plan:
         sightings: what was seen of it.
         kinds: the kinds of layer.
         levels: what decides of the layers behind its groups.
+        peak: the predicted peak of the memory of a call, where that is limited.
     """
 
     found: Sequence[Candidate]
     sightings: Sightings
     kinds: tuple[Kind, ...]
     levels: Levels
+    peak: int | None = None
 
     def merger(self, model: nn.Module) -> Merger:
         """What merges the layers of the model, or of a copy."""

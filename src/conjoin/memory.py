@@ -28,10 +28,23 @@ class Memory:
     Attributes:
         before: of the model as its author wrote it; None where it was not predicted.
         after: of the optimized model; likewise.
+        limit: what it was to be at most; None where no budget was given.
     """
 
     before: int | None
     after: int | None
+    limit: int | None = None
+
+    @property
+    def above(self) -> str:
+        """In words that it is above the limit; empty where it is not."""
+        if self.after is None or self.limit is None or self.after <= self.limit:
+            return ""
+        return (
+            f"The memory_budget of {told(self.limit)} is not met: a step is predicted to need "
+            f"{told(self.after)} at its peak, and narrower groups would not make it less. Allow "
+            "more memory, or call the model on smaller batches."
+        )
 
 
 UNPREDICTED = Memory(None, None)
