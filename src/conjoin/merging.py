@@ -346,8 +346,7 @@ class Merger:
         if self.frozen or not self.may_merge(kind, layers, together=together):
             return None
         names = tuple(self._names[layer] for layer in layers)
-        asks = not together and kind not in GATHERED  # These have been asked for.
-        if asks and self._is_against(kind, layers, names, lie):
+        if not together and self._is_against(kind, layers, names, lie):
             return None
         wide = self._merge(kind, layers, contiguous, together=together)
         self.levels.append(Level(kind, names, tuple(kind.outputs(wide))))
@@ -359,7 +358,10 @@ class Merger:
         """Whether it does not pay to run layers at once that may be merged; and notes why."""
         widths = tuple(tensors(layer)["weight"].shape[kind.weight_dim] for layer in layers)
         candidate = Candidate(kind, names, widths)
-        figures = self._asked.against(candidate, lie)
+        if kind in GATHERED:
+            figures = self._asked.against_gathering(kind, layers, names)
+        else:
+            figures = self._asked.against(candidate, lie)
         if figures is not None:
             refusal = Refusal(names, Reason.DOES_NOT_PAY, str(figures))
             found = dataclasses.replace(candidate, refusal=refusal, figures=figures)
@@ -407,11 +409,9 @@ class Merger:
             return False
         return held_elsewhere(name, layer, self._shared) is None
 
-    def pays(self, kind: Kind, layers: Sequence[nn.Module]) -> bool:
-        """Whether layers on tensors of their own take less time at once, as far as is known."""
-        if self._sightings is None or any(isinstance(layer, View) for layer in layers):
-            return True
-        return self._asked.gather(kind, layers, [self._names[layer] for layer in layers])
+    def gathers(self, kind: Kind, count: int) -> bool:
+        """Whether so many layers on tensors of their own launch fewer operations at once."""
+        return self._asked.gathers(kind, count)
 
     def _merge(
         self,
