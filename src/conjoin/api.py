@@ -72,11 +72,12 @@ def optimize(
         policy: which groups are merged, of those that can be. With `"auto"` all but those that an
             estimate from the shapes of the example inputs is against; it may divide a group into
             several wide layers. With `"measure"` each group is timed by itself, on its device, and
-            the quickest form is taken. With `"always"` all. Layers behind the groups are merged
-            where an estimate is not against it, but with `"always"`. What is quick is looked at in
-            the mode that the model is in: a step of training where it is in training mode and
-            gradients are on, otherwise forward. Without example inputs no shapes are known, and
-            all merge.
+            the quickest form is taken; one that cannot be run, such as on `meta`, is merged. With
+            `"always"` all. Layers behind the groups are merged where an estimate is not against
+            it, but with `"always"`. What is quick is looked at in the mode that the model is in: a
+            step of training where it is in training mode and gradients are on, otherwise forward;
+            of several calls, the first counts. Without example inputs no shapes are known, and all
+            merge.
         memory_budget: bytes as an `int`, or a fraction of the memory of the model's device as a
             `float`, that a call with the example inputs may need, forward and, where gradients are
             on, backward. Groups for which the predicted peak would be above it, and above that of
