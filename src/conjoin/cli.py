@@ -216,7 +216,8 @@ def _optimize(options: argparse.Namespace) -> str:
             if inputs is not None and not options.no_verify:
                 original = _duplicate(model)
             fused = conjoin.optimize(model, inputs, example_kwargs=kwargs, inplace=True, **limits)
-        report = conjoin.report(fused, inputs, example_kwargs=kwargs)
+        budget = None if isinstance(fused, ExportedProgram) else options.memory_budget
+        report = conjoin.report(fused, inputs, example_kwargs=kwargs, memory_budget=budget)
         verdict = _UNVERIFIED[options.no_verify]
         if original is not None:
             verdict = _verified(conjoin.verify(original, fused, inputs, example_kwargs=kwargs))
