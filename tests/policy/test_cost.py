@@ -9,7 +9,6 @@ from machines import MEGABYTE, STEADY
 
 from conjoin.policy.cost import (
     MARGIN,
-    Cut,
     Figures,
     Machine,
     Setting,
@@ -182,15 +181,21 @@ def test_what_only_costs_stays_apart():
     assert figures.chosen == figures.apart < figures.whole
 
 
-def test_where_nothing_is_behind_one_layer_has_to_be_the_quickest():
-    large = [dataclasses.replace(linear(4), operations=1000) for _ in range(3)]
-    slow = dataclasses.replace(FLAT, cut=2.5)
-    uncut = dataclasses.replace(FORWARD, cut=False)
-    assert choose(slow, large, names(3), uncut)[0] == whole(3)
-    assert choose(slow, large, names(3), FORWARD)[0] == apart(3)
-    assert choose(dataclasses.replace(slow, cut=1.5), large, names(3), FORWARD)[0] == whole(3)
-    cut = Cut(choose(slow, large, names(3), FORWARD)[1], spared=0.25)
-    assert (cut.pays(1), cut.pays(2)) == (False, True)
+def test_a_wide_output_leaves_the_cache_before_it_is_read():
+    # From 64 bytes on a second for each to lay it out elsewhere, half of it to write.
+    cached = dataclasses.replace(
+        FLAT, written=((0, 0.0), (64, 0.0), (128, 32.0)), joined=((0, 0.0), (64, 0.0), (128, 64.0))
+    )
+    two = [linear(8)] * 2
+    assert [cached.again(two[0].output), cached.again(2 * two[0].output)] == [0, 32]
+    by_themselves = [[work] for work in two]
+    assert seconds(cached, by_themselves, FORWARD) == seconds(FLAT, by_themselves, FORWARD)
+    assert seconds(cached, [two], FORWARD) == pytest.approx(seconds(FLAT, [two], FORWARD) + 32 + 32)
+    # What is kept for a backward pass does not come and go.
+    written = dataclasses.replace(cached, joined=cached.written)
+    uncut = dataclasses.replace(TRAINING, cut=False)
+    assert written.again(128) == 0
+    assert seconds(cached, [two], uncut) == seconds(written, [two], uncut)
 
 
 def test_near_the_edge_one_layer_is_taken():
