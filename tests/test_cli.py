@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -593,7 +594,9 @@ def test_policy_and_budget(tmp_path: Path, nets: str, capsys: Capture) -> None:
     assert cli.main([*command, "--memory-budget", "1kib"]) == 0
     capsys.readouterr()
     command = ["optimize", f"{nets}:Heads", "-o", str(tmp_path / "o.pt"), "--input", "4x8"]
-    assert cli.main([*command, "--memory-budget", "10"]) == 0
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cli.main([*command, "--memory-budget", "10"]) == 0
     assert "memory_budget of 10 bytes is not met" in " ".join(capsys.readouterr().out.split())
 
 

@@ -10,6 +10,7 @@ import copy
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import NoReturn, get_args
@@ -206,7 +207,8 @@ def _optimize(options: argparse.Namespace) -> str:
     writing.check_suffix(model, options.out)
     fused: nn.Module | ExportedProgram
     original: nn.Module | ExportedProgram | None = None
-    with _wrong_inputs():
+    with _wrong_inputs(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The memory_budget of")  # The report says it too.
         limits = {"policy": options.policy, "memory_budget": options.memory_budget}
         if isinstance(model, ExportedProgram):
             runs = inputs is not None or bool(model.example_inputs)
