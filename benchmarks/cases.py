@@ -18,11 +18,13 @@ from benchmarks.models.parts import (
     Heads,
     Joined,
     Norms,
+    Shared,
     Towers,
     WideGrouped,
     WideHeads,
     WideJoined,
     WideNorms,
+    WideShared,
     WideTowers,
 )
 from benchmarks.models.recommenders import (
@@ -312,6 +314,20 @@ PASSES = (
         WideTowers,
         _randn((512, 512)),
         branches="towers",
+    ),
+    Case(
+        "batch_small",
+        "an encoder 64-64-64 that is called with 4 tensors, batch 8",
+        functools.partial(Shared, 64),
+        WideShared,
+        _randn(*[(8, 64)] * 4),
+    ),
+    Case(
+        "batch_large",
+        "an encoder 512-512-512 that is called with 4 tensors, batch 256",
+        functools.partial(Shared, 512),
+        WideShared,
+        _randn(*[(256, 512)] * 4),
     ),
     Case(
         "cancel_small",

@@ -16,6 +16,7 @@ STEADY = Machine(
     cut=2e-6,
     step=2e-5,
     rate=5e10,
+    batched=5e10,
     bandwidth=1e10,
     written=WRITTEN,
     joined=WRITTEN,

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+import warnings
 from pathlib import Path
 from typing import Any, NoReturn
 
@@ -585,13 +586,18 @@ def test_sizes(text: str, size: float) -> None:
     assert type(options.budget(text)) is type(size)
 
 
-def test_policy_and_budget(nets: str, capsys: Capture) -> None:
+def test_policy_and_budget(tmp_path: Path, nets: str, capsys: Capture) -> None:
     command = ["report", f"{nets}:Heads", "--input", "4x8", "--format", "json"]
     assert cli.main([*command, "--policy", "always", "--memory-budget", "1.0"]) == 0
     (group,) = json.loads(capsys.readouterr().out)["groups"]
     assert group["fused"]
     assert cli.main([*command, "--memory-budget", "1kib"]) == 0
     capsys.readouterr()
+    command = ["optimize", f"{nets}:Heads", "-o", str(tmp_path / "o.pt"), "--input", "4x8"]
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert cli.main([*command, "--memory-budget", "10"]) == 0
+    assert "memory_budget of 10 bytes is not met" in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

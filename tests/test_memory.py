@@ -3,6 +3,7 @@
 import contextlib
 import copy
 
+import numpy as np
 import pytest
 import torch
 from torch import nn
@@ -97,6 +98,12 @@ def test_the_report_tells_the_peak():
 def test_budgets_that_are_none(budget, error, words):
     with pytest.raises(error, match=words):
         conjoin.optimize(Sum(2), (torch.randn(2, 64),), memory_budget=budget)
+
+
+def test_a_number_of_numpy_is_one_too():
+    assert limit(np.int64(10**6), Sum(1)) == limit(10**6, Sum(1)) == 10**6
+    with pytest.raises(ValueError, match="not -1"):
+        limit(np.int64(-1), Sum(1))
 
 
 def test_a_budget_needs_example_inputs():

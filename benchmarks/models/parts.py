@@ -123,6 +123,28 @@ class WideTowers(nn.Module):
         return self.second(apart(torch.relu(self.first(x)), self.count)).unbind()
 
 
+class Shared(nn.Module):
+    """`Batch`: four tensors (batch, width), and one encoder that is called with each."""
+
+    def __init__(self, width: int) -> None:
+        super().__init__()
+        self.encoder = nn.Sequential(
+            nn.Linear(width, width), nn.ReLU(), nn.Linear(width, width), nn.Tanh()
+        )
+
+    def forward(self, a: Tensor, b: Tensor, c: Tensor, d: Tensor) -> list[Tensor]:
+        return [self.encoder(x) for x in (a, b, c, d)]
+
+
+class WideShared(nn.Module):
+    def __init__(self, plain: Shared) -> None:
+        super().__init__()
+        self.encoder = plain.encoder
+
+    def forward(self, *inputs: Tensor) -> tuple[Tensor, ...]:
+        return self.encoder(torch.stack(inputs)).unbind()
+
+
 class Joined(Heads):
     """`Cancel`: x (batch, width); what the heads give is joined again."""
 

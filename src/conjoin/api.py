@@ -6,6 +6,7 @@ import contextlib
 import copy
 import dataclasses
 import gc
+import warnings
 from collections.abc import Callable, Collection, Iterator, Sequence
 from typing import Any, TypeVar, cast
 
@@ -22,7 +23,7 @@ from conjoin.layers import KINDS, Kind, checked
 from conjoin.layers.view import views
 from conjoin.legality import Reason
 from conjoin.memory import Memory
-from conjoin.policy.budget import Need, fit
+from conjoin.policy.budget import Fitted, Need, fit
 from conjoin.policy.cost import Policy
 from conjoin.policy.deciding import check_policy, decide, note, noted
 from conjoin.policy.levels import Levels
@@ -71,16 +72,18 @@ def optimize(
         policy: which groups are merged, of those that can be. With `"auto"` all but those that an
             estimate from the shapes of the example inputs is against; it may divide a group into
             several wide layers. With `"measure"` each group is timed by itself, on its device, and
-            the quickest form is taken. With `"always"` all. Layers behind the groups are merged
-            where an estimate is not against it, but with `"always"`. What is quick is looked at in
-            the mode that the model is in: a step of training where it is in training mode and
-            gradients are on, otherwise forward. Without example inputs no shapes are known, and
-            all merge.
+            the quickest form is taken; one that cannot be run, such as on `meta`, is merged. With
+            `"always"` all. Layers behind the groups are merged where an estimate is not against
+            it, but with `"always"`. What is quick is looked at in the mode that the model is in: a
+            step of training where it is in training mode and gradients are on, otherwise forward;
+            of several calls, the first counts. Without example inputs no shapes are known, and all
+            merge.
         memory_budget: bytes as an `int`, or a fraction of the memory of the model's device as a
             `float`, that a call with the example inputs may need, forward and, where gradients are
             on, backward. Groups for which the predicted peak would be above it, and above that of
-            the model as it is, become several wide layers, or stay apart. `conjoin.memory` tells
-            what is counted.
+            the model as it is, become several wide layers, or stay apart. Where the peak is above
+            it all the same, as that of the model as it is may be, a warning says so, and a report.
+            `conjoin.memory` tells what is counted.
 
     Returns:
         The optimized model: `model` itself with `inplace`, otherwise a copy.
@@ -116,6 +119,8 @@ def optimize(
         optimized = model if inplace or not _has_graphs(model) else _copy(model)
         with graph_modules.lifted(optimized):
             plan = _plan(optimized, calls, kinds, policy, limit, again=True)
+            if above := Memory(None, plan.peak, limit).above:
+                warnings.warn(above, stacklevel=2)
             if optimized is model and not inplace:
                 optimized = _copy(model)
             _, found = apply(optimized, plan)
@@ -199,7 +204,7 @@ def report(
             for candidate in in_order(counts.groups(plan.found), model, plan.sightings)
         )
     launches = Launches(counts.plain.count, counts.optimized.count)
-    peaks = Memory(counts.plain.peak, counts.optimized.peak)
+    peaks = Memory(counts.plain.peak, counts.optimized.peak, limit)
     return Report(groups, launches, plan.sightings.untraced, bool(calls), peaks)
 
 
@@ -373,7 +378,7 @@ def _plan(
 def _fit(model: nn.Module, call: Call, plan: Plan, limit: int) -> Plan:
     """What is to be done for a call to stay within a limit of memory, predicted on copies."""
 
-    def fitted(copied: Callable[[], Copy]) -> tuple[Candidate, ...]:
+    def fitted(copied: Callable[[], Copy]) -> Fitted:
         def need(groups: Sequence[Candidate]) -> Need:
             merged = copied()
             merger, _ = apply(merged.model, dataclasses.replace(plan, found=groups))
@@ -393,7 +398,7 @@ def _fit(model: nn.Module, call: Call, plan: Plan, limit: int) -> Plan:
             "memory_budget was given, and how much memory the model needs is predicted on copies "
             "of it, which cannot be made. Leave memory_budget out."
         )
-    return dataclasses.replace(plan, found=settled)
+    return dataclasses.replace(plan, found=settled.found, peak=settled.peak)
 
 
 def _find(

@@ -30,12 +30,14 @@ class Plan:
         sightings: what was seen of it.
         kinds: the kinds of layer.
         levels: what decides of the layers behind its groups.
+        peak: the predicted peak of the memory of a call, where that is limited.
     """
 
     found: Sequence[Candidate]
     sightings: Sightings
     kinds: tuple[Kind, ...]
     levels: Levels
+    peak: int | None = None
 
     def merger(self, model: nn.Module) -> Merger:
         """What merges the layers of the model, or of a copy."""
@@ -63,14 +65,16 @@ def apply(
     called = graph_modules.rewrite_all(model, merger)
     while True:
         regions.install(model, plan.sightings.calls, {MERGER: merger})
-        running = regions.covered(model) | called
+        runs = regions.runs(model)
+        running = runs.keys() | called
         merger.give_back(running)
-        settled = leave_apart(model, found, running, regions.cuts(model))
+        settled = leave_apart(model, found, running, runs)
         if settled == found:
             return merger, settled
-        merger.leave(settled)
         found = settled
         regions.uninstall(model)  # They know views that are none any more.
+        merger.take_back()  # It may be behind nothing now; what is not is merged once more.
+        merger.leave(settled)
 
 
 def restore(model: nn.Module) -> None:

@@ -10,6 +10,7 @@ import copy
 import io
 import os
 import sys
+import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
 from typing import NoReturn, get_args
@@ -206,7 +207,8 @@ def _optimize(options: argparse.Namespace) -> str:
     writing.check_suffix(model, options.out)
     fused: nn.Module | ExportedProgram
     original: nn.Module | ExportedProgram | None = None
-    with _wrong_inputs():
+    with _wrong_inputs(), warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "The memory_budget of")  # The report says it too.
         limits = {"policy": options.policy, "memory_budget": options.memory_budget}
         if isinstance(model, ExportedProgram):
             runs = inputs is not None or bool(model.example_inputs)
@@ -216,7 +218,8 @@ def _optimize(options: argparse.Namespace) -> str:
             if inputs is not None and not options.no_verify:
                 original = _duplicate(model)
             fused = conjoin.optimize(model, inputs, example_kwargs=kwargs, inplace=True, **limits)
-        report = conjoin.report(fused, inputs, example_kwargs=kwargs)
+        budget = None if isinstance(fused, ExportedProgram) else options.memory_budget
+        report = conjoin.report(fused, inputs, example_kwargs=kwargs, memory_budget=budget)
         verdict = _UNVERIFIED[options.no_verify]
         if original is not None:
             verdict = _verified(conjoin.verify(original, fused, inputs, example_kwargs=kwargs))

@@ -5,10 +5,16 @@ memory of every tensor that is alive at one time: parameters, buffers and inputs
 throughout, and whatever the step makes: activations, those that are kept for backward, outputs and
 gradients. What is not: the optimizer's state, the working space that an operation takes and gives
 back, and what an allocator rounds up or keeps.
+
+The working space of a convolution on a CPU is as large as its tensors: oneDNN lays out input,
+weight and output anew for it, unless they are in channels_last, and PyTorch does without oneDNN for
+some, such as those of 1x1 on one thread. What is laid out anew depends on the processor, and no
+function tells it beforehand, so it stays out of the prediction.
 """
 
 from __future__ import annotations
 
+import numbers
 import os
 import weakref
 from collections.abc import Iterable, Sequence
@@ -28,10 +34,23 @@ class Memory:
     Attributes:
         before: of the model as its author wrote it; None where it was not predicted.
         after: of the optimized model; likewise.
+        limit: what it was to be at most; None where no budget was given.
     """
 
     before: int | None
     after: int | None
+    limit: int | None = None
+
+    @property
+    def above(self) -> str:
+        """In words that it is above the limit; empty where it is not."""
+        if self.after is None or self.limit is None or self.after <= self.limit:
+            return ""
+        return (
+            f"The memory_budget of {told(self.limit)} is not met: a step is predicted to need "
+            f"{told(self.after)} at its peak, and narrower groups would not make it less. Allow "
+            "more memory, or call the model on smaller batches."
+        )
 
 
 UNPREDICTED = Memory(None, None)
@@ -100,6 +119,8 @@ def limit(budget: float, model: nn.Module) -> int:
         TypeError: it is no number.
         ValueError: it is not above 0, or a fraction above 1, or nothing is known of the device.
     """
+    if isinstance(budget, numbers.Integral) and not isinstance(budget, bool):
+        budget = int(budget)  # NumPy's as well.
     if isinstance(budget, bool) or not isinstance(budget, (int, float)):
         raise TypeError(
             "memory_budget is a number of bytes as an int, or a fraction of the device's memory as "

@@ -28,7 +28,7 @@ from conjoin.layers import (
 from conjoin.layers.checks import TENSORS, tensors
 from conjoin.layers.fusing import fuse
 from conjoin.layers.kind import common
-from conjoin.layers.owner import lend, may_lend, reclaim
+from conjoin.layers.owner import Owner, lend, may_lend, reclaim
 from conjoin.layers.product import SUFFIX, Product
 from conjoin.layers.releasing import release
 from conjoin.layers.view import View, wides
@@ -246,14 +246,25 @@ class Merger:
 
     def give_back(self, running: Collection[Wide]) -> None:
         """Undoes the merging of products that no rewritten forward runs."""
-        for wide, members in wides(self._model).items():
+        owners = [module for module in self._model.modules() if isinstance(module, Owner)]
+        for wide, members in wides(self._model).items() if owners else ():
             if wide.kind in PRODUCTS and wide not in running:
                 names = tuple(name for name, _ in members)
                 self.levels = [level for level in self.levels if level.layers != names]
                 for _, view in members:
                     release(view)
-        for module in list(self._model.modules()):
-            reclaim(module)
+        for owner in owners:
+            reclaim(owner)
+
+    def take_back(self) -> None:
+        """Undoes what it has merged on tensors of their own, as what is behind siblings is."""
+        levels = {frozenset(level.layers): level for level in self.levels}
+        for wide, members in wides(self._model).items():
+            level = levels.get(frozenset(name for name, _ in members))
+            if level is not None and not wide.together:
+                self.levels.remove(level)
+                for _, view in members:
+                    release(view)
 
     def leave(self, found: Iterable[Candidate]) -> None:
         """Leaves alone what has been refused since."""
@@ -335,8 +346,7 @@ class Merger:
         if self.frozen or not self.may_merge(kind, layers, together=together):
             return None
         names = tuple(self._names[layer] for layer in layers)
-        asks = not together and kind not in GATHERED  # These have been asked for.
-        if asks and self._is_against(kind, layers, names, lie):
+        if not together and self._is_against(kind, layers, names, lie):
             return None
         wide = self._merge(kind, layers, contiguous, together=together)
         self.levels.append(Level(kind, names, tuple(kind.outputs(wide))))
@@ -348,7 +358,10 @@ class Merger:
         """Whether it does not pay to run layers at once that may be merged; and notes why."""
         widths = tuple(tensors(layer)["weight"].shape[kind.weight_dim] for layer in layers)
         candidate = Candidate(kind, names, widths)
-        figures = self._asked.against(candidate, lie)
+        if kind in GATHERED:
+            figures = self._asked.against_gathering(kind, layers, names)
+        else:
+            figures = self._asked.against(candidate, lie)
         if figures is not None:
             refusal = Refusal(names, Reason.DOES_NOT_PAY, str(figures))
             found = dataclasses.replace(candidate, refusal=refusal, figures=figures)
@@ -396,11 +409,9 @@ class Merger:
             return False
         return held_elsewhere(name, layer, self._shared) is None
 
-    def pays(self, kind: Kind, layers: Sequence[nn.Module]) -> bool:
-        """Whether layers on tensors of their own take less time at once, as far as is known."""
-        if self._sightings is None or any(isinstance(layer, View) for layer in layers):
-            return True
-        return self._asked.gather(kind, layers, [self._names[layer] for layer in layers])
+    def gathers(self, kind: Kind, count: int) -> bool:
+        """Whether so many layers on tensors of their own launch fewer operations at once."""
+        return self._asked.gathers(kind, count)
 
     def _merge(
         self,

@@ -8,6 +8,7 @@ from benchmarks.cases import CASES, loss_of
 from equivalence import assert_close
 
 import conjoin
+from conjoin.launches import count_step
 from conjoin.layers.view import wides
 
 
@@ -29,12 +30,18 @@ def before_and_after_a_step(model, inputs):
     return found
 
 
+def fewer_launches(model, than, inputs):
+    """Whether a forward of one model launches fewer operations than that of another."""
+    ours, theirs = (count_step(copy.deepcopy(each), inputs).forward for each in (model, than))
+    return ours < theirs
+
+
 @pytest.mark.parametrize("name", CASES)
 def test_the_forms_agree(name):
     case = CASES[name]
     plain, inputs = case.model().double(), a_few(case.inputs())
     optimized = conjoin.optimize(plain, inputs, policy="always")
-    assert wides(optimized)
+    assert wides(optimized) or fewer_launches(optimized, plain, inputs)
     for training in (True, False):
         by_hand = case.by_hand(copy.deepcopy(plain))
         before, after = before_and_after_a_step(copy.deepcopy(plain).train(training), inputs)

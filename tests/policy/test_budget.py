@@ -1,11 +1,14 @@
 """Groups that need more memory than there may be become narrower, or stay apart."""
 
+import warnings
+
 import pytest
 import torch
 from test_memory import ROW, Sum
 from torch import nn
 
 import conjoin
+from conjoin import api
 from conjoin.legality import Reason
 from conjoin.memory import Memory
 
@@ -92,7 +95,7 @@ def test_what_is_merged_stays_merged(model, x):
         report = conjoin.report(optimized, (x,), memory_budget=1)
         assert [group.fused for group in report.groups] == [True]
         again = conjoin.optimize(optimized, (x,), memory_budget=1)
-        assert str(conjoin.report(again, (x,))) == str(report)
+        assert conjoin.report(again, (x,)).groups == report.groups
 
 
 def test_a_model_without_siblings_has_no_budget_to_keep(x):
@@ -156,3 +159,67 @@ def test_products_with_raw_parameters_stay_within_the_budget():
         _, report = fused_to(whole.before, model, x)
     assert report.memory.after <= whole.before
     assert [group.reason for group in report.groups] == [Reason.EXCEEDS_MEMORY]
+
+
+def test_a_budget_that_is_not_met_is_said(model, x):
+    with torch.no_grad():
+        plain = conjoin.report(model, (x,)).memory.before
+        with pytest.warns(UserWarning, match=r"memory_budget of 1000 bytes is not met: .* need"):
+            conjoin.optimize(model, (x,), memory_budget=1000)
+        told = conjoin.report(model, (x,), memory_budget=1000)
+        assert told.memory == Memory(plain, plain, 1000)
+        for text in (str(told), told.to_markdown()):
+            assert "is not met" in " ".join(text.split())
+        assert '"limit": 1000' in told.to_json()
+        with warnings.catch_warnings():
+            warnings.simplefilter("error")
+            conjoin.optimize(model, (x,), memory_budget=plain)
+        assert "is not met" not in str(conjoin.report(model, (x,), memory_budget=plain))
+
+
+def test_what_was_merged_earlier_may_be_above_the_budget(model, x):
+    with torch.no_grad():
+        optimized = conjoin.optimize(model, (x,))
+        needed = conjoin.report(optimized, (x,)).memory
+        with pytest.warns(UserWarning, match="is not met"):
+            conjoin.optimize(optimized, (x,), memory_budget=needed.before)
+
+
+class Blocks(nn.Module):
+    """Blocks in a row, whose activations are all alive until their backward pass."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.blocks = nn.ModuleList(Sum(4) for _ in range(count))
+
+    def forward(self, x):
+        for block in self.blocks:
+            x = block(x).sigmoid()
+        return x
+
+
+@pytest.mark.parametrize("share", [0, 0.8])
+def test_like_groups_are_not_tried_one_by_one(monkeypatch, share):
+    torch.manual_seed(0)
+    count, predicted = 10, []
+    model, x = Blocks(count).double(), torch.randn(100, 64, dtype=torch.float64)
+    fit = api.fit
+
+    def counting(found, sightings, need, *limits):
+        def needed(groups):
+            predicted.append(need(groups))
+            return predicted[-1]
+
+        return fit(found, sightings, needed, *limits)
+
+    monkeypatch.setattr(api, "fit", counting)
+    whole = conjoin.report(model, (x,)).memory
+    budget = int(whole.before + share * (whole.after - whole.before))
+    report = conjoin.report(model, (x,), memory_budget=budget)
+    assert report.memory.after <= budget
+    fused = [group for group in report.groups if group.fused]
+    # As many as there is room for, and no more; few predictions.
+    assert share * count - 2 <= len([group for group in fused if len(group.layers) == 4])
+    assert len(predicted) < 2 * count
+    left = [group for group in report.groups if not group.fused or "one of" in group.detail]
+    assert all("predicted" in group.detail for group in left)

@@ -23,7 +23,7 @@ from conjoin.policy.forms import forms
 FORWARD = Setting(training=False)
 TRAINING = Setting(training=True)
 NONE = ((0.0, 0.0), (1e9, 0.0))
-FLAT = Machine(1.0, 0.5, 0.0, 1.0, bandwidth=1e9, written=NONE, joined=NONE, few_rows=NONE)
+FLAT = Machine(1.0, 0.5, 0.0, 1.0, 1.0, bandwidth=1e9, written=NONE, joined=NONE, few_rows=NONE)
 """A machine on which only calls and arithmetic take time."""
 
 
@@ -179,6 +179,23 @@ def test_what_only_costs_stays_apart():
     form, figures = choose(STEADY, works, names(3), FORWARD)
     assert form == apart(3)
     assert figures.chosen == figures.apart < figures.whole
+
+
+def test_a_wide_output_leaves_the_cache_before_it_is_read():
+    # From 64 bytes on a second for each to lay it out elsewhere, half of it to write.
+    cached = dataclasses.replace(
+        FLAT, written=((0, 0.0), (64, 0.0), (128, 32.0)), joined=((0, 0.0), (64, 0.0), (128, 64.0))
+    )
+    two = [linear(8)] * 2
+    assert [cached.again(two[0].output), cached.again(2 * two[0].output)] == [0, 32]
+    by_themselves = [[work] for work in two]
+    assert seconds(cached, by_themselves, FORWARD) == seconds(FLAT, by_themselves, FORWARD)
+    assert seconds(cached, [two], FORWARD) == pytest.approx(seconds(FLAT, [two], FORWARD) + 32 + 32)
+    # What is kept for a backward pass does not come and go.
+    written = dataclasses.replace(cached, joined=cached.written)
+    uncut = dataclasses.replace(TRAINING, cut=False)
+    assert written.again(128) == 0
+    assert seconds(cached, [two], uncut) == seconds(written, [two], uncut)
 
 
 def test_near_the_edge_one_layer_is_taken():

@@ -23,6 +23,7 @@ SMALL = Machine(
     cut=1e-6,
     step=0.0,
     rate=1e15,
+    batched=1e15,
     bandwidth=1e15,
     written=ASKING,
     joined=ASKING,
@@ -348,6 +349,17 @@ class Carried(nn.Module):
         return torch.cat(branches, -1) if self.joined else tuple(branches)
 
 
+class Branches(nn.Module):
+    """Branches that read one tensor."""
+
+    def __init__(self, branches):
+        super().__init__()
+        self.branches = nn.ModuleList(branches)
+
+    def forward(self, x):
+        return tuple(branch(x) for branch in self.branches)
+
+
 CUTTING = dataclasses.replace(SMALL, joined=((0.0, 0.0), (1.0, 5e-6), (2**20, 5e-6)))
 """A machine on which the cat of two gradients takes five microseconds."""
 
@@ -366,3 +378,14 @@ def test_what_is_only_cut_has_to_pay_by_itself(monkeypatch, activations, joined,
         assert group.fused is fused
         assert fused or group.figures.apart < group.figures.whole
     assert wides(conjoin.optimize(model, x, policy="always"))
+
+
+def test_what_is_behind_a_group_that_is_left_apart_is_too(monkeypatch):
+    monkeypatch.setattr(machine, "constants", lambda device, dtype: CUTTING)
+    norms = [nn.Sequential(nn.Linear(32, 4), nn.BatchNorm1d(4), nn.Sigmoid()) for _ in range(2)]
+    model, x = Branches(norms).double(), (torch.randn(3, 32, dtype=torch.float64),)
+    made = conjoin.optimize(model, x)
+    assert not wides(made)
+    assert [group.fused for group in conjoin.report(made, x).groups] == [False]
+    assert_equivalent(made, model, x)
+    assert len(wides(conjoin.optimize(model, x, policy="always"))) == 2

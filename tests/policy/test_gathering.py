@@ -47,8 +47,17 @@ def test_pays(count, rows, batch, training, expected):
         merged = conjoin.optimize(model, (x,), policy=policy)
         assert bool(wides(merged)) == expected
     assert wides(conjoin.optimize(model, (x,), policy="always"))
-    fused = conjoin.report(model, (x,)).groups
-    assert bool(fused) == expected
+    groups = conjoin.report(model, (x,)).groups
+    # Too few of them would launch no less at once, and what would save nothing is not told of.
+    assert bool(groups) == (count > 6)
+    for group in groups:
+        assert group.fused == expected
+        assert len(group.layers) == count
+        if not expected:
+            assert group.reason is conjoin.Reason.DOES_NOT_PAY
+            assert group.detail == str(group.figures)
+    made = conjoin.optimize(model, (x,))
+    assert [g.fused for g in conjoin.report(made, (x,)).groups] == [g.fused for g in groups]
 
 
 @pytest.mark.parametrize("count", [6, 7])

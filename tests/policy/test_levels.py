@@ -21,6 +21,7 @@ FLAT = dataclasses.replace(
     cut=0.5,
     step=0.0,
     rate=1.0,
+    batched=1.0,
     bandwidth=1e9,
     written=NONE,
     joined=NONE,
@@ -85,9 +86,29 @@ def test_a_batched_product_has_to_be_quicker():
     assert level(costly, large, convolutions, "beside").layers == 1
 
 
+def test_a_batched_product_has_a_rate_of_its_own():
+    slow = dataclasses.replace(FLAT, batched=0.5)
+    figures = level(slow, [work()] * 3, FORWARD, "stack")
+    assert (figures.apart, figures.whole) == (3 * 3 + 0.5, 1 + 3 * 2 * 2 + 0.5)
+    assert figures.layers == 3
+    assert (
+        level(slow, [work()] * 3, dataclasses.replace(FORWARD, stacked=False), "stack").layers == 1
+    )
+
+
+def test_what_saves_nothing_by_itself_is_no_batched_product():
+    large = dataclasses.replace(FLAT, call=0.0, cut=0.0, rate=1e-3, batched=1e-3)
+    figures = level(large, [work()] * 3, FORWARD, "stack")
+    assert figures.apart == figures.whole
+    slower = dataclasses.replace(large, batched=0.999e-3)
+    assert level(slower, [work()] * 3, FORWARD, "stack").layers == 3
+
+
 @pytest.mark.parametrize("training", [True, False])
 def test_what_does_not_pay_is_left_alone_and_said(monkeypatch, training):
-    monkeypatch.setattr(machine, "constants", lambda device, dtype: COPIES)
+    # Only gradients are copied, where they are joined.
+    known = COPIES if training else STEADY
+    monkeypatch.setattr(machine, "constants", lambda device, dtype: known)
     model = Towers().double().train(training)
     x = (torch.randn(64, 6, dtype=torch.float64),)
     fused = conjoin.optimize(model, x)

@@ -17,7 +17,7 @@ from conjoin.policy.cost import Machine
 CPU = torch.device("cpu")
 KEY = ("a device", "cpu", "torch.float32")
 FOUND = Machine(
-    *(1e-6, 1e-6, 2e-5, 1e11, 1e10),
+    *(1e-6, 1e-6, 2e-5, 1e11, 1e11, 1e10),
     *(tuple((float(n), 1e-9 * n) for n in sizes) for sizes in machine.TABLES.values()),
 )
 
@@ -42,6 +42,7 @@ def test_what_was_measured_is_possible():
     taken = [seconds for _, seconds in found.written]
     assert taken == sorted(taken)
     assert found.new(2**26) > found.new(2**20) > 0
+    assert found.batched <= found.rate
 
 
 def test_measuring_draws_no_random_numbers():
@@ -75,6 +76,7 @@ def changed(**fields):
             for fields in (
                 {"call": -1.0},
                 {"rate": 0},
+                {"batched": 0},
                 {"bandwidth": math.inf},
                 {"cut": math.nan},
                 {"step": -1e-6},

@@ -2,8 +2,8 @@
 
 A wide layer's output is alive until its last part is not needed any more, and so is the gradient of
 it; the layers' own outputs come and go one by one. So groups are narrowed, the one with the largest
-output first, until the predicted peak is within the budget; and then each is widened again as far
-as there is room, since it may not have been the one that mattered.
+output first, until the predicted peak is within the budget; and then they are widened again as far
+as there is room, since they may not have been those that mattered.
 """
 
 from __future__ import annotations
@@ -11,7 +11,8 @@ from __future__ import annotations
 import bisect
 import dataclasses
 import math
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Hashable, Iterator, Sequence
+from typing import Any
 
 from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Sightings
@@ -34,6 +35,19 @@ class Need:
     behind: tuple[Candidate, ...]
 
 
+@dataclasses.dataclass(frozen=True, slots=True)
+class Fitted:
+    """What is to be merged within a limit of memory.
+
+    Attributes:
+        found: the groups and refusals.
+        peak: the predicted peak of the memory of a call then, in bytes.
+    """
+
+    found: tuple[Candidate, ...]
+    peak: int
+
+
 def fit(
     found: Sequence[Candidate],
     sightings: Sightings,
@@ -41,11 +55,12 @@ def fit(
     plain: int,
     limit: int,
     merged: frozenset[str],
-) -> tuple[Candidate, ...]:
+) -> Fitted:
     """The groups as they are to be merged, so that the predicted peak is within a limit.
 
     Where the plain model's is above it already, the groups are to add nothing to that. Each
-    prediction runs the model on fake tensors once; there are some for each group that is narrowed.
+    prediction runs the model on fake tensors once. For like groups there are about as many as the
+    logarithm of their number.
 
     Args:
         found: the groups and refusals.
@@ -56,29 +71,96 @@ def fit(
         merged: the layers that were merged earlier, and stay so.
     """
     most = max(limit, plain)
-    if need(found).peak <= most:
-        return tuple(found)
+    whole = need(found)
+    if whole.peak <= most:
+        return Fitted(tuple(found), whole.peak)
+    known: dict[Hashable, Need] = {}
+
+    def needs(tried: Sequence[_Choice], apart: tuple[Candidate, ...] = ()) -> Need:
+        forms = (*(choice.at for choice in tried), len(apart))
+        if forms not in known:
+            known[forms] = need((*_candidates(tried), *apart))
+        return known[forms]
+
     steps = list(_narrower([_Choice.of(candidate, sightings, merged) for candidate in found]))
     # The narrower the less, as a rule: so the first that is within the limit is found by halves.
-    within = bisect.bisect_left(steps, True, key=lambda step: need(_candidates(step)).peak <= most)
+    within = bisect.bisect_left(steps, True, key=lambda step: needs(step).peak <= most)
     choices = steps[min(within, len(steps) - 1)]
     apart: tuple[Candidate, ...] = ()
-    last = need(_candidates(choices))
+    last = needs(choices)
     while last.peak > most and last.behind:  # What is behind the groups takes memory as well.
         apart += tuple(_refused(each, _detail(last.peak, limit)) for each in last.behind)
-        last = need((*_candidates(choices), *apart))
-    for position, choice in enumerate(choices):
-        for wider in range(choice.at):
-            tried = [*choices]
-            tried[position] = dataclasses.replace(choice, at=wider)
-            needed = need((*_candidates(tried), *apart)).peak
-            if needed <= most:
-                choices = tried
-                break
-            if wider == 0:
-                detail = _detail(needed, limit)
-                choice = choices[position] = dataclasses.replace(choice, detail=detail)
-    return (*_candidates(choices), *apart)
+        last = needs(choices, apart)
+
+    def peak(tried: Sequence[_Choice]) -> int:
+        return needs(tried, apart).peak
+
+    for wider in range(max((choice.at for choice in choices), default=0)):
+        choices = _widened(choices, wider, peak, most, limit)
+    return Fitted((*_candidates(choices), *apart), peak(choices))
+
+
+def _widened(
+    choices: list[_Choice],
+    wider: int,
+    peak: Callable[[Sequence[_Choice]], int],
+    most: int,
+    limit: int,
+) -> list[_Choice]:
+    """The choices with as many as there is room for in a wider form, the first ones first.
+
+    Args:
+        choices: the choices.
+        wider: the position of that form among theirs; those that have none so narrow stay.
+        peak: the predicted peak of the memory with some choices.
+        most: the most that it may be.
+        limit: what is told of that.
+    """
+    waiting = [position for position, choice in enumerate(choices) if wider < choice.at]
+    last: Hashable = None
+    while waiting:
+        fitting, needed = _fitting(choices, waiting, wider, peak, most)
+        choices = _with(choices, waiting[:fitting], at=wider)
+        refused, waiting = waiting[fitting : fitting + 1], waiting[fitting + 1 :]
+        alike = [choices[position].likeness() for position in refused]
+        if not fitting and alike == [last]:  # For neither of two, and so for no other one.
+            more = [position for position in waiting if choices[position].likeness() == last]
+            refused, waiting = refused + more, [each for each in waiting if each not in more]
+        last = next(iter(alike), None)
+        if wider == 0:
+            choices = _with(choices, refused, detail=_detail(needed, limit))
+    return choices
+
+
+def _fitting(
+    choices: list[_Choice],
+    waiting: Sequence[int],
+    wider: int,
+    peak: Callable[[Sequence[_Choice]], int],
+    most: int,
+) -> tuple[int, int]:
+    """How many of those that wait fit in a wider form at once; and the peak with one more."""
+    known: dict[int, int] = {}
+
+    def is_above(count: int) -> bool:
+        known[count] = peak(_with(choices, waiting[:count], at=wider))
+        return known[count] > most
+
+    within, more, end = 0, 1, len(waiting)
+    while not is_above(more):
+        within, more = more, min(2 * more, end)  # Few may fit, or all.
+        if within == end:
+            return end, 0
+    first = bisect.bisect_left(range(within + 1, more), True, key=is_above) + within + 1
+    return first - 1, known[first]
+
+
+def _with(choices: list[_Choice], positions: Sequence[int], **changes: Any) -> list[_Choice]:
+    """Choices of which some are changed."""
+    changed = [*choices]
+    for position in positions:
+        changed[position] = dataclasses.replace(changed[position], **changes)
+    return changed
 
 
 def _detail(needed: int, limit: int) -> str:
@@ -140,6 +222,10 @@ class _Choice:
         if self.at == len(self.among) - 1:
             return 0
         return max(sum(self.outputs[i] for i in run) for run in self.form)
+
+    def likeness(self) -> Hashable:
+        """What is equal for groups that need about the same."""
+        return self.candidate.kind, self.candidate.widths, self.outputs, self.at
 
     def narrowed(self) -> _Choice:
         """The next form."""

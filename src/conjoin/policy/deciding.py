@@ -181,7 +181,7 @@ def leave_apart(
     model: nn.Module,
     found: Iterable[Candidate],
     running: Collection[Wide],
-    cuts: Mapping[Wide, int],
+    cuts: Mapping[Wide, int | None],
 ) -> tuple[Candidate, ...]:
     """Undoes what does not pay where no forward is rewritten, or does no more than cut it.
 
@@ -189,7 +189,7 @@ def leave_apart(
         model: the model, in which the groups are merged.
         found: the groups and refusals.
         running: the wide layers that a rewritten forward runs.
-        cuts: those whose output is cut, and after how many operations.
+        cuts: those whose output such a forward cuts, and after how many operations, or None.
 
     Returns:
         The groups as they are then.
@@ -209,13 +209,13 @@ def leave_apart(
 
 
 def _against(
-    candidate: Candidate, wide: Wide, running: Collection[Wide], cuts: Mapping[Wide, int]
+    candidate: Candidate, wide: Wide, running: Collection[Wide], cuts: Mapping[Wide, int | None]
 ) -> Figures | None:
     """What is against a wide layer in the way in which it runs."""
     if wide not in running:
         return candidate.lockstep
-    cut = candidate.cut if wide in cuts else None
-    return None if cut is None or cut.pays(cuts[wide]) else cut.figures
+    cut, carried = candidate.cut, cuts.get(wide)
+    return None if cut is None or carried is None or cut.pays(carried) else cut.figures
 
 
 def note(model: nn.Module, decided: Iterable[Candidate]) -> None:

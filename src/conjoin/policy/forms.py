@@ -20,7 +20,16 @@ def forms(widths: Sequence[int], names: Sequence[str]) -> Iterator[Form]:
         widths: the numbers of the layers' channels.
         names: their names.
     """
-    order = sorted(range(len(widths)), key=lambda i: (widths[i], _natural(names[i])))
+    return in_order(widths, ordered(widths, names))
+
+
+def ordered(widths: Sequence[int], names: Sequence[str]) -> tuple[int, ...]:
+    """The positions of layers by width and name."""
+    return tuple(sorted(range(len(widths)), key=lambda i: (widths[i], _natural(names[i]))))
+
+
+def in_order(widths: Sequence[int], order: Sequence[int]) -> Iterator[Form]:
+    """`forms` of layers in this order."""
     known: set[Form] = set()
     for count in _counts(len(widths)):
         form = _cut(widths, order, count)

@@ -18,16 +18,21 @@ from conjoin.graph.site import Shapes
 from conjoin.layers import Kind
 from conjoin.layers.checks import tensors
 from conjoin.policy import machine
-from conjoin.policy.cost import LEAST_GAIN, Machine, Setting, Work, seconds
+from conjoin.policy.cost import LEAST_GAIN, Figures, Machine, Setting, Work, seconds
 
 NUMBER = 8
 """Bytes of a row number."""
 
 
-def pays(
+def launches_fewer(kind: Kind, count: int) -> bool:
+    """Whether so many tables launch fewer operations at once."""
+    return count > 2 + kind.prepares
+
+
+def against(
     kind: Kind, layers: Sequence[nn.Module], shapes: Sequence[Shapes | None], training: bool
-) -> bool:
-    """Whether fewer operations are launched at once, and take less time, as far as is known.
+) -> Figures | None:
+    """What is against running tables at once that launch fewer operations then, if anything is.
 
     Args:
         kind: their kind.
@@ -38,15 +43,15 @@ def pays(
     weights = [tensors(layer)["weight"] for layer in layers]
     known = [shape for shape in shapes if shape is not None]
     device = machine.constants(weights[0].device, weights[0].dtype)
-    fewer = len(layers) > 2 + kind.prepares
-    if not fewer or device is None or len(known) < len(weights):
-        return fewer
+    if device is None or len(known) < len(weights):
+        return None
     works = [_work(weight, shape) for weight, shape in zip(weights, known, strict=True)]
     training &= weights[0].requires_grad
-    most = _apart(device, works, training)
-    if training:  # Gradients may be large, where an estimate misses most.
-        most *= 1 - LEAST_GAIN
-    return _at_once(device, works, kind.prepares, training) <= most
+    apart, whole = _apart(device, works, training), _at_once(device, works, kind.prepares, training)
+    # Gradients may be large, where an estimate misses most.
+    if whole <= apart * (1 - LEAST_GAIN if training else 1):
+        return None
+    return Figures(apart, whole, apart, len(layers), measured=False, training=training)
 
 
 def _work(weight: Tensor, shapes: Shapes) -> Work:

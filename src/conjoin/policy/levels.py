@@ -44,13 +44,21 @@ class Levels:
         figures = level(known, group.works(), group.setting(), lie)
         return figures if figures.layers > 1 else None
 
-    def gather(self, kind: Kind, layers: Sequence[nn.Module], names: Sequence[str]) -> bool:
-        """Whether tables take less time at once, as far as is known.
+    def against_gathering(
+        self, kind: Kind, layers: Sequence[nn.Module], names: Sequence[str]
+    ) -> Figures | None:
+        """What is against running tables at once that launch fewer operations then.
 
         Args:
             kind: their kind.
             layers: the tables, of the model or of a copy.
             names: their qualified names.
         """
+        if self.policy == "always":
+            return None
         shapes = [self._sightings.shapes.get(name) for name in names]
-        return self.policy == "always" or gathering.pays(kind, layers, shapes, self.training)
+        return gathering.against(kind, layers, shapes, self.training)
+
+    def gathers(self, kind: Kind, count: int) -> bool:
+        """Whether so many tables are looked at."""
+        return self.policy == "always" or gathering.launches_fewer(kind, count)

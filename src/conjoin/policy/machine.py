@@ -28,7 +28,7 @@ from torch.optim.adam import adam
 
 from conjoin.policy.cost import Machine, Table
 
-FORMAT = 2
+FORMAT = 3
 """The version of what is measured, and of the files that hold it."""
 
 DEVICES = ("cpu", "cuda")
@@ -69,6 +69,9 @@ TABLES = {"written": SIZES, "joined": JOINED, "few_rows": WEIGHTS}
 ROUNDS = 5
 """How often each thing is timed. The least counts: what disturbs it only adds."""
 
+TURNS = 3
+"""How often a product by itself and a batched one are timed in turn."""
+
 BLOCK = 2e-4
 """Seconds that one timing takes at least, long beside a look at the clock."""
 
@@ -93,6 +96,7 @@ def _key(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     return name, device.type, threads, str(dtype), torch.__version__
 
 
+@functools.cache
 def _processor() -> str:
     """The model of the CPU; Python's own answer is the architecture, or nothing, on Linux."""
     with contextlib.suppress(OSError, UnicodeDecodeError):
@@ -139,7 +143,7 @@ def read(path: Path, key: tuple[str, ...]) -> Machine | None:
 
 def _is_possible(found: Machine) -> bool:
     """Whether the numbers can have been measured."""
-    positive = (found.call, found.cut, found.rate, found.bandwidth)
+    positive = (found.call, found.cut, found.rate, found.batched, found.bandwidth)
     return (
         all(math.isfinite(number) and number > 0 for number in positive)
         and math.isfinite(found.step)
@@ -181,7 +185,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         call = least(lambda: F.linear(row, few), device)
         cut = least(lambda: torch.unsafe_split_with_sizes(row, (4, 4), -1), device)
         square = full((SIDE, SIDE))
-        product = least(lambda: F.linear(square, square), device)
+        product, batched = _products(square, device)
         long = full((READ // dtype.itemsize,))
         reading = least(long.sum, device)
         rate = 2 * SIDE**3 / product
@@ -195,11 +199,22 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         cut=cut,
         step=max(0.0, more - few_parameters) / MORE,
         rate=rate,
+        batched=rate * min(1.0, product / batched),
         bandwidth=READ / reading,
         written=_table(SIZES, filled),
         joined=_table(JOINED, joined),
         few_rows=few_rows,
     )
+
+
+def _products(square: Tensor, device: torch.device) -> tuple[float, float]:
+    """The seconds of a product of two matrices, by itself and as one of two in a batched one."""
+    stack = square.expand(2, SIDE, SIDE)
+    alone = functools.partial(F.linear, square, square)
+    batched = functools.partial(torch.baddbmm, square[0], stack, stack.mT)
+    # In turn, since it is their ratio that decides.
+    taken = [(least(alone, device), least(batched, device) / 2) for _ in range(TURNS)]
+    return min(one for one, _ in taken), min(each for _, each in taken)
 
 
 def _table(sizes: Sequence[int], taken: list[float]) -> Table:

@@ -244,7 +244,8 @@ def _peaks(memory: Memory) -> list[str]:
         return []
     before, after = told(memory.before), told(memory.after)
     change = _percentage(memory.before, memory.after).replace("fewer", "less")
-    return [f"Predicted peak of the memory of a step: {before} -> {after} ({change})."]
+    peak = f"Predicted peak of the memory of a step: {before} -> {after} ({change})."
+    return [peak, memory.above] if memory.above else [peak]
 
 
 def _change(before: int | None, after: int | None) -> tuple[str, str]:

@@ -20,7 +20,7 @@ from torch import nn
 
 from conjoin.layers.owner import Owner, copies_itself, owner_class, raw_parameters
 from conjoin.layers.subclass import subclass
-from conjoin.layers.view import View, views
+from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
 from conjoin.merging import MERGER, Merger
 from conjoin.nn import Split, Unite
@@ -142,27 +142,23 @@ def _regions(module: nn.Module) -> list[Region]:
 
 def covered(module: nn.Module) -> set[Wide]:
     """The wide layers that a rewritten forward of a region within the module runs."""
-    return {wide for wide, _ in _runs(module)}
+    return {*runs(module)}
 
 
-def cuts(module: nn.Module) -> dict[Wide, int]:
-    """The wide layers of whose output no rewritten forward does more than a little and cut it.
+def runs(module: nn.Module) -> dict[Wide, int | None]:
+    """The wide layers that rewritten forwards of regions within the module run.
 
-    With the number of operations that run on it before, at most.
+    With the number of operations that run on the output before it is cut, at most; None where a
+    forward does not just cut it soon.
     """
-    found: dict[Wide, list[int | None]] = {}
-    for wide, count in _runs(module):
-        found.setdefault(wide, []).append(count)
-    known = {wide: [n for n in counts if n is not None] for wide, counts in found.items()}
-    return {wide: max(known[wide]) for wide, each in found.items() if None not in each}
-
-
-def _runs(module: nn.Module) -> Iterator[tuple[Wide, int | None]]:
-    """The wide layers that rewritten forwards run, and how many operations run before a cut."""
+    found: dict[Wide, int | None] = {}
     for region in _regions(module):
         for variants in vars(region)[PLAN].variants.values():
             for path, count in itertools.chain(*(each.traced.cuts for each in variants)):
-                yield cast(Wide, region.get_submodule(path)), count
+                wide = cast(Wide, region.get_submodule(path))
+                before = found.get(wide, count)
+                found[wide] = None if count is None or before is None else max(before, count)
+    return found
 
 
 def _structures(calls: Mapping[str, Mapping[Structure, Observed]] | None, name: str) -> Structures:
@@ -278,10 +274,10 @@ def _enclosing(model: nn.Module) -> Iterator[nn.Module]:
     That is, all the views of a wide layer, or siblings that somebody wrote by hand.
     """
     paths: dict[nn.Module, list[list[str]]] = {}
-    for name, view in views(model):
-        paths.setdefault(view.wide_layer, []).append(name.split(".")[:-1])
     for name, module in model.named_modules():
-        if isinstance(module, (Split, Unite)):
+        if isinstance(module, View):
+            paths.setdefault(module.wide_layer, []).append(name.split(".")[:-1])
+        elif isinstance(module, (Split, Unite)):
             paths[module] = [name.split(".")[:-1]]
     for found in paths.values():
         common = 0
