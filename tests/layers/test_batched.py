@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conjoin.layers import batched
@@ -112,6 +113,16 @@ def test_a_gradient_of_its_own_has_to_pay(monkeypatch, rows, out, width, own):
     monkeypatch.undo()
     product = batched.product(_of(2, rows, width), _of(2, out, width), None)
     assert (type(product.grad_fn).__name__ == "_ProductBackward") is own
+
+
+def test_compiled_for_any_number_of_rows(monkeypatch):
+    monkeypatch.setattr(batched, "LARGE", 40)
+    counter = CompileCounter()
+    compiled = torch.compile(batched.product, backend=counter, dynamic=True, fullgraph=True)
+    for number in (3, 7, 9, 11):
+        operands = _operands(number=number)
+        torch.testing.assert_close(compiled(*operands), _plain(*operands))
+    assert counter.frame_count == 1
 
 
 @pytest.mark.parametrize("product", [batched.product, _plain])

@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from conjoin.layers.lockstep import is_traced
 
@@ -31,7 +32,8 @@ FEW = 8
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(n, rows, in), (n, out, in) and (n, 1, out) -> (n, rows, out)."""
-    if not (weight.requires_grad and torch.is_grad_enabled() and _is_large(rows, weight)):
+    trained = weight.requires_grad and torch.is_grad_enabled() and not is_compiling()
+    if not (trained and _is_large(rows, weight)):
         return _multiply(rows, weight, bias)
     if rows.shape[1] == 1:
         return _multiply_turned(rows, weight, bias)
@@ -61,12 +63,8 @@ def _is_large(rows: Tensor, weight: Tensor) -> bool:
 
 
 def _is_plain(rows: Tensor) -> bool:
-    """Whether nothing looks into the product or changes it while a step of training goes on."""
-    return (
-        not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(rows.device.type)
-        and not is_traced()
-    )
+    """Whether nothing looks into the product or changes it."""
+    return not torch.is_autocast_enabled(rows.device.type) and not is_traced()
 
 
 class _Product(torch.autograd.Function):
