@@ -8,6 +8,11 @@ where the parts come in order, along the dimension that they were cut along, and
 them. `Widen` gives them that order, which is any at first. So `Split -> Unite -> Split` is one
 split, and experts that are stacked for their gates are the batched product as it is.
 
+    cat(x, W[0], ..., W[n-1], z)                          becomes    cat(x, W, z)
+    stack(x, W[0], ..., W[n-1])                           becomes    cat(x, W), unsqueezed and moved
+
+where other tensors are joined with them. So W is not cut, nor its gradient joined.
+
     split(cat(W[0], ..., W[n-1]))                         becomes    W[0], ..., W[n-1]
 
 where the pieces are the parts again, so that other passes see what is done to them. What joins
@@ -64,7 +69,11 @@ class Cancel(Rewrite):
         changed = False
         for node in list(graph.nodes):
             if joints.is_joint(node):
-                changed |= _as_stack(graph, node) or _cancel(graph, node, modules)
+                changed |= (
+                    _as_stack(graph, node)
+                    or _cancel(graph, node, modules)
+                    or _cancel_among_others(graph, node, modules)
+                )
             elif node.target in PIECES:
                 changed |= _recut(node, modules)
         return PassResult(graph_module, changed)
@@ -113,6 +122,53 @@ def _cancel(graph: fx.Graph, joint: fx.Node, modules: Mapping[str, nn.Module]) -
     for node in (*parts, split):
         graph.erase_node(node)
     return True
+
+
+def _cancel_among_others(graph: fx.Graph, joint: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Joins a tensor with others in the place of all its parts, if nothing is copied for that."""
+    parts, dim = joints.joined(joint)
+    if not isinstance(dim, int) or joint.target is bundles.batched:
+        return False
+    found = _all_parts_of_one(parts)
+    if found is None or strides.reads_strides(joint, modules, escapes=True):
+        return False
+    start, split = found
+    stop = start + len(split.users)
+    before, taken, after = parts[:start], parts[start:stop], parts[stop:]
+    is_stack, epochs = joint.target in joints.STACKS, epochs_of(graph, modules)
+    # A stack of tensors side by side is a joint of many small pieces in any case.
+    if (split.target in SPLITS) is is_stack or epochs[split] != epochs[joint]:
+        return False
+    with graph.inserting_before(joint):
+        whole = _whole(graph, joint, split, dim, modules)
+        if whole is None:
+            return False
+        if is_stack:
+            before, after = (
+                [graph.call_method("unsqueeze", (each, dim)) for each in others]
+                for others in (before, after)
+            )
+        made = graph.call_function(torch.cat, ([*before, whole, *after], dim))
+    bundles.substitute(graph, [joint], [made])
+    for node in (*taken, split):
+        graph.erase_node(node)
+    return True
+
+
+def _all_parts_of_one(parts: list[fx.Node]) -> tuple[int, fx.Node] | None:
+    """Where in what is joined all parts of one tensor follow on one another, and their split.
+
+    Nobody else reads them, and the other tensors are no more than they are.
+    """
+    for start, part in enumerate(parts):
+        split = part.args[0] if part.target is operator.getitem else None
+        if not isinstance(split, fx.Node) or part.args[1] != 0:
+            continue
+        taken = parts[start : start + len(split.users)]
+        alone = all(len(each.users) == 1 and parts.count(each) == 1 for each in taken)
+        if alone and _in_order(taken, split) and len(taken) < len(parts) <= 2 * len(taken):
+            return start, split
+    return None
 
 
 def _recut(split: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

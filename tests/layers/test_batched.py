@@ -2,6 +2,7 @@
 
 import pytest
 import torch
+from torch._dynamo.testing import CompileCounter
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conjoin.layers import batched
@@ -17,9 +18,9 @@ def _of(*shape, dtype=torch.float64, grad=True):
     return torch.randn(shape, dtype=dtype, generator=generator).requires_grad_(grad)
 
 
-def _operands(dtype=torch.float64, biased=True):
+def _operands(dtype=torch.float64, biased=True, number=3):
     bias = _of(2, 1, 4, dtype=dtype) if biased else None
-    return _of(2, 3, 5, dtype=dtype), _of(2, 4, 5, dtype=dtype), bias
+    return _of(2, number, 5, dtype=dtype), _of(2, 4, 5, dtype=dtype), bias
 
 
 def _plain(rows, weight, bias):
@@ -27,22 +28,24 @@ def _plain(rows, weight, bias):
     return product if bias is None else product + bias
 
 
+@pytest.mark.parametrize("number", [1, 3])
 @pytest.mark.parametrize("biased", [True, False])
 @pytest.mark.parametrize("dtype", [torch.float64, torch.complex128], ids=str)
-def test_values_and_gradients(dtype, biased):
-    operands = _operands(dtype, biased)
+def test_values_and_gradients(dtype, biased, number):
+    operands = _operands(dtype, biased, number)
     held = [each for each in operands if each is not None]
     ours, theirs = batched.product(*operands), _plain(*operands)
     torch.testing.assert_close(ours, theirs)
-    seed = _of(2, 3, 4, dtype=dtype, grad=False)
+    seed = _of(2, number, 4, dtype=dtype, grad=False)
     pairs = (torch.autograd.grad(out, held, seed) for out in (ours, theirs))
     for mine, its in zip(*pairs, strict=True):
         torch.testing.assert_close(mine, its)
 
 
-def test_second_derivatives():
-    assert torch.autograd.gradcheck(batched.product, _operands())
-    assert torch.autograd.gradgradcheck(batched.product, _operands())
+@pytest.mark.parametrize("number", [1, 3])
+def test_second_derivatives(number):
+    assert torch.autograd.gradcheck(batched.product, _operands(number=number))
+    assert torch.autograd.gradgradcheck(batched.product, _operands(number=number))
 
 
 def test_several_gradients_at_once():
@@ -64,13 +67,20 @@ class _Strides(TorchDispatchMode):
         return func(*args, **(kwargs or {}))
 
 
-def test_the_gradient_of_the_weight_is_taken_as_it_comes():
-    rows, weight, bias = _operands()
+@pytest.mark.parametrize("number", [1, 3])
+def test_the_gradient_of_the_weight_is_taken_as_it_comes(number):
+    rows, weight, bias = _operands(number=number)
     product = batched.product(rows, weight, bias)
     with _Strides() as seen:
-        product.backward(_of(2, 3, 4, grad=False))
+        product.backward(_of(2, number, 4, grad=False))
     assert weight.grad.is_contiguous()
     assert seen.copied == 0
+
+
+def test_one_row_needs_no_function_of_its_own():
+    product = batched.product(*_operands(number=1))
+    assert product.is_contiguous()
+    assert type(product.grad_fn).__name__ == "TransposeBackward0"
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
@@ -81,8 +91,9 @@ def test_only_what_requires_a_gradient_gets_one(frozen):
     assert [each.grad is not None for each in operands] == [at != frozen for at in range(3)]
 
 
-def test_transforms_and_autocast_have_products_of_their_own():
-    operands = _operands(torch.float32)
+@pytest.mark.parametrize("number", [1, 3])
+def test_transforms_and_autocast_have_products_of_their_own(number):
+    operands = _operands(torch.float32, number=number)
     gradients = torch.func.grad(lambda *each: batched.product(*each).sum(), argnums=(0, 1, 2))
     expected = torch.autograd.grad(_plain(*operands).sum(), operands)
     for mine, its in zip(gradients(*operands), expected, strict=True):
@@ -96,7 +107,7 @@ def test_transforms_and_autocast_have_products_of_their_own():
 
 @pytest.mark.parametrize(
     ("rows", "out", "width", "own"),
-    [(1, 128, 128, True), (1, 64, 64, False), (512, 1, 128, True), (512, 16, 16, False)],
+    [(2, 128, 128, True), (2, 64, 64, False), (512, 1, 128, True), (512, 16, 16, False)],
 )
 def test_a_gradient_of_its_own_has_to_pay(monkeypatch, rows, out, width, own):
     monkeypatch.undo()
@@ -104,9 +115,20 @@ def test_a_gradient_of_its_own_has_to_pay(monkeypatch, rows, out, width, own):
     assert (type(product.grad_fn).__name__ == "_ProductBackward") is own
 
 
+def test_compiled_for_any_number_of_rows(monkeypatch):
+    monkeypatch.setattr(batched, "LARGE", 40)
+    counter = CompileCounter()
+    compiled = torch.compile(batched.product, backend=counter, dynamic=True, fullgraph=True)
+    for number in (3, 7, 9, 11):
+        operands = _operands(number=number)
+        torch.testing.assert_close(compiled(*operands), _plain(*operands))
+    assert counter.frame_count == 1
+
+
 @pytest.mark.parametrize("product", [batched.product, _plain])
-def test_a_weight_may_change_where_its_product_needs_no_gradient_of_rows(product):
-    rows, weight, bias = _operands()
+@pytest.mark.parametrize("number", [1, 3])
+def test_a_weight_may_change_where_its_product_needs_no_gradient_of_rows(product, number):
+    rows, weight, bias = _operands(number=number)
     rows = rows.detach()
     out = product(rows, weight, bias)
     with torch.no_grad():

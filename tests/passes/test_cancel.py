@@ -99,6 +99,61 @@ def test_left(script):
     assert_same(traced, plain, randn(3, 4), randn(2, 4, 4), randn(4))
 
 
+def among(m, x, function=lambda h: h):
+    return [x, *parts(m, x, function), x.cos()]
+
+
+AMONG_OTHERS = {
+    "cat": lambda m, x: torch.cat(among(m, x), -1).sin(),
+    "cat after an activation": lambda m, x: torch.cat(among(m, x, torch.tanh), -1).sin(),
+    "cat with some behind": lambda m, x: torch.cat([*parts(m, x), x], -1).sin(),
+    "stack": lambda m, x: torch.stack([x.exp(), *in_a_stack(m, x)], 1).sin().sum(1),
+    "stack in front": lambda m, x: torch.stack([*in_a_stack(m, x), x.exp()]).sin().sum(0),
+    "stack at the end": lambda m, x: torch.stack([x.exp(), *in_a_stack(m, x)], -1).sin().sum(-1),
+    "changed after tanh": lambda m, x: torch.cat(among(m, x, torch.tanh), -1).add_(1).sin(),
+}
+
+LEFT_AMONG_OTHERS = {
+    "another dimension": lambda m, x: torch.cat([x.exp(), *parts(m, x)], 0).sin(),
+    "twice": lambda m, x: torch.cat([p := m.a(x), m.b(x), m.c(x), p], -1).sin(),
+    "read by others": lambda m, x: torch.cat([x, *(p := parts(m, x))], -1).sin() + p[0].sum(),
+    "with others between": lambda m, x: torch.cat([m.a(x), x, m.b(x), m.c(x)], -1).sin(),
+    "a cat of a stack": lambda m, x: torch.cat([x, *in_a_stack(m, x)], -1).sin(),
+    "few among many": lambda m, x: torch.cat([x] * 4 + parts(m, x), -1).sin(),
+    "strides": lambda m, x: torch.stack([x, *in_a_stack(m, x)], 1).view(-1).sin(),
+}
+
+
+@pytest.mark.parametrize("script", AMONG_OTHERS.values(), ids=AMONG_OTHERS)
+def test_among_others(script):
+    traced, plain = both(Scripted(script, **linears("", "2")))
+    assert not {"stack", "unstack", "unsafe_split_with_sizes"} & {*targets(traced)}
+    assert_same(traced, plain, randn(3, 4), randn(2, 4, 4), randn(4))
+    Separate()(traced)
+    assert_same(traced, plain, randn(3, 4))
+
+
+@pytest.mark.parametrize("script", LEFT_AMONG_OTHERS.values(), ids=LEFT_AMONG_OTHERS)
+def test_left_among_others(script):
+    traced, plain = both(Scripted(script, **linears("", "2")))
+    assert {"unstack", "unsafe_split_with_sizes"} & {*targets(traced)}
+    assert_same(traced, plain, randn(3, 4))
+
+
+def test_what_does_not_go_together_raises_among_others_as_well():
+    traced, plain = both(Scripted(AMONG_OTHERS["stack"], **linears("", "2")))
+    for model in (plain, traced):
+        with pytest.raises(RuntimeError):
+            model(randn(4, 5))
+
+
+def test_neither_the_tensor_is_cut_nor_its_gradient_joined():
+    traced, _ = both(Scripted(AMONG_OTHERS["cat"], **linears()))
+    with OperationCounter() as counter:
+        traced(randn(3, 4)).sum().backward()
+    assert (counter.counts().joins, counter.counts().splits) == (1, 0)
+
+
 def split_and_joined(sizes, dim=-1, source=lambda m, x: m.a(x)):
     def script(m, x):
         pieces = torch.split(source(m, x), sizes, dim)

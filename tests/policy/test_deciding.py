@@ -304,7 +304,7 @@ def test_regions_know_what_was_left_apart():
             assert branch._get_name() == "Branch"
             assert type(branch) is not Branch  # A region, of which the plan holds.
             ((variant,),) = vars(branch)["conjoin_plan"].variants.values()
-            assert variant.function(branch, compiling=False) is not None
+            assert variant.function(branch) is not None
         report = conjoin.report(optimized, (x,))
         assert str(report) == str(conjoin.report(model, (x,)))
         assert {g.layers[0]: g.reason for g in report.groups}["one.conv"] is Reason.DOES_NOT_PAY

@@ -6,6 +6,8 @@ PyTorch's own gradient of a product of x and W^T is x^T g, so that of W comes tr
 to W's is a copy across the memory's lines, which for two weights of 512 x 512 takes ten times what
 the product takes with one row. With few outputs x^T g is slow by itself: for 256 inputs, one output
 and 4,096 rows it takes 28 times what g^T x takes. So here the gradient of W is g^T x.
+
+With one row that is PyTorch's own gradient of y^T = W x^T, which lies in memory as y does.
 """
 
 from __future__ import annotations
@@ -14,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor
+from torch.compiler import is_compiling
 
 from conjoin.layers.lockstep import is_traced
 
@@ -29,7 +32,12 @@ FEW = 8
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(n, rows, in), (n, out, in) and (n, 1, out) -> (n, rows, out)."""
-    if _is_plain(rows, weight) and _is_large(rows, weight):
+    trained = weight.requires_grad and torch.is_grad_enabled() and not is_compiling()
+    if not (trained and _is_large(rows, weight)):
+        return _multiply(rows, weight, bias)
+    if rows.shape[1] == 1:
+        return _multiply_turned(rows, weight, bias)
+    if _is_plain(rows):
         return _Product.apply(rows, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
     return _multiply(rows, weight, bias)
 
@@ -39,21 +47,24 @@ def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias, rows, turned)
 
 
+def _multiply_turned(row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    column = row.transpose(1, 2)
+    if bias is None:
+        return torch.bmm(weight, column).transpose(1, 2)
+    return torch.baddbmm(bias.transpose(1, 2), weight, column).transpose(1, 2)
+
+
 def _is_large(rows: Tensor, weight: Tensor) -> bool:
+    number = rows.shape[1]
+    if not isinstance(number, int):  # A symbol, of which nothing may be asked.
+        return False
     _, out, width = weight.shape
-    return max(out, rows.shape[1] if out <= FEW else 0) * width >= LARGE
+    return max(out, number if out <= FEW else 0) * width >= LARGE
 
 
-def _is_plain(rows: Tensor, weight: Tensor) -> bool:
-    """Whether a step of training goes on, and nothing that looks into the product or changes it."""
-    return (
-        weight.requires_grad
-        and isinstance(rows.shape[1], int)  # And no symbol, of which nothing may be asked.
-        and torch.is_grad_enabled()
-        and not torch.compiler.is_compiling()
-        and not torch.is_autocast_enabled(rows.device.type)
-        and not is_traced()
-    )
+def _is_plain(rows: Tensor) -> bool:
+    """Whether nothing looks into the product or changes it."""
+    return not torch.is_autocast_enabled(rows.device.type) and not is_traced()
 
 
 class _Product(torch.autograd.Function):

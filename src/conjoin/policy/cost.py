@@ -28,6 +28,10 @@ each parameter. All constants are measured on the machine (see `machine.py`). Wh
 
 What is done to the parts, and how well a library does at one width or another, are not in it. So it
 is an estimate, and labelled so; `policy="measure"` measures.
+
+Nor is what a rewritten forward takes to see that all is as it was traced, since calling modules, as
+it does not, takes more: on one core, a model of 400 modules of which two pairs are merged took 0.7
+of its time forward, with 8 rows of 32, and 0.97 in training.
 """
 
 from __future__ import annotations

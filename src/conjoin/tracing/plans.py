@@ -10,9 +10,8 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
 from torch import Tensor, nn
-from torch._C import _get_tracing_state
+from torch.compiler import is_compiling
 from torch.nn.modules import module as nn_module
 
 from conjoin.graph.hazards import CALL_HOOKS
@@ -43,8 +42,8 @@ class Variant:
         conditions: what it takes for granted.
         spelled: a function of the region by which Dynamo finds the same, but for the containers.
         holds: whether the conditions hold; made when that is first asked.
-        quick: the forward bound to the modules, and whether nothing stands between calls of the
-            modules that it calls and their forwards; made when the forward is first called.
+        quick: the forward bound to the modules, and whether it may run as it is; made when the
+            forward is first called.
     """
 
     traced: Traced
@@ -66,21 +65,26 @@ class Variant:
                 return False
         return sum([tensor.numel() for tensor in tensors]) <= self.traced.most
 
-    def function(self, region: nn.Module, *, compiling: bool) -> Callable[..., Any] | None:
+    def compiled(self, region: nn.Module) -> Callable[..., Any] | None:
+        """The new forward for Dynamo; None where something makes it another function."""
+        holds = self.spelled(region) and self.conditions.contents_hold()
+        return self.traced.function if holds else None
+
+    def function(self, region: nn.Module) -> Callable[..., Any] | None:
         """The new forward; None where something has happened that makes it another function."""
-        if compiling:
-            if not (self.spelled(region) and self.conditions.contents_hold()):
-                return None
-            return self.traced.function
+        if self.quick is not None and self.quick[1]():
+            return self.quick[0]
+        if in_transform() or nn_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+            return None
         if self.holds is None:
             self.holds = self.conditions.check()
         if not self.holds():
             return None
         if self.quick is None:
-            self.quick = self.traced.written.bound(region)
-        function, usual = self.quick
-        # `torch.jit.trace` takes notes of the modules that are called.
-        return function if usual() and _get_tracing_state() is None else self.traced.function
+            self.quick = self.traced.written.bound(region, self.conditions)
+            return self.function(region)
+        # Somebody follows the calls of the modules.
+        return self.traced.function
 
 
 def _are_alike(tensor: Tensor, other: Tensor) -> bool:
@@ -118,16 +122,16 @@ class Plan:
                 return None
             structure, args = found
         variants = self.variants.get(structure)
-        if variants is None or nn_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        if variants is None:
             return None
-        compiling = torch.compiler.is_compiling()
-        if not compiling and in_transform():
+        compiling = is_compiling()
+        if compiling and nn_module._has_any_global_hook():  # type: ignore[no-untyped-call]
             return None
         for variant in variants:
-            fits = variant.fits(args)
-            function = variant.function(region, compiling=compiling) if fits else None
-            if function is not None:
-                return function, args
+            if variant.fits(args):
+                function = variant.compiled(region) if compiling else variant.function(region)
+                if function is not None:
+                    return function, args
         return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unbound:

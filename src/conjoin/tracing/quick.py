@@ -3,8 +3,11 @@
 Small models spend most of a call in Python, so here is what Python looks up at each call looked up
 once: source in which the dictionaries and modules of the region have names of their own. What
 PyTorch's own modules do when they are called, look for hooks and then call `forward`, is left out;
-there are none while `holds` and `usual` are true. Dynamo, which would guard each of these names,
-gets the forward as it was traced, and `spelled.py`.
+there are none while `ready` is true. Dynamo, which would guard each of these names, gets the
+forward as it was traced, and `spelled.py`.
+
+All that must hold is one function: in a step of training little of this is in the processor's
+caches, and what is looked at anew takes longer than what is computed.
 """
 
 from __future__ import annotations
@@ -13,13 +16,17 @@ import functools
 import keyword
 import re
 from collections import OrderedDict
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from types import CodeType, FunctionType, MappingProxyType, MethodType
 from typing import Any, cast
 
 import torch
 from torch import nn
+from torch._C import _get_tracing_state
+from torch._C._functorch import maybe_current_level
+from torch.autograd import forward_ad
+from torch.nn.modules import module as nn_module
 
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.view import View
@@ -104,9 +111,12 @@ class Conditions:
     def check(self) -> Callable[[], bool]:
         """A function that tells whether all of it holds."""
         names = Names()
+        return _all_of([*self.facts(names), *_unhooked(self.hooks, names)], names)
+
+    def facts(self, names: Names) -> list[str]:
+        """All but the hooks, as expressions."""
         facts = [
             *(_item(*each, names) for each in self.values),
-            *_unhooked(self.hooks, names),
             *(f"type({names.name(module)}) is {names.name(cls)}" for module, cls in self.kinds),
             *(_attribute(*each, names) for each in self.classes),
             *(f"(*{names.name(mapping)},) == {held!r}" for mapping, held in self.children),
@@ -114,7 +124,7 @@ class Conditions:
         ]
         if self.contents:
             facts.append(f"{names.name(self.contents_hold)}()")
-        return _all_of(facts, names)
+        return facts
 
     def contents_hold(self) -> bool:
         """Whether the containers hold what they did."""
@@ -158,9 +168,9 @@ def _same(expression: str, value: Any, names: Names) -> str:
     return f"{expression} is {value!r}" if known else f"{expression} is {names.name(value)}"
 
 
-def _unhooked(hooks: tuple[dict[int, Any], ...], names: Names) -> Iterator[str]:
-    if hooks:
-        yield f"not any({names.name(hooks)})"
+def _unhooked(hooks: Iterable[dict[int, Any]], names: Names) -> Iterator[str]:
+    if found := tuple({id(each): each for each in hooks}.values()):
+        yield f"not any({names.name(found)})"
 
 
 @dataclass(frozen=True, slots=True)
@@ -181,8 +191,14 @@ class Written:
     restores: bool
     stored: tuple[tuple[str, str], ...]
 
-    def bound(self, region: nn.Module) -> tuple[Callable[..., Any], Callable[[], bool]]:
-        """The forward for the modules of a region, and what tells that they are called as usual."""
+    def bound(
+        self, region: nn.Module, conditions: Conditions
+    ) -> tuple[Callable[..., Any], Callable[[], bool]]:
+        """The forward for the modules of a region, and what tells that it may run as it is.
+
+        That is where the conditions hold, nothing stands between a call of a module and its
+        forward, and nobody follows what is computed.
+        """
         names = Names(self.globals)
         ways: dict[str, set[str]] = {}
         for found in CALLS.finditer(self.source):
@@ -204,7 +220,8 @@ class Written:
         source = UNFLATTENED.sub(rf"{UNFLATTEN}(\1, \2)", source)
         function = names.define(source, "forward")
         function = restoring_mode(function) if self.restores else function
-        return storing(function, self.stored) if self.stored else function, _usual(modules)
+        function = storing(function, self.stored) if self.stored else function
+        return function, _ready(conditions, [*dict.fromkeys(modules)])
 
 
 def restoring_mode(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -251,20 +268,39 @@ def _called(module: nn.Module) -> Callable[..., Any]:
     return MethodType(forward, module) if plain and type(forward) is FunctionType else module
 
 
-def _usual(modules: Iterable[nn.Module]) -> Callable[[], bool]:
-    """A function that tells whether nothing stands between a call of a module and its forward."""
+def _ready(conditions: Conditions, called: Sequence[nn.Module]) -> Callable[[], bool]:
+    """A function that tells whether all holds that a forward takes for granted that is bound.
+
+    Args:
+        conditions: what was traced under.
+        called: the modules that it calls, or whose forwards.
+    """
     names = Names()
-    hooks: list[dict[int, Any]] = []
-    facts = [f"{names.name(nn.Module)}.__call__ is {names.name(MODULE_CALL)}"]
-    for module in dict.fromkeys(modules):
-        own = vars(module)
-        hooks += [own[kind] for kind in CALL_HOOKS]
-        facts += [
-            f"type({names.name(module)}) is {names.name(type(module))}",
-            f"'forward' not in {names.name(own)}",
-        ]
-        if type(module) is Wide:
-            held = names.name(own["_parameters"])
-            facts.append(f"{names.name(own)}['_parameters'] is {held}")
-            facts += [f"{name!r} in {held}" for name in own["_parameters"]]
-    return _all_of([*_unhooked(tuple(hooks), names), *facts], names)
+    hooks = [vars(module)[kind] for module in called for kind in CALL_HOOKS]
+    facts = [
+        *_alone(names),
+        *_unhooked((*conditions.hooks, *hooks), names),
+        *conditions.facts(names),
+        f"{names.name(nn.Module)}.__call__ is {names.name(MODULE_CALL)}",
+        *(fact for module in called for fact in _usual(module, names)),
+    ]
+    return _all_of(facts, names)
+
+
+def _alone(names: Names) -> Iterator[str]:
+    """That no transform, no record of TorchScript and no hook of all modules follows a call."""
+    yield f"{names.name(maybe_current_level)}() is None"
+    yield f"{names.name(forward_ad)}._current_level < 0"
+    yield f"{names.name(_get_tracing_state)}() is None"
+    yield f"not {names.name(nn_module._has_any_global_hook)}()"
+
+
+def _usual(module: nn.Module, names: Names) -> Iterator[str]:
+    """That nothing stands between a call of a module and its forward, beside hooks."""
+    own = vars(module)
+    yield f"type({names.name(module)}) is {names.name(type(module))}"
+    yield f"'forward' not in {names.name(own)}"
+    if type(module) is Wide:
+        held = names.name(own["_parameters"])
+        yield f"{names.name(own)}['_parameters'] is {held}"
+        yield from (f"{name!r} in {held}" for name in own["_parameters"])
