@@ -71,7 +71,8 @@ class Variant:
         if compiling:
             if not (self.spelled(region) and self.conditions.contents_hold()):
                 return None
-            return self.traced.function
+            trains = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+            return self.traced.risen if trains else self.traced.function
         if self.holds is None:
             self.holds = self.conditions.check()
         if not self.holds():
