@@ -10,10 +10,10 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import torch
-from torch import Tensor, nn
+from torch import Tensor, is_grad_enabled, nn
 from torch._C import _get_tracing_state
-from torch.nn.modules import module as nn_module
+from torch.compiler import is_compiling, is_exporting
+from torch.nn.modules.module import _has_any_global_hook
 
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.lockstep import in_transform
@@ -71,7 +71,7 @@ class Variant:
         if compiling:
             if not (self.spelled(region) and self.conditions.contents_hold()):
                 return None
-            trains = torch.is_grad_enabled() and not torch.compiler.is_exporting()
+            trains = is_grad_enabled() and not is_exporting()
             return self.traced.risen if trains else self.traced.function
         if self.holds is None:
             self.holds = self.conditions.check()
@@ -119,9 +119,9 @@ class Plan:
                 return None
             structure, args = found
         variants = self.variants.get(structure)
-        if variants is None or nn_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        if variants is None or _has_any_global_hook():  # type: ignore[no-untyped-call]
             return None
-        compiling = torch.compiler.is_compiling()
+        compiling = is_compiling()
         if not compiling and in_transform():
             return None
         for variant in variants:
