@@ -311,22 +311,40 @@ def test_nothing_is_said_where_optimize_would_gain_nothing():
         compiled_by(model, Inner("eager"))(torch.randn(64, 2048))
 
 
-def test_no_recompilation_that_the_plain_model_would_not_have():
-    model = Attention().double()
-    x = torch.randn(2, 5, 8).double()
-    seen = []
-    for each in (model, optimized(model, (x,))):
-        torch.compiler.reset()
-        inner = Inner("eager")
-        compiled = compiled_by(each, inner)
+def graphs_made(model, x, backend, dynamic):
+    """How many graphs are compiled for other batches, in both modes, with gradients and without."""
+    torch.compiler.reset()
+    inner = Inner("eager")
+    if backend == "conjoin":
+        compiled = compiled_by(model, inner, dynamic=dynamic)
+    else:
+        compiled = torch.compile(model, backend=inner, dynamic=dynamic)
+    for mode in (True, False, True):
+        compiled(x)
         with torch.no_grad():
-            for batch in (2, 3, 4):
-                compiled(torch.randn(batch, 5, 8).double())
-        for mode in (True, False):
-            each.train(mode)
             compiled(x)
-        seen.append(len(inner.graphs))
-    assert seen[0] == seen[1]
+        model.train(mode)
+    for batch in (3, 4):
+        compiled(x.repeat(batch, *(1 for _ in x.shape[1:])))
+    for trains in (False, True):
+        for parameter in model.parameters():
+            parameter.requires_grad_(trains)
+        compiled(x)
+    return len(inner.graphs)
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [("attention", None), ("attention", True), ("pyramid", None), ("pyramid", False)],
+)
+def test_no_recompilation_that_the_plain_model_would_not_have(name, dynamic):
+    make, shape = {"attention": (Attention, (2, 5, 8)), "pyramid": (Pyramid, (2, 8))}[name]
+    model = make().double()
+    x = torch.randn(shape).double()
+    fused = optimized(model, (x,))
+    expected = graphs_made(model, x, "plain", dynamic)
+    assert graphs_made(fused, x, "conjoin", dynamic) == expected
+    assert graphs_made(fused, x, "plain", dynamic) == expected
 
 
 def test_stock_inductor_runs_the_pass_and_its_cache_knows_it():
