@@ -12,7 +12,7 @@ from typing import Any
 
 from torch import Tensor, is_grad_enabled, nn
 from torch._C import _get_tracing_state
-from torch.compiler import is_compiling, is_exporting
+from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from conjoin.graph.hazards import CALL_HOOKS
@@ -71,7 +71,8 @@ class Variant:
         if compiling:
             if not (self.spelled(region) and self.conditions.contents_hold()):
                 return None
-            trains = is_grad_enabled() and not is_exporting()
+            # Not where `torch.export` runs it, whose program is not for training.
+            trains = is_grad_enabled() and is_dynamo_compiling()
             return self.traced.risen if trains else self.traced.function
         if self.holds is None:
             self.holds = self.conditions.check()
