@@ -6,8 +6,12 @@ import warnings
 import pytest
 import torch
 from equivalence import assert_close, gradients, tensors
+from functorch.compile import make_boxed_func
 from torch import nn
+from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
+from torch._inductor.compile_fx import partition_fn
+from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
 
 import conjoin
@@ -210,7 +214,11 @@ class Changed(nn.Module):
         return y, self.b(x)
 
 
-@pytest.mark.parametrize("between", [lambda x: x.mul_(2), lambda x: None], ids=["mul", "nothing"])
+@pytest.mark.parametrize(
+    "between",
+    [lambda x: x.mul_(2), lambda x: x.to(x.dtype).mul_(2), lambda x: None],
+    ids=["mul", "converted", "nothing"],
+)
 def test_nothing_moves_past_a_change(between):
     model = Changed().double()
     x = torch.randn(3, 4).double()
@@ -303,22 +311,40 @@ def test_nothing_is_said_where_optimize_would_gain_nothing():
         compiled_by(model, Inner("eager"))(torch.randn(64, 2048))
 
 
-def test_no_recompilation_that_the_plain_model_would_not_have():
-    model = Attention().double()
-    x = torch.randn(2, 5, 8).double()
-    seen = []
-    for each in (model, optimized(model, (x,))):
-        torch.compiler.reset()
-        inner = Inner("eager")
-        compiled = compiled_by(each, inner)
+def graphs_made(model, x, backend, dynamic):
+    """How many graphs are compiled for other batches, in both modes, with gradients and without."""
+    torch.compiler.reset()
+    inner = Inner("eager")
+    if backend == "conjoin":
+        compiled = compiled_by(model, inner, dynamic=dynamic)
+    else:
+        compiled = torch.compile(model, backend=inner, dynamic=dynamic)
+    for mode in (True, False, True):
+        compiled(x)
         with torch.no_grad():
-            for batch in (2, 3, 4):
-                compiled(torch.randn(batch, 5, 8).double())
-        for mode in (True, False):
-            each.train(mode)
             compiled(x)
-        seen.append(len(inner.graphs))
-    assert seen[0] == seen[1]
+        model.train(mode)
+    for batch in (3, 4):
+        compiled(x.repeat(batch, *(1 for _ in x.shape[1:])))
+    for trains in (False, True):
+        for parameter in model.parameters():
+            parameter.requires_grad_(trains)
+        compiled(x)
+    return len(inner.graphs)
+
+
+@pytest.mark.parametrize(
+    ("name", "dynamic"),
+    [("attention", None), ("attention", True), ("pyramid", None), ("pyramid", False)],
+)
+def test_no_recompilation_that_the_plain_model_would_not_have(name, dynamic):
+    make, shape = {"attention": (Attention, (2, 5, 8)), "pyramid": (Pyramid, (2, 8))}[name]
+    model = make().double()
+    x = torch.randn(shape).double()
+    fused = optimized(model, (x,))
+    expected = graphs_made(model, x, "plain", dynamic)
+    assert graphs_made(fused, x, "conjoin", dynamic) == expected
+    assert graphs_made(fused, x, "plain", dynamic) == expected
 
 
 def test_stock_inductor_runs_the_pass_and_its_cache_knows_it():
@@ -362,6 +388,86 @@ def test_inputs_that_lie_in_one_memory_on_a_later_call_only():
         compiled(x.clone(), other)
         ours, theirs = x.clone(), x.clone()
         assert_same_outputs(compiled(ours, ours.view(3, 4)), model(theirs, theirs.view(3, 4)))
+
+
+class Converted(nn.Module):
+    """A sibling reads the same tensor as the other, by way of a conversion."""
+
+    def __init__(self, convert):
+        super().__init__()
+        self.a, self.b, self.convert = nn.Linear(4, 3), nn.Linear(4, 5), convert
+
+    def forward(self, x):
+        if x.dim() > 9:
+            raise ValueError
+        h = x.sin()
+        return self.a(h), self.b(self.convert(h))
+
+
+@pytest.mark.parametrize(
+    ("convert", "left"),
+    [
+        (lambda h: h.to(torch.float64), 1),
+        (lambda h: h.to(h.device, h.dtype), 1),
+        (lambda h: h.type_as(h.cos()), 1),
+        (lambda h: h.double(), 1),
+        (lambda h: h.to(torch.float64, copy=True), 2),
+        (lambda h: h.to(torch.float32).to(torch.float64), 2),
+    ],
+    ids="dtype device type_as double copy rounded".split(),
+)
+def test_a_conversion_that_changes_nothing_hides_no_sibling(convert, left):
+    model = Converted(convert).double()
+    fused = copy.deepcopy(model)
+    fuse(conjoin.layers.kind_of(fused.a), [fused.a, fused.b], fused)
+    inner = Inner()
+    compiled = compiled_by(fused, inner)
+    for batch in (3, 5):
+        assert_same_steps(model, fused, compiled, (torch.randn(batch, 4).double(),))
+    assert {*inner.products} == {left}
+
+
+class Pyramid(nn.Module):
+    """Two branches whose second layers are a stack, and two whose second layers are unlike."""
+
+    def __init__(self):
+        super().__init__()
+        widths = (6, 6, 5, 4)
+        self.first = nn.ModuleList(nn.Linear(8, width) for width in widths)
+        self.second = nn.ModuleList(nn.Linear(width, width) for width in widths)
+
+    def forward(self, x):
+        return [
+            second(F.relu(first(x))) for first, second in zip(self.first, self.second, strict=True)
+        ]
+
+
+def kept_for_backward(model, x):
+    """The types and sizes that a step of training keeps, as Inductor divides it."""
+    kept = []
+
+    def forward(graph_module, inputs):
+        (output,) = graph_module.graph.find_nodes(op="output")
+        made = [each for each in output.args[0] if each.op.startswith("call")]
+        kept.extend(each.meta["val"] for each in made)
+        return make_boxed_func(graph_module.forward)
+
+    backend = aot_autograd(
+        fw_compiler=forward,
+        bw_compiler=lambda graph_module, inputs: make_boxed_func(graph_module.forward),
+        partition_fn=partition_fn,
+        decompositions=select_decomp_table(),
+    )
+    torch.compile(model, backend=backend)(x)
+    return kept
+
+
+def test_a_step_of_training_keeps_nothing_twice():
+    model = Pyramid()
+    x = torch.randn(3, 8)
+    plain, ours = (kept_for_backward(each, x) for each in (model, optimized(model, (x,))))
+    assert {each.dtype for each in ours} == {torch.float32}, "no masks"
+    assert sum(t.numel() for t in ours) <= sum(t.numel() for t in plain)
 
 
 class Called(nn.Module):

@@ -21,6 +21,8 @@ MODELS = (
     "bert",
     "llama",
     "unet",
+    "stable_diffusion3",
+    "flux",
     "rec_mmoe",
     "rec_ple",
     "policy_actor_critic",

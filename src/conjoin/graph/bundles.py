@@ -308,10 +308,22 @@ def side_by_side(graph: fx.Graph, stack: fx.Node) -> fx.Node:
     return graph.call_method("flatten", (inside, -2))
 
 
+STACKING = ("unflatten", "movedim")
+"""The methods that make a stack of what lies side by side, in turn."""
+
+
 def stacked(graph: fx.Graph, whole: fx.Node, count: int) -> fx.Node:
     """Parts that lie side by side (..., n * c) as a stack (n, ..., c), at the insert point."""
     inside = graph.call_method("unflatten", (whole, -1, (count, -1)))
     return graph.call_method("movedim", (inside, -2, 0))
+
+
+def stacked_from(stack: fx.Node) -> list[fx.Node]:
+    """The nodes that make a stack of what lies side by side, if that is what a node is."""
+    inside = stack.args[0] if stack.target == "movedim" and stack.args[1:] == (-2, 0) else None
+    if not isinstance(inside, fx.Node) or inside.target != "unflatten" or inside.args[1] != -1:
+        return []
+    return [inside, stack] if len(inside.users) == len(stack.users) == 1 else []
 
 
 def rejoined(whole: Tensor, sizes: Sequence[int], along: int, dim: int) -> Tensor:

@@ -10,9 +10,9 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-from torch import Tensor, nn
-from torch.compiler import is_compiling
-from torch.nn.modules import module as nn_module
+from torch import Tensor, is_grad_enabled, nn
+from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.nn.modules.module import _has_any_global_hook
 
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.lockstep import in_transform
@@ -67,14 +67,17 @@ class Variant:
 
     def compiled(self, region: nn.Module) -> Callable[..., Any] | None:
         """The new forward for Dynamo; None where something makes it another function."""
-        holds = self.spelled(region) and self.conditions.contents_hold()
-        return self.traced.function if holds else None
+        if not (self.spelled(region) and self.conditions.contents_hold()):
+            return None
+        # Not where `torch.export` runs it, whose program is not for training.
+        trains = is_grad_enabled() and is_dynamo_compiling()
+        return self.traced.risen if trains else self.traced.function
 
     def function(self, region: nn.Module) -> Callable[..., Any] | None:
         """The new forward; None where something has happened that makes it another function."""
         if self.quick is not None and self.quick[1]():
             return self.quick[0]
-        if in_transform() or nn_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        if in_transform() or _has_any_global_hook():  # type: ignore[no-untyped-call]
             return None
         if self.holds is None:
             self.holds = self.conditions.check()
@@ -125,7 +128,7 @@ class Plan:
         if variants is None:
             return None
         compiling = is_compiling()
-        if compiling and nn_module._has_any_global_hook():  # type: ignore[no-untyped-call]
+        if compiling and _has_any_global_hook():  # type: ignore[no-untyped-call]
             return None
         for variant in variants:
             if variant.fits(args):

@@ -26,7 +26,7 @@ from typing import Any
 from torch import fx, nn
 
 from conjoin import merging
-from conjoin.graph import channelwise, edit, elementwise, hazards, products
+from conjoin.graph import channelwise, edit, elementwise, hazards, products, rising
 from conjoin.graph.bundles import CARRIED
 from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.layers.view import View
@@ -63,6 +63,7 @@ class Traced:
 
     Attributes:
         function: the new forward, called with the region and the tensors of a call.
+        risen: the same, for compilers of steps of training; see `rising.py`.
         written: its source.
         structure: the structure of the calls that it was traced for.
         modes: paths of modules, and their `training`.
@@ -86,6 +87,7 @@ class Traced:
     """
 
     function: Callable[..., Any]
+    risen: Callable[..., Any]
     written: Written
     structure: Structure
     modes: tuple[tuple[str, bool], ...]
@@ -152,8 +154,12 @@ def trace(
             asked.update(sandbox.modes)
         return None
     merging.tell(graph_module)
+    function, written = compiled(graph_module.graph, tuple(sandbox.stored))
+    risen = rising.rise(graph_module.graph, edit.called_modules(graph_module))
     return Traced(
-        *compiled(graph_module.graph, tuple(sandbox.stored)),
+        function,
+        compiled(graph_module.graph, tuple(sandbox.stored))[0] if risen else function,
+        written,
         structure,
         tuple(sandbox.modes.items()),
         tuple(sandbox.places),
