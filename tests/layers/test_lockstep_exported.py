@@ -171,6 +171,64 @@ def test_modules_that_have_another_name_too(linear):
     assert_same(program, plain, torch.randn(5, 4, dtype=torch.float64))
 
 
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+@pytest.mark.parametrize("part", ["layers.1", "some"])
+@pytest.mark.parametrize("kind", EVERY_KIND.values(), ids=EVERY_KIND)
+def test_a_part_of_the_model_that_holds_some_siblings(kind, part, strict):
+    plain, x = kind.family((2, 3, 2)), kind.input()
+    plain.some = nn.Sequential(plain.layers[1])
+    model = fused(plain)
+    program = export(model.get_submodule(part), (x,), strict=strict)
+    assert_same(program, plain.get_submodule(part), x)
+    for each in (conjoin.optimize(program), program.run_decompositions()):
+        assert_same(each, plain.get_submodule(part), x)
+
+
+class Branches(nn.Module):
+    """Branches with norms, and a number among the arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (
+            nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+            for _ in range(3)
+        )
+
+    def forward(self, x, scale=1.0):
+        return self.one(x).sin(), self.two(x).cos() * scale, self.three(x).exp()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("given", [{}, {"scale": 3.0}], ids=["default", "given"])
+def test_rewritten_forwards(given, training):
+    plain = Branches().double().train(training)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    model = conjoin.optimize(plain, (x,), example_kwargs=given, policy="always")
+    program = export(
+        model, (x,), given, dynamic_shapes={"x": {0: Dim.DYNAMIC}, **dict.fromkeys(given)}
+    )
+    called = [str(node.target) for node in program.graph.nodes]
+    products = [t for t in called if t.startswith(("aten.linear", "aten.baddbmm", "aten.bmm"))]
+    assert len(products) == 2
+    assert called.count("aten.batch_norm.default") == (3 if training else 1)
+    rows = torch.randn(5, 4, dtype=torch.float64)
+    found = copy.deepcopy(program).module()(rows, **given)
+    assert_close(dict(enumerate(found)), dict(enumerate(copy.deepcopy(plain)(rows, **given))))
+
+
+def test_norms_whose_buffers_are_not_the_wide_layers():
+    plain = Branches().double().eval()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    model = conjoin.optimize(plain, (x,), policy="always")
+    for each in (plain, model):
+        each.two[1].running_mean = torch.arange(4.0).double()
+        each.three[1].running_var.data = torch.arange(1.0, 5.0).double()
+    assert_same(export(model, (x,)), plain, x)
+    for each in (plain, model):
+        each.two[1].train()
+    assert_same(export(model, (x,)), copy.deepcopy(plain), x)
+
+
 class Choice(nn.Module):
     """Calls a sibling in a branch that is a graph of its own."""
 

@@ -747,3 +747,71 @@ def test_a_report_of_a_program_looks_for_the_kinds_that_it_is_given() -> None:
     convolutions = tuple(kind for kind in conjoin.KINDS if "Conv" in kind.name)
     assert conjoin.report(program).groups
     assert not conjoin.report(program, kinds=convolutions).groups
+
+
+class Normed(nn.Module):
+    """Branches with norms, which `strict=True` exports without counters in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = (
+            nn.Sequential(nn.Conv2d(3, n, 1), nn.BatchNorm2d(n), nn.ReLU()) for n in (4, 5)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return torch.cat([self.a(x), self.b(x)], 1) * 2
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+def test_strict_programs(training: bool) -> None:
+    model = Normed().double().train(training)
+    inputs = [(torch.randn(n, 3, 4, 4, dtype=torch.float64),) for n in BATCHES]
+    program = exported(model, *inputs[0], strict=True)
+    fused = conjoin.optimize(program)
+    targets = [str(node.target) for node in fused.graph.nodes]
+    assert [t for t in targets if "conv" in t or "norm" in t] == [
+        "aten.conv2d.default",
+        "aten.batch_norm.default",
+    ]
+    assert_to_and_fro(program, fused, inputs)
+    plain = file_of(conjoin.unfuse(file_of(fused)))
+    known = [node.meta.get("source_fn_stack") for node in file_of(program).graph.nodes]
+    assert any(known)
+    assert [node.meta.get("source_fn_stack") for node in plain.graph.nodes] == known
+
+
+def test_parameters_that_are_tied_in_a_file_stay_tied() -> None:
+    model = Heads().double().eval()
+    program = file_of(exported(model, torch.randn(4, 8, dtype=torch.float64)))
+    fused = conjoin.optimize(program)
+    for each in (fused, file_of(fused), conjoin.unfuse(fused), conjoin.unfuse(file_of(fused))):
+        stem, tied, other = (each.state_dict[f"{n}.weight"] for n in ("stem", "tied", "other"))
+        assert stem.data_ptr() == tied.data_ptr() != other.data_ptr()
+        assert stem.data_ptr() != program.state_dict["stem.weight"].data_ptr()
+
+
+class Reshaping(nn.Module):
+    """Attention that reshapes what the views of a slice are, too."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k, self.v = (nn.Linear(8, 8) for _ in range(3))
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        batch, length, _ = x.shape
+        q, k, v = (
+            layer(x).reshape(batch, length, 2, 4).permute(0, 2, 1, 3)
+            for layer in (self.q, self.k, self.v)
+        )
+        return (q @ k.transpose(-1, -2)).softmax(-1) @ v
+
+
+def test_no_copies_of_what_can_be_reshaped_as_it_lies() -> None:
+    model, inputs = Reshaping().double(), [(torch.randn(n, 5, 8).double(),) for n in BATCHES]
+    program = exported(model, *inputs[0])
+    fused = conjoin.optimize(program)
+    assert "aten.clone" not in str(fused.graph)
+    assert len(fused.state_dict) == 2
+    before, after = (count(_Unmoded(each), inputs[0]) for each in (program, fused))
+    assert before.copies == after.copies
+    assert_to_and_fro(program, fused, inputs)

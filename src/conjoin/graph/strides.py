@@ -34,6 +34,9 @@ STRIDE_METHODS = RANDOM_FILLS | frozenset(
 )
 """Methods whose result depends on the strides, also in whether it shares memory."""
 
+VIEWS = frozenset("view _unsafe_view reshape flatten".split())
+"""Those that share memory wherever the shapes alone let them."""
+
 
 def followed(
     graph: fx.Graph, moved: Mapping[fx.Node, Tensor], modules: Mapping[str, nn.Module]
@@ -162,9 +165,9 @@ def _cuts_behind(node: fx.Node, view: fx.Node, dim: int) -> bool:
     What lies along that one and behind it lies together, also in a slice.
     """
     before, after = node.meta.get(VALUE), view.meta.get(VALUE)
-    if hazards.called(view) != "view" or not (
-        isinstance(before, Tensor) and isinstance(after, Tensor)
-    ):
+    if hazards.called(view) not in VIEWS:
+        return False
+    if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
         return False
     front = before.dim() + dim
     kept = [str(size) for size in before.shape[:front]] == [str(n) for n in after.shape[:front]]
@@ -178,7 +181,7 @@ def _moves_front(node: fx.Node, view: fx.Node) -> bool:
     they can be counted in any way.
     """
     before, after = node.meta.get(VALUE), view.meta.get(VALUE)
-    if hazards.called(view) not in ("view", "_unsafe_view"):
+    if hazards.called(view) not in VIEWS:
         return False
     if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
         return False
