@@ -216,6 +216,30 @@ def test_rewritten_forwards(given, training):
     assert_close(dict(enumerate(found)), dict(enumerate(copy.deepcopy(plain)(rows, **given))))
 
 
+class Experts(nn.Module):
+    """Equal branches, whose second layers run as one product of a stack."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.ModuleList(nn.Linear(4, 6) for _ in range(3))
+        self.second = nn.ModuleList(nn.Linear(6, 2) for _ in range(3))
+
+    def forward(self, x):
+        each = zip(self.first, self.second, strict=True)
+        return [second(first(x).relu()) for first, second in each]
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+def test_stacks_are_not_bound_to_a_batch(strict):
+    plain, x = Experts().double(), torch.randn(3, 4, dtype=torch.float64)
+    model = conjoin.optimize(plain, (x,), policy="always")
+    batch = Dim("batch", min=1, max=64)
+    program = export(model, (x,), dynamic_shapes=({0: batch},), strict=strict)
+    assert len(program.state_dict) == 4
+    for rows in (1, 5, 64):
+        assert_same(program, plain, torch.randn(rows, 4, dtype=torch.float64))
+
+
 def test_norms_whose_buffers_are_not_the_wide_layers():
     plain = Branches().double().eval()
     x = torch.randn(3, 4, dtype=torch.float64)
