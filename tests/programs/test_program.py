@@ -815,3 +815,26 @@ def test_no_copies_of_what_can_be_reshaped_as_it_lies() -> None:
     before, after = (count(_Unmoded(each), inputs[0]) for each in (program, fused))
     assert before.copies == after.copies
     assert_to_and_fro(program, fused, inputs)
+
+
+class Choosing(nn.Module):
+    """Takes another way where its input is large, which a program does not."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 5)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        x = x * 2 if x.numel() < 80 else x
+        return self.a(x).sin(), self.b(x).cos()
+
+
+def test_what_inputs_must_be_is_asked_as_before() -> None:
+    program = file_of(export(Choosing(), (torch.randn(4, 4),), dynamic_shapes=({0: Dim.AUTO},)))
+    assert program._guards_code
+    fused = conjoin.optimize(program)
+    assert len(fused.state_dict) == 2
+    for each in (program, fused, file_of(fused), conjoin.unfuse(file_of(fused))):
+        assert each._guards_code == program._guards_code
+        with pytest.raises(AssertionError, match="Guard failed"):
+            each.module()(torch.randn(25, 4))

@@ -184,7 +184,7 @@ def _built(
     if custom:
         root.meta[CUSTOM] = dict(custom)
     state, constants = _tensors_of_its_own(state, program.constants)
-    return ExportedProgram(
+    made = ExportedProgram(
         root=root,
         graph=graph,
         graph_signature=ExportGraphSignature(
@@ -198,6 +198,9 @@ def _built(
         constants=constants,
         verifiers=program.verifiers,
     )
+    # What inputs must be beside the ranges; of a program from a file, nothing else tells.
+    made._guards_code = [*program._guards_code]
+    return made
 
 
 def _tensors_of_its_own(
