@@ -202,6 +202,8 @@ class Lowering:
         """Computes the value of a node anew that reads what lies in another way than it did."""
         before = [fakes.layout(each.meta.get(VALUE)) for each in origin.all_input_nodes]
         after = [fakes.layout(each.meta.get(VALUE)) for each in node.all_input_nodes]
+        if before != after and node.op == "output":
+            raise LoweringError(self._behind(node), "an output would lie in memory in another way")
         simple = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
         if before == after or not simple or "unbacked_bindings" in node.meta:
             return
