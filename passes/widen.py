@@ -101,15 +101,8 @@ def _merge_siblings(
             readers[node] = input
     if len({*readers.values()}) == len(readers):
         return
-    sites: list[Site] = []
-    strided: dict[str, str] = {}
-    escapes = merger.escapes(graph_module)
-    for node, input in readers.items():
-        sites.append(Site(str(node.target), input, epochs[node]))
-        kind = kind_of(modules[str(node.target)], merger.kinds)
-        dim = None if kind is None else kind.output_dim
-        if why := strides.reads_strides(node, modules, escapes=escapes, dim=dim):
-            strided[str(node.target)] = why
+    sites = [Site(str(node.target), input, epochs[node]) for node, input in readers.items()]
+    strided = _strided(graph_module, modules, readers, merger)
     called = {site.layer: modules[site.layer] for site in sites}
     seen = Sightings(tuple(sites), strided, shapes=merger.shapes(called))
     found = [*among(called, merger.shared(called), seen, merger.kinds)]
@@ -118,6 +111,36 @@ def _merge_siblings(
         if candidate.refusal is None and not _waits(candidate, columns, merger):
             layers = [modules[name] for name in candidate.layers]
             merger.wide(candidate.kind, layers, contiguous=candidate.contiguous, together=True)
+
+
+def _strided(
+    graph_module: fx.GraphModule,
+    modules: Mapping[str, nn.Module],
+    readers: Mapping[fx.Node, fx.Node],
+    merger: Merger,
+) -> dict[str, str]:
+    """What reads the strides of layers' outputs, by the layers' names.
+
+    Args:
+        graph_module: the graph.
+        modules: the modules that it calls, by target.
+        readers: the calls of the layers, and what they read.
+        merger: what would merge them.
+    """
+    found: dict[fx.Node, str] = {}
+    dims: dict[fx.Node, dict[fx.Node, int]] = {}
+    escapes = merger.escapes(graph_module)
+    for node, input in readers.items():
+        kind = kind_of(modules[str(node.target)], merger.kinds)
+        dim = None if kind is None else kind.output_dim
+        if why := strides.reads_strides(node, modules, escapes=escapes, dim=dim):
+            found[node] = why
+            if dim is not None:
+                dims.setdefault(input, {})[node] = dim
+    for siblings in dims.values():
+        if strides.unnoticed(graph_module.graph, siblings, modules):
+            found = {node: why for node, why in found.items() if node not in siblings}
+    return {str(node.target): why for node, why in found.items()}
 
 
 def _waits(candidate: Candidate, columns: int, merger: Merger) -> bool:

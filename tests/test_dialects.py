@@ -4,9 +4,11 @@ import inspect
 
 import pytest
 import torch
-from dialects import CASES, CELLS, DIALECTS, Graph, Outcome
+from dialects import CASES, CELLS, DIALECTS, Graph, Layers, Outcome, Repeated, Towers, model_of, x
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.utils import _pytree as pytree
 
+import conjoin
 from conjoin import passes
 
 
@@ -37,6 +39,16 @@ def test_a_cell(name: str, dialect: str, lift: bool) -> None:
     for found, wanted in zip(values(graph), expected, strict=True):
         torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
     assert module.code == module.graph.python_code("self").src
+
+
+@pytest.mark.parametrize(("model", "products"), [(Repeated, 1), (Towers, 2)])
+def test_what_is_optimized_before_make_fx(model: type[Layers], products: int) -> None:
+    plain = model_of(model)
+    graph = make_fx(conjoin.optimize(plain, (x(),), policy="always"))(x())
+    made = [node for node in graph.graph.nodes if "mm" in str(node.target)]
+    assert len(made) == products
+    found, wanted = map(pytree.tree_leaves, (graph(x()), plain(x())))
+    torch.testing.assert_close(found, wanted, rtol=1e-9, atol=1e-9)
 
 
 def test_the_table_is_whole() -> None:

@@ -20,6 +20,12 @@ def test_of_an_error_of_onnx_the_cause_is_quoted():
     assert quote(error) == "TypeError: no such operator"
 
 
+def test_of_a_long_line_the_first_sentence_is_quoted():
+    text = f"The file is damaged. {'It may be that it was not written to the end. ' * 9}"
+    assert quote(RuntimeError(text)) == "RuntimeError: The file is damaged."
+    assert quote(RuntimeError("Bad. Very bad.")) == "RuntimeError: Bad. Very bad."
+
+
 def test_nothing_is_logged_of_inputs_that_do_not_fit(caplog):
     with caplog.at_level(logging.DEBUG), pytest.raises(ValueError, match="does not run"):
         conjoin.optimize(nn.Sequential(nn.Linear(4, 4)), (torch.randn(3, 3),))

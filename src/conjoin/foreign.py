@@ -9,8 +9,11 @@ from collections.abc import Iterator
 from contextlib import ExitStack, contextmanager, redirect_stderr, redirect_stdout
 from io import StringIO
 
-# A foreign exception's text is quoted up to here: enough to recognise it, one line to read.
+# A foreign exception's text is quoted up to here: enough to recognise it, one line to read. Of what
+# is longer, only the first sentence.
 MAX_QUOTE = 300
+
+SENTENCE_ENDS = re.compile(r"(?<=[.!?])\s+(?=[A-Z])")
 
 COLOURS = re.compile(r"\x1b\[[0-9;]*m")
 
@@ -40,7 +43,10 @@ def quote(error: BaseException) -> str:
         return quote(error.__cause__)  # The error itself only tells which step failed.
     text = COLOURS.sub("", str(error))
     lines = [line.strip() for line in text.splitlines() if line.strip()]
-    return f"{type(error).__name__}: {lines[0][:MAX_QUOTE]}" if lines else type(error).__name__
+    if not lines:
+        return type(error).__name__
+    said = lines[0] if len(lines[0]) <= MAX_QUOTE else SENTENCE_ENDS.split(lines[0])[0]
+    return f"{type(error).__name__}: {said[:MAX_QUOTE]}"
 
 
 @contextmanager

@@ -81,10 +81,36 @@ def test_one_product_for_every_kind_and_its_gradients(kind):
     assert_close(gradients(model), gradients(plain), "gradient of")
 
 
-def test_groups_are_not_bound_to_a_size():
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+def test_groups_are_not_bound_to_a_size(strict):
     plain = case(nn.Conv2d, 4, (2, 4, 5, 6), kernel_size=3, groups=2).family((4, 4))
-    program = exported(fused(plain), torch.randn(2, 4, 5, 6, dtype=torch.float64))
-    assert_same(program, plain, torch.randn(3, 4, 5, 6, dtype=torch.float64))
+    x, some = torch.randn(2, 4, 5, 6, dtype=torch.float64), Dim.DYNAMIC
+    shapes = ({0: some, 2: some, 3: some},)
+    program = export(fused(plain), (x,), dynamic_shapes=shapes, strict=strict)
+    assert products(program) == (2 if strict else 1)
+    for sizes in ((3, 4, 5, 6), (2, 4, 90, 90)):
+        assert_same(program, plain, torch.randn(sizes, dtype=torch.float64))
+
+
+class Grouped(nn.Module):
+    """Siblings with groups, whose wide layer a rewritten forward calls."""
+
+    def __init__(self):
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.layers = nn.ModuleList(nn.Conv2d(8, 8, 3, groups=2) for _ in range(3))
+
+    def forward(self, x):
+        x = self.stem(x).relu()
+        return [layer(x).sin() for layer in self.layers]
+
+
+def test_groups_in_rewritten_forwards():
+    plain, x = Grouped().double(), torch.randn(2, 3, 5, 6, dtype=torch.float64)
+    model = conjoin.optimize(plain, (x,))
+    program = exported(model, x)
+    assert products(program) == 2
+    assert_same(program, plain, torch.randn(3, 3, 5, 6, dtype=torch.float64))
 
 
 def test_dynamo_reads_views_as_ever(linear):
@@ -169,6 +195,95 @@ def test_modules_that_have_another_name_too(linear):
     program = exported(model, torch.randn(3, 4, dtype=torch.float64))
     assert products(program) == 1
     assert_same(program, plain, torch.randn(5, 4, dtype=torch.float64))
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+@pytest.mark.parametrize("part", ["layers.1", "some"])
+@pytest.mark.parametrize("name", ["Linear", "Conv2d", "ConvTranspose1d", "Embedding"])
+def test_a_part_of_the_model_that_holds_some_siblings(name, part, strict):
+    kind = EVERY_KIND[name]
+    plain, x = kind.family((2, 3, 2)), kind.input()
+    plain.some = nn.Sequential(plain.layers[1])
+    model = fused(plain)
+    program = export(model.get_submodule(part), (x,), strict=strict)
+    assert_same(program, plain.get_submodule(part), x)
+    made = {
+        tuple(n.meta["val"].shape)
+        for n in program.graph.nodes
+        if str(n.target).startswith(PRODUCTS)
+    }
+    assert made == {tuple(plain.layers[1](x).shape)}  # Nothing of the others is computed.
+    for each in (conjoin.optimize(program), program.run_decompositions()):
+        assert_same(each, plain.get_submodule(part), x)
+
+
+class Branches(nn.Module):
+    """Branches with norms, and a number among the arguments."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.two, self.three = (
+            nn.Sequential(nn.Linear(4, 4), nn.BatchNorm1d(4), nn.ReLU(), nn.Linear(4, 2))
+            for _ in range(3)
+        )
+
+    def forward(self, x, scale=1.0):
+        return self.one(x).sin(), self.two(x).cos() * scale, self.three(x).exp()
+
+
+@pytest.mark.parametrize("training", [True, False], ids=["training", "evaluation"])
+@pytest.mark.parametrize("given", [{}, {"scale": 3.0}], ids=["default", "given"])
+def test_rewritten_forwards(given, training):
+    plain = Branches().double().train(training)
+    x = torch.randn(3, 4, dtype=torch.float64)
+    model = conjoin.optimize(plain, (x,), example_kwargs=given, policy="always")
+    program = export(
+        model, (x,), given, dynamic_shapes={"x": {0: Dim.DYNAMIC}, **dict.fromkeys(given)}
+    )
+    called = [str(node.target) for node in program.graph.nodes]
+    products = [t for t in called if t.startswith(("aten.linear", "aten.baddbmm", "aten.bmm"))]
+    assert len(products) == 2
+    assert called.count("aten.batch_norm.default") == (3 if training else 1)
+    rows = torch.randn(5, 4, dtype=torch.float64)
+    found = copy.deepcopy(program).module()(rows, **given)
+    assert_close(dict(enumerate(found)), dict(enumerate(copy.deepcopy(plain)(rows, **given))))
+
+
+class Experts(nn.Module):
+    """Equal branches, whose second layers run as one product of a stack."""
+
+    def __init__(self):
+        super().__init__()
+        self.first = nn.ModuleList(nn.Linear(4, 6) for _ in range(3))
+        self.second = nn.ModuleList(nn.Linear(6, 2) for _ in range(3))
+
+    def forward(self, x):
+        each = zip(self.first, self.second, strict=True)
+        return [second(first(x).relu()) for first, second in each]
+
+
+@pytest.mark.parametrize("strict", [False, True], ids=["not strict", "strict"])
+def test_stacks_are_not_bound_to_a_batch(strict):
+    plain, x = Experts().double(), torch.randn(3, 4, dtype=torch.float64)
+    model = conjoin.optimize(plain, (x,), policy="always")
+    batch = Dim("batch", min=1, max=64)
+    program = export(model, (x,), dynamic_shapes=({0: batch},), strict=strict)
+    assert len(program.state_dict) == 4
+    for rows in (1, 5, 64):
+        assert_same(program, plain, torch.randn(rows, 4, dtype=torch.float64))
+
+
+def test_norms_whose_buffers_are_not_the_wide_layers():
+    plain = Branches().double().eval()
+    x = torch.randn(3, 4, dtype=torch.float64)
+    model = conjoin.optimize(plain, (x,), policy="always")
+    for each in (plain, model):
+        each.two[1].running_mean = torch.arange(4.0).double()
+        each.three[1].running_var.data = torch.arange(1.0, 5.0).double()
+    assert_same(export(model, (x,)), plain, x)
+    for each in (plain, model):
+        each.two[1].train()
+    assert_same(export(model, (x,)), copy.deepcopy(plain), x)
 
 
 class Choice(nn.Module):

@@ -25,7 +25,7 @@ TRUST = "give --trust-pickle if you trust where it came from"
 # Keys whose strings become names in generated source.
 _NAMES = frozenset({"name", "as_name", "forward_arg_names"})
 # Keys whose strings are only stored, compared or quoted: never part of generated source.
-_TEXTS = frozenset({"metadata", "as_string", "as_strings", "guards_code", "torch_version"})
+_TEXTS = frozenset({"metadata", "as_string", "as_strings", "torch_version"})
 # Keys whose strings are JSON again (the structure of the inputs and outputs).
 _NESTED = frozenset({"in_spec", "out_spec", "context"})
 _OPERATORS = ("torch.ops.", "_operator.", "math.", "torch.sym_")
@@ -48,6 +48,13 @@ _SYMPY_NODES = (
     ast.UnaryOp,
     ast.USub,
 )
+_GUARD_NODES = (
+    *(ast.Expression, ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Compare, ast.boolop, ast.cmpop),
+    *(ast.Not, ast.USub, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod),
+    *(ast.Subscript, ast.Attribute, ast.Call, ast.Name, ast.Constant, ast.Load),
+)
+# What such a comparison asks of an input, which it finds in `L` by its name, or at an attribute.
+_ASKED = frozenset({"size", "stride", "storage_offset"})
 
 
 def device() -> str | None:
@@ -116,6 +123,8 @@ def _check_strings(source: str, key: str, value: object) -> None:
 def _check_string(source: str, key: str, text: str) -> None:
     if key == "expr_str":
         _require(source, text, _is_plain_expression(text))
+    elif key == "guards_code":
+        _require(source, text, _is_plain_guard(text))
     elif key in _NAMES:
         _require(source, text, not text or text.isidentifier())
     elif key == "target":
@@ -136,11 +145,31 @@ def _require(source: str, text: str, sound: bool) -> None:
 
 def _is_plain_expression(text: str) -> bool:
     """Is this what `sympy.srepr` writes for a size: constructors of numbers and symbols only?"""
+    nodes = _parsed(text)
+    return bool(nodes) and all(isinstance(n, _SYMPY_NODES) and _is_plain_node(n) for n in nodes)
+
+
+def _is_plain_guard(text: str) -> bool:
+    """Does this only compare sizes of inputs: `L['x'].size()[0] + 1 <= 64`?"""
+    nodes = _parsed(text)
+    return bool(nodes) and all(isinstance(n, _GUARD_NODES) and _is_plain_part(n) for n in nodes)
+
+
+def _is_plain_part(node: ast.AST) -> bool:
+    if isinstance(node, ast.Call):
+        asks = isinstance(node.func, ast.Attribute) and node.func.attr in _ASKED
+        return asks and not node.args and not node.keywords
+    if isinstance(node, ast.Attribute):
+        return not node.attr.startswith("_")
+    return not isinstance(node, ast.Name) or node.id == "L"
+
+
+def _parsed(text: str) -> list[ast.AST]:
+    """The nodes of an expression; none where it is none."""
     try:
-        nodes = list(ast.walk(ast.parse(text, mode="eval")))
+        return list(ast.walk(ast.parse(text, mode="eval")))
     except (SyntaxError, ValueError, MemoryError, RecursionError):
-        return False
-    return all(isinstance(node, _SYMPY_NODES) and _is_plain_node(node) for node in nodes)
+        return []
 
 
 def _is_plain_node(node: ast.AST) -> bool:

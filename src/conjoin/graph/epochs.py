@@ -42,6 +42,14 @@ ALLOCATING: frozenset[Any] = frozenset(
 """Functions whose result is a tensor with memory of its own, or no tensor."""
 
 
+CREATING = frozenset(
+    "clone lift_fresh_copy zeros ones full empty arange zeros_like ones_like full_like empty_like "
+    "new_zeros new_ones new_full new_empty".split()
+)
+"""Methods, functions and ATen operations that do so as well: `torch.tensor(1.0)` is exported as a
+copy of a constant, which is detached in place."""
+
+
 class Epochs(dict[fx.Node, int]):
     """The epochs of nodes, found when the first is asked for.
 
@@ -119,7 +127,8 @@ def _is_fresh(node: fx.Node, fresh: set[fx.Node], modules: Mapping[str, nn.Modul
         return False
     if called(node) in SPLITS:
         return own
-    return node in fresh or node.target in ALLOCATING
+    known = node.op == "call_method" or of_torch(node.target)
+    return node in fresh or node.target in ALLOCATING or (known and called(node) in CREATING)
 
 
 def _parts_of_their_own(split: fx.Node) -> set[fx.Node]:

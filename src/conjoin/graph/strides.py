@@ -2,10 +2,10 @@
 
     y = f(x)        becomes        y' = f(x'),  x' of the values of x, but a slice of a wide tensor
 
-Dynamo's graphs tell of each value how it lies, so that can be tried out on fake tensors, which have
-no memory. Mostly it comes to an end soon: `q.view(...).transpose(1, 2)` of a slice is a view as
-well, and attention gives of it what it gives of a tensor of its own. Where nothing tells how values
-lie, it is the names of operations that say what reads their strides.
+Graphs of Dynamo and of programs tell of each value how it lies, so that can be tried out on fake
+tensors, which have no memory. Mostly it comes to an end soon: `q.view(...).transpose(1, 2)` of a
+slice is a view as well, and attention gives of it what it gives of a tensor of its own. Where
+nothing tells how values lie, it is the names of operations that say what reads their strides.
 """
 
 from __future__ import annotations
@@ -14,6 +14,7 @@ import contextlib
 from collections.abc import Mapping
 from typing import Any
 
+import torch
 from torch import Tensor, fx, nn
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
@@ -33,6 +34,9 @@ STRIDE_METHODS = RANDOM_FILLS | frozenset(
     "ravel contiguous as_strided_ resize_ resize_as_ set_".split()
 )
 """Methods whose result depends on the strides, also in whether it shares memory."""
+
+VIEWS = frozenset("view _unsafe_view reshape flatten".split())
+"""Those that share memory wherever the shapes alone let them."""
 
 
 def followed(
@@ -60,14 +64,44 @@ def followed(
         if node.op == "call_function" and not hazards.of_torch(node.target):
             return None
         value = _computed(node, found)
-        if value is None or not _is_alike(value, node.meta[EXAMPLE]):
+        if value is None or not _is_alike(value, _held(node)):
             return None
         shared = _aliases(value, found, inputs)
-        if shared != _aliases(node.meta[EXAMPLE], {}, inputs):
+        if shared != _aliases(_held(node), {}, inputs):
             return None
-        if any(shared) or _layout(value) != _layout(node.meta[EXAMPLE]):
+        if any(shared) or _layout(value) != _layout(_held(node)):
             found[node] = value
     return found
+
+
+def unnoticed(
+    graph: fx.Graph, dims: Mapping[fx.Node, int], modules: Mapping[str, nn.Module]
+) -> bool:
+    """Whether nobody could tell values from slices of larger ones, as far as is known.
+
+    Args:
+        graph: the graph.
+        dims: for some nodes the dimension along which the values are to be slices.
+        modules: the modules that the graph calls, by target.
+    """
+    moved: dict[fx.Node, Tensor] = {}
+    for node, dim in dims.items():
+        value = _held(node)
+        if not isinstance(value, FakeTensor) or value.dim() + dim < 0:
+            return False
+        with quietly(value), torch.no_grad():
+            if not value.is_contiguous():
+                return False
+            shape, width = [*value.shape], value.shape[dim]
+            shape[dim] = 3 * width
+            moved[node] = value.new_empty(shape).narrow(dim, width, width)
+    with quietly(next(iter(moved.values()))), torch.no_grad():
+        return followed(graph, moved, modules) is not None
+
+
+def _held(node: fx.Node) -> Any:
+    """The value of a node; None where the graph does not tell."""
+    return node.meta.get(EXAMPLE, node.meta.get(VALUE))
 
 
 def quietly(value: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -83,11 +117,9 @@ def quietly(value: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _computed(node: fx.Node, found: Mapping[fx.Node, Any]) -> Any:
     """What a node gives for the values as they lie now; None where that is not known."""
-    if EXAMPLE not in node.meta or any(EXAMPLE not in n.meta for n in node.all_input_nodes):
+    if any(_held(each) is None for each in (node, *node.all_input_nodes)):
         return None
-    args, kwargs = map_arg(
-        (node.args, node.kwargs), lambda input: found.get(input, input.meta[EXAMPLE])
-    )
+    args, kwargs = map_arg((node.args, node.kwargs), lambda input: found.get(input, _held(input)))
     try:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -117,7 +149,7 @@ def _aliases(value: Any, found: Mapping[fx.Node, Any], inputs: list[fx.Node]) ->
     held = {
         tensor.untyped_storage()._cdata
         for input in inputs
-        for tensor in _tensors(found.get(input, input.meta[EXAMPLE]))
+        for tensor in _tensors(found.get(input, _held(input)))
     }
     return [tensor.untyped_storage()._cdata in held for tensor in _tensors(value)]
 
@@ -162,9 +194,9 @@ def _cuts_behind(node: fx.Node, view: fx.Node, dim: int) -> bool:
     What lies along that one and behind it lies together, also in a slice.
     """
     before, after = node.meta.get(VALUE), view.meta.get(VALUE)
-    if hazards.called(view) != "view" or not (
-        isinstance(before, Tensor) and isinstance(after, Tensor)
-    ):
+    if hazards.called(view) not in VIEWS:
+        return False
+    if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
         return False
     front = before.dim() + dim
     kept = [str(size) for size in before.shape[:front]] == [str(n) for n in after.shape[:front]]
@@ -178,7 +210,7 @@ def _moves_front(node: fx.Node, view: fx.Node) -> bool:
     they can be counted in any way.
     """
     before, after = node.meta.get(VALUE), view.meta.get(VALUE)
-    if hazards.called(view) not in ("view", "_unsafe_view"):
+    if hazards.called(view) not in VIEWS:
         return False
     if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
         return False

@@ -43,6 +43,7 @@ from torch.nn import functional as F
 
 from conjoin.layers.checks import Verdict
 from conjoin.layers.kind import Kind, memory_format
+from conjoin.layers.lockstep import runs_python
 from conjoin.legality import Reason
 
 if TYPE_CHECKING:
@@ -68,6 +69,12 @@ def _for_each(setting: Any, dimensions: int) -> Any:
     return (setting,) * dimensions
 
 
+def _elements(input: Tensor) -> int:
+    """How many elements a tensor has; in an export for any size, one of the example's size."""
+    number: Any = input.numel()
+    return int(number.node.hint or 0) if isinstance(number, torch.SymInt) else number
+
+
 class _Convolution(Kind):
     """What all convolutions have in common."""
 
@@ -91,7 +98,7 @@ class _Convolution(Kind):
             return True
         if input is None or input.dim() < -self.output_dim or wide.channels_last:
             return False
-        small = input.numel() * len(wide.widths) <= REPEATED
+        small = _elements(input) * len(wide.widths) <= REPEATED
         return small and memory_format(input) != "channels_last"
 
 
@@ -153,7 +160,7 @@ class _Conv(_Convolution):
         if number == 1 or not _grouped(wide.settings["groups"]):
             return self._convolve(wide, input, wide.weight, self.biases(wide), 1)
         # A graph is compiled for many sizes, and is not to be guarded by one of them.
-        if not torch.compiler.is_compiling() and self.pays(wide, input):
+        if runs_python() and self.pays(wide, input):
             return self.apart(wide, repeated(input, self.output_dim, number))
         return torch.cat([*self._one_by_one(wide, input)], self.output_dim)
 

@@ -90,7 +90,8 @@ def unstack(stack: Tensor, count: int) -> Sequence[Tensor]:
     if has_torch_function_unary(stack):  # A graph that is traced again keeps the call.
         return handle_torch_function(unstack, (stack,), stack, count)
     number = stack.numel()
-    sized = not isinstance(number, torch.SymInt)  # As it is in an export, and may be 0.
+    # In an export the sizes are symbols, which may be 0, also where Dynamo says that they are not.
+    sized = not (isinstance(number, torch.SymInt) or torch.compiler.is_exporting())
     if sized and number and stack.dim() > 1 and stack.is_contiguous():
         # Not an operation for each.
         return torch.unsafe_split(stack.flatten(0, 1), stack.shape[1], 0)

@@ -181,7 +181,8 @@ class Kind(ABC):
 
         Args:
             wide: the wide layer.
-            input: what the siblings read; None for whether it pays whatever that is.
+            input: what the siblings read; None for whether it pays whatever that is. Where a
+                program is exported for many sizes, they are symbols, and to compare one fixes it.
         """
         return True
 

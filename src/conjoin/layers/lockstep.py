@@ -114,8 +114,7 @@ def take(wide: Wide, index: int, input: Any) -> Tensor | None:
     exported = runs is not _thread.runs
     if isinstance(wide, _AttrProxy):  # Stands for it where a module of the model has two names.
         wide = cast(Any, wide).get_base()
-    # A graph is exported for many sizes, and is not to be guarded by one of them.
-    if wide.varies and (exported or not wide.kind.pays(wide, input)):
+    if wide.varies and not wide.kind.pays(wide, input):
         return None
     source: Tensor = input
     steps: tuple[Step, ...] = ()
@@ -154,6 +153,8 @@ def _start(
 ) -> Tensor | None:
     runs, key = place
     exported = runs is not _thread.runs
+    if exported and not _exports_all(wide):
+        return None
     try:
         # In an exported graph every operation counts, and a run may hold its input.
         alias = read[0] if exported else _alias(*read)
@@ -227,6 +228,12 @@ def exporting() -> Any:
         return None
     mode = get_proxy_mode()
     return None if mode is None else mode.tracer
+
+
+def _exports_all(wide: Wide) -> bool:
+    """Whether what is exported holds all siblings: the others' parts would be computed in vain."""
+    root = getattr(exporting(), "scope_root", None)
+    return root is None or wide.is_enclosed({*root.modules()})
 
 
 def _borders() -> int:

@@ -8,6 +8,7 @@ from typing import Any, cast
 import torch
 from torch import Tensor, nn
 from torch.utils import _pytree as pytree
+from torch.utils._python_dispatch import _disable_current_modes
 
 from conjoin.layers.releasing import take_out
 from conjoin.layers.wide import Sibling
@@ -47,7 +48,7 @@ class Part(Tensor):
     @classmethod
     def of(cls, view: Sibling, name: str) -> Part:
         """The part of a view, on the graph of the wide layer's parameter in any mode."""
-        with torch.inference_mode(False), torch.enable_grad():
+        with torch.inference_mode(False), torch.enable_grad(), _disable_current_modes():
             part = cast(Tensor, view.slice_of(name)).as_subclass(cls)
         part.conjoin_view, part.conjoin_name = view, name
         part.conjoin_whole = part.whole()

@@ -15,6 +15,7 @@ import torch
 from torch import Tensor, nn
 
 from conjoin.layers.kind import Kind
+from conjoin.layers.lockstep import runs_python
 
 
 class Lender(nn.Module):
@@ -103,6 +104,7 @@ class Lender(nn.Module):
         compiling = torch.compiler.is_compiling()
         if not self.running or (not compiling and self._is_as_noted()):
             return {}
+        exporting = compiling and runs_python()
         places = {} if compiling else {name: _place(whole) for name, whole in self.running.items()}
         known: dict[int, nn.Module] = {}
         in_step = True
@@ -114,7 +116,10 @@ class Lender(nn.Module):
             in_step &= view.training is self.training
             buffers = view._buffers
             for name, held in self._lent[index].items():
-                in_step &= buffers.get(name) is held
+                if exporting:  # Which has others stand in for the buffers, to be joined anew.
+                    in_step &= not self.training and _is_like(buffers.get(name), held)
+                else:
+                    in_step &= buffers.get(name) is held
                 # Where a buffer lies Dynamo does not know; see `borrowed`.
                 in_step &= compiling or held.untyped_storage()._cdata == places[name]
         if in_step and not compiling:
@@ -147,11 +152,17 @@ class Lender(nn.Module):
         """The running buffers for one call of all siblings, which `hand_back` ends.
 
         In a compiled graph they are joined of the siblings' own: Dynamo guards which tensor a
-        sibling holds, but not whether somebody has given it other memory by `.data =`.
+        sibling holds, but not whether somebody has given it other memory by `.data =`. So they are
+        in an exported one, whose buffers are the siblings'.
         """
         if not torch.compiler.is_compiling():
             return self.running
-        return {name: _row([held[name] for held in self._lent]) for name in self.running}
+        held = self._lent
+        if runs_python():
+            views = [self.known[index]() for index in range(len(self.widths))]
+            held = [view._buffers for view in views if view is not None]  # type: ignore[misc]
+        names = (n for n in self.running if self.training or n not in self.kind.counters)
+        return {name: _row([each[name] for each in held]) for name in names}
 
     def hand_back(self, running: dict[str, Tensor]) -> None:
         """Gives the siblings what a call has made of the running buffers that it borrowed."""
@@ -170,6 +181,10 @@ class Lender(nn.Module):
     def converted_running(self, view: nn.Module, index: int) -> dict[str, Tensor]:
         """The buffers for a sibling after a conversion; none where it had replaced one."""
         return self._lent[index] if _holds(view, self._lent_before[index]) else {}
+
+
+def _is_like(tensor: Tensor | None, other: Tensor) -> bool:
+    return tensor is not None and tensor.shape == other.shape and tensor.dtype == other.dtype
 
 
 def _place(tensor: Tensor) -> int:

@@ -129,7 +129,13 @@ class View(Sibling):
     def named_parameters(
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
-        """This sibling's own; the wide layer's are yielded by a module that holds siblings."""
+        """This sibling's own; the wide layer's are yielded by a module that holds siblings.
+
+        With duplicates, these are yielded here too, as `torch.export` wants: a slice is no leaf.
+        """
+        if not remove_duplicate:
+            yield from super().named_parameters(prefix, recurse, remove_duplicate)
+            return
         dot = f"{prefix}." if prefix else ""
         # All at once: what is done to the first may make this a plain layer.
         own = [(dot + name, part) for name in TENSORS if (part := self._part(name)) is not None]
@@ -147,17 +153,20 @@ class View(Sibling):
         """The wide layer among them; where not all siblings are listed, the view's own part.
 
         With duplicates, the wide layer is listed below its first view only: `functional_call`
-        restores a parameter that it meets at two names to what it put there.
+        restores a parameter that it meets at two names to what it put there. `torch.export` knows
+        it by that name.
         """
         memo = set() if memo is None else memo
-        apart = remove_duplicate and not self.wide_layer.is_enclosed(memo)
+        apart = remove_duplicate and not torch.compiler.is_compiling()
+        apart = apart and not self.wide_layer.is_enclosed(memo)
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
             if not isinstance(module, Wide):
                 yield name, module
             elif apart:
                 memo.discard(module)  # The next of its views has its own part.
                 yield name, Own(self)
-            elif remove_duplicate or self.conjoin_leads:
+            else:
+                memo.add(module)
                 yield name, module
 
     def named_children(self) -> Iterator[tuple[str, nn.Module]]:

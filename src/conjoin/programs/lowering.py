@@ -202,6 +202,8 @@ class Lowering:
         """Computes the value of a node anew that reads what lies in another way than it did."""
         before = [fakes.layout(each.meta.get(VALUE)) for each in origin.all_input_nodes]
         after = [fakes.layout(each.meta.get(VALUE)) for each in node.all_input_nodes]
+        if before != after and node.op == "output":
+            raise LoweringError(self._behind(node), "an output would lie in memory in another way")
         simple = isinstance(node.target, torch._ops.OpOverload) or node.target is operator.getitem
         if before == after or not simple or "unbacked_bindings" in node.meta:
             return
@@ -246,7 +248,9 @@ class Lowering:
         module = self._raised.module.get_submodule(str(node.target))
         if isinstance(module, Wide):
             named = {each.name: each.whole for each in self._slices.values() if each.wide is module}
-            tensors = {name: self.wholes[whole] for name, whole in named.items()}
+            # A program without a counter that nothing reads may still have it in its state.
+            there = {n: whole for n, whole in named.items() if whole in self.wholes}
+            tensors = {name: self.wholes[whole] for name, whole in there.items()}
             bare = copy.copy(module)
             return lambda args, kwargs, held: _with(bare, held)(*args, **kwargs), tensors
         names = [name for name, _ in (*module.named_parameters(), *module.named_buffers())]
@@ -381,7 +385,7 @@ def _with(wide: Wide, tensors: Mapping[str, Any]) -> Wide:
     for name in TENSORS:
         wide.__dict__[name] = tensors.get(name)
     wide._zeros, wide.constants = None, ()
-    wide.running = {name: tensors[name] for name in wide.running}
+    wide.running = {name: tensors[name] for name in wide.running if name in tensors}
     wide._lent = wide._cut(wide.running)
     return wide
 

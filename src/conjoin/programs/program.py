@@ -10,10 +10,12 @@ from __future__ import annotations
 import copy
 import dataclasses
 import warnings
+from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from typing import Any, TypeVar
 
-from torch import Tensor, fx
+import torch
+from torch import Tensor, fx, nn
 from torch.export import ExportedProgram
 from torch.export.graph_signature import (
     ExportGraphSignature,
@@ -181,9 +183,8 @@ def _built(
     root.meta = {key: value for key, value in program.graph_module.meta.items() if key != CUSTOM}
     if custom:
         root.meta[CUSTOM] = dict(custom)
-    # At once, so that tensors that are tied or share memory still do.
-    state, constants = duplicate((dict(state), dict(program.constants)))
-    return ExportedProgram(
+    state, constants = _tensors_of_its_own(state, program.constants)
+    made = ExportedProgram(
         root=root,
         graph=graph,
         graph_signature=ExportGraphSignature(
@@ -197,6 +198,26 @@ def _built(
         constants=constants,
         verifiers=program.verifiers,
     )
+    # What inputs must be beside the ranges; of a program from a file, nothing else tells.
+    made._guards_code = [*program._guards_code]
+    return made
+
+
+def _tensors_of_its_own(
+    state: Mapping[str, Any], constants: Mapping[str, Any]
+) -> tuple[dict[str, Any], dict[str, Any]]:
+    """Copies, of which those are tied or share memory whose originals do."""
+    held = {id(t): t for t in (*state.values(), *constants.values()) if isinstance(t, Tensor)}
+    strided = [tensor for tensor in held.values() if tensor.layout is torch.strided]
+    users = Counter(tensor.untyped_storage()._cdata for tensor in strided)
+    known: dict[int, Any] = {}
+    for tensor in strided:
+        # As in a file's program, where one Parameter became several on the same memory.
+        if type(tensor) is nn.Parameter and users[tensor.untyped_storage()._cdata] > 1:
+            values = copy.deepcopy(tensor.data, known)
+            known[id(tensor)] = nn.Parameter(values, tensor.requires_grad)
+    with unremarked():
+        return copy.deepcopy((dict(state), dict(constants)), known)
 
 
 def _output(spec: OutputSpec, value: object) -> OutputSpec:

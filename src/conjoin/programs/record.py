@@ -31,7 +31,7 @@ from conjoin.programs.raised import aliases, held
 RECORD = "conjoin"
 """The entry of the graph's custom metadata that holds the record."""
 
-KNOWN = ("stack_trace", "nn_module_stack", "torch_fn", "custom")
+KNOWN = ("stack_trace", "nn_module_stack", "source_fn_stack", "torch_fn", "custom")
 """What the record keeps of what is known of a node."""
 
 TYPES = (torch.dtype, torch.device, torch.layout, torch.memory_format)
@@ -116,7 +116,7 @@ def _place(tensor: Tensor) -> tuple[list[int], list[int], int]:
 def _node(node: fx.Node, spec: InputSpec | None) -> dict[str, Any]:
     """A node that was taken out."""
     known = {key: node.meta[key] for key in KNOWN if key in node.meta}
-    meta = json.loads(json.dumps(known, default=_class_name))
+    meta = json.loads(json.dumps(known, default=_qualified_name))
     if node.op == "placeholder":
         assert spec is not None  # no other inputs are taken out
         return {
@@ -124,6 +124,7 @@ def _node(node: fx.Node, spec: InputSpec | None) -> dict[str, Any]:
             "kind": spec.kind.name,
             "target": spec.target,
             "persistent": spec.persistent,
+            "parameter": isinstance(node.meta.get(VALUE), nn.Parameter),
             "meta": meta,
         }
     return {
@@ -135,8 +136,9 @@ def _node(node: fx.Node, spec: InputSpec | None) -> dict[str, Any]:
     }
 
 
-def _class_name(value: Any) -> str:
-    return f"{value.__module__}.{value.__qualname__}"
+def _qualified_name(value: Any) -> str:
+    name = value.__qualname__ if isinstance(value, type) else value.__name__
+    return f"{value.__module__}.{name}"
 
 
 def _target(node: fx.Node) -> str:
@@ -270,7 +272,9 @@ class Restoration:
         name, target = node["name"], node["target"]
         made = self._nodes[name] = self.graph.placeholder(name)
         made.meta = _known(node["meta"])
-        made.meta[VALUE] = fakes.faked(self._mode, self.tensors[self._also.get(target, target)])
+        value = fakes.faked(self._mode, self.tensors[self._also.get(target, target)])
+        is_parameter = node.get("parameter")  # As `strict=True` has it.
+        made.meta[VALUE] = nn.Parameter(value, value.requires_grad) if is_parameter else value
         kind = InputKind[node["kind"]]
         spec = InputSpec(kind, TensorArgument(name), target, node["persistent"])
         self.specs.append(spec)
@@ -292,7 +296,18 @@ def _known(meta: Mapping[str, Any]) -> dict[str, Any]:
         known["torch_fn"] = tuple(known["torch_fn"])
     if "nn_module_stack" in known:
         known["nn_module_stack"] = {k: tuple(v) for k, v in known["nn_module_stack"].items()}
+    if "source_fn_stack" in known:
+        known["source_fn_stack"] = [(k, _source(name)) for k, name in known["source_fn_stack"]]
     return known
+
+
+def _source(name: str) -> Any:
+    """The class or function of a name, as `torch.export.load` finds it; the name where none is."""
+    module, _, path = name.partition(".")
+    found: Any = {"torch": torch, "_operator": operator}.get(module)
+    for part in path.split(".") if path else ():
+        found = getattr(found, part, None)
+    return name if found is None else found
 
 
 def originals(record: Mapping[str, Any], held: Mapping[str, Tensor]) -> dict[str, Tensor]:

@@ -15,7 +15,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from conjoin.layers.lockstep import PLAIN_TENSORS
+from conjoin.layers.lockstep import PLAIN_TENSORS, runs_python
 
 Structure = int | tuple[Any, ...]
 """The number of tensors, or the structure of the arguments and that of the keyword arguments."""
@@ -90,7 +90,7 @@ def _of(value: Any, tensors: list[Tensor]) -> Any:
     if is_plain(value):
         tensors.append(value)
         return TENSOR
-    if cls in NUMBERS and torch.compiler.is_compiling():
+    if cls in NUMBERS and not runs_python():
         raise _UnknownError  # Dynamo would compile anew for each.
     if cls is float:
         return cls, value.hex()  # Not the value: 0.0 == -0.0, but no NaN equals itself.
