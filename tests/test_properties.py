@@ -504,7 +504,7 @@ AT_LEAST = {
 
 def test_the_programs_are_worth_running(monkeypatch):
     counted = collections.Counter()
-    count = 100
+    count = 40
 
     @settings(max_examples=count, derandomize=True, database=None, phases=[Phase.generate])
     @given(program=programs())
