@@ -109,6 +109,10 @@ def test_an_exported_program_holds_names_and_no_code(exported: Path, old: str, n
         "math.isnan(L['x'])",
         "9**9**9 > 1",
         "not (",
+        """L['x'].size()[0] != '"+str(__import__("os").mkdir("{}"))+"'""",
+        "L['x'].size()[0] != 'a'",
+        "'%999999999d' % 1 != 1",
+        "b'a' * 99999999999 != 1",
     ],
 )
 def test_guards_of_an_exported_program_do_not_run(

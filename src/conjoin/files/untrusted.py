@@ -150,12 +150,21 @@ def _is_plain_expression(text: str) -> bool:
 
 
 def _is_plain_guard(text: str) -> bool:
-    """Does this only compare sizes of inputs: `L['x'].size()[0] + 1 <= 64`?"""
+    """Does this only compare sizes of inputs: `L['x'].size()[0] + 1 <= 64`?
+
+    Its text is written into a message in source as well, so that no string in it may hold a quote.
+    """
     nodes = _parsed(text)
-    return bool(nodes) and all(isinstance(n, _GUARD_NODES) and _is_plain_part(n) for n in nodes)
+    keys = {id(node.slice) for node in nodes if isinstance(node, ast.Subscript)}
+    return bool(nodes) and all(
+        isinstance(n, _GUARD_NODES) and _is_plain_part(n, id(n) in keys) for n in nodes
+    )
 
 
-def _is_plain_part(node: ast.AST) -> bool:
+def _is_plain_part(node: ast.AST, is_key: bool) -> bool:
+    if isinstance(node, ast.Constant):
+        word = isinstance(node.value, str) and _WORD.fullmatch(node.value) is not None
+        return isinstance(node.value, (int, float)) or (is_key and word)
     if isinstance(node, ast.Call):
         asks = isinstance(node.func, ast.Attribute) and node.func.attr in _ASKED
         return asks and not node.args and not node.keywords
