@@ -12,7 +12,7 @@ from torch.nn.utils import parametrize
 from torch.utils import _pytree as pytree
 
 from conjoin.layers.product import Product
-from conjoin.layers.view import views
+from conjoin.layers.view import Own, views
 
 TOLERANCE = {
     torch.float64: 1e-9,
@@ -113,7 +113,7 @@ def gradients(model: nn.Module) -> dict[str, Tensor | None]:
     wide = {view.wide_layer: view for _, view in views(model)}
     found = {}
     for name, module in model.named_modules(remove_duplicate=False):
-        if module in wide or isinstance(module, Product):  # Its owner lists what it holds.
+        if module in wide or isinstance(module, (Own, Product)):  # Its owner lists what it holds.
             continue
         for key, parameter in module.named_parameters(name, recurse=False):
             found[key] = parameter.grad

@@ -369,13 +369,25 @@ def test_names_of_modules(case, plain):
     """With duplicates, the wide layer is listed below its first view only."""
     layers = list(plain.layers)
     wide = merge(layers, enclosing=plain)
-    for module, first in ((plain, "layers.0.wide"), (plain.layers[1:], "0.wide")):
-        every = [name for name, m in module.named_modules(remove_duplicate=False) if m is wide]
-        assert every == [first]
-        names = [name for name, _ in module.named_parameters(remove_duplicate=False)]
-        assert names == [f"{first}.{name}" for name, _ in wide.named_parameters()]
+    every = [name for name, m in plain.named_modules(remove_duplicate=False) if m is wide]
+    assert every == ["layers.0.wide"]
+    names = [name for name, _ in plain.named_parameters(remove_duplicate=False)]
+    assert names == [f"layers.0.wide.{name}" for name, _ in wide.named_parameters()]
     assert [m for m in plain.modules() if m is wide] == [wide]
     assert [list(layer.named_children()) for layer in layers] == [[], []]
+
+
+@every_kind
+def test_a_part_of_the_model_lists_its_own_parameters(case, plain):
+    model = fused(plain)
+    for of in (lambda m: m.layers[1], lambda m: nn.Sequential(m.layers[0])):
+        once, every = (
+            dict(of(model).named_parameters(remove_duplicate=each)) for each in (True, False)
+        )
+        assert [*every] == [*once]
+        assert all(every[name] is once[name] for name in once)
+        theirs = dict(of(plain).named_parameters())
+        assert [p.shape for p in every.values()] == [p.shape for p in theirs.values()]
 
 
 @every_kind

@@ -230,6 +230,14 @@ def test_inputs_that_do_not_fit(args):
         conjoin.report(model, args)
 
 
+def test_what_the_model_says_of_inputs_ends_with_one_stop():
+    def script(m, x):
+        raise ValueError("Nothing fits.")
+
+    with pytest.raises(ValueError, match=r"Nothing fits\. Pass a tuple"):
+        conjoin.optimize(nn.Sequential(model_of(script)), (X,))
+
+
 def test_keyword_arguments():
     def script(m, x, *, other):
         return m.a(other), m.b(other)

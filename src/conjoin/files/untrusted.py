@@ -48,6 +48,16 @@ _SYMPY_NODES = (
     ast.UnaryOp,
     ast.USub,
 )
+_DIGITS = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d{1,3})?")
+# The calls that are given a word, and nothing else but settings.
+_WORDS = {"Symbol": _WORD, "Float": _DIGITS}
+_NUMBERS = ("Integer", "Rational", "Float")
+_POWERS = frozenset({"Pow", "PowByNatural", "FloatPow", "LShift"})
+MOST_POWER = 64
+"""The largest exponent in a size: larger ones are no sizes, and may take for ever to work out."""
+MOST_DIGITS = 1000
+"""How many digits a number in a size is computed with at most; PyTorch writes 53 bits."""
+
 _GUARD_NODES = (
     *(ast.Expression, ast.BoolOp, ast.UnaryOp, ast.BinOp, ast.Compare, ast.boolop, ast.cmpop),
     *(ast.Not, ast.USub, ast.Add, ast.Sub, ast.Mult, ast.Div, ast.FloorDiv, ast.Mod),
@@ -150,12 +160,21 @@ def _is_plain_expression(text: str) -> bool:
 
 
 def _is_plain_guard(text: str) -> bool:
-    """Does this only compare sizes of inputs: `L['x'].size()[0] + 1 <= 64`?"""
+    """Does this only compare sizes of inputs: `L['x'].size()[0] + 1 <= 64`?
+
+    Its text is written into a message in source as well, so that no string in it may hold a quote.
+    """
     nodes = _parsed(text)
-    return bool(nodes) and all(isinstance(n, _GUARD_NODES) and _is_plain_part(n) for n in nodes)
+    keys = {id(node.slice) for node in nodes if isinstance(node, ast.Subscript)}
+    return bool(nodes) and all(
+        isinstance(n, _GUARD_NODES) and _is_plain_part(n, id(n) in keys) for n in nodes
+    )
 
 
-def _is_plain_part(node: ast.AST) -> bool:
+def _is_plain_part(node: ast.AST, is_key: bool) -> bool:
+    if isinstance(node, ast.Constant):
+        word = isinstance(node.value, str) and _WORD.fullmatch(node.value) is not None
+        return isinstance(node.value, (int, float)) or (is_key and word)
     if isinstance(node, ast.Call):
         asks = isinstance(node.func, ast.Attribute) and node.func.attr in _ASKED
         return asks and not node.args and not node.keywords
@@ -174,9 +193,48 @@ def _parsed(text: str) -> list[ast.AST]:
 
 def _is_plain_node(node: ast.AST) -> bool:
     if isinstance(node, ast.Call):
-        return isinstance(node.func, ast.Name) and bool(_SYMPY_CALLS.fullmatch(node.func.id))
+        named = isinstance(node.func, ast.Name) and _SYMPY_CALLS.fullmatch(node.func.id)
+        return bool(named) and _is_quick_call(node)
     if isinstance(node, ast.Name):
         return not node.id.startswith("_")
-    if isinstance(node, ast.Constant):
-        return not isinstance(node.value, str) or _WORD.fullmatch(node.value) is not None
     return True
+
+
+def _is_quick_call(call: ast.Call) -> bool:
+    """Does this not work out a number that takes for ever: `Pow(Integer(9), Integer(10**9))`?"""
+    name = call.func.id if isinstance(call.func, ast.Name) else ""
+    constants = [each.value for each in call.args if isinstance(each, ast.Constant)]
+    words = [constant for constant in constants if not isinstance(constant, int)]
+    settings = [each.value.value for each in call.keywords if isinstance(each.value, ast.Constant)]
+    if not all(isinstance(setting, int) and setting <= MOST_DIGITS for setting in settings):
+        return False
+    if name in _WORDS:
+        is_word = [isinstance(w, str) and _WORDS[name].fullmatch(w) is not None for w in words]
+        return len(call.args) == 1 and is_word == [True]
+    if words:
+        return False
+    if name in _POWERS:
+        return len(call.args) == 2 and _powers(call.args[0]) <= 1 and _is_small(call.args[1])
+    return True
+
+
+def _is_small(exponent: ast.expr) -> bool:
+    """Is this a symbol or a small number, which is not worked out?"""
+    if not isinstance(exponent, ast.Call) or not isinstance(exponent.func, ast.Name):
+        return False
+    if exponent.func.id == "Symbol":
+        return True
+    numbers = (node.value for node in ast.walk(exponent) if isinstance(node, ast.Constant))
+    return exponent.func.id in _NUMBERS and all(_number(n) <= MOST_POWER for n in numbers)
+
+
+def _number(value: object) -> float:
+    """The number that this is, or whose digits; infinity where it is none."""
+    if isinstance(value, str) and _DIGITS.fullmatch(value):
+        return float(value)
+    return value if isinstance(value, int) else math.inf
+
+
+def _powers(expression: ast.expr) -> int:
+    calls = (node.func for node in ast.walk(expression) if isinstance(node, ast.Call))
+    return sum(isinstance(func, ast.Name) and func.id in _POWERS for func in calls)

@@ -1,18 +1,41 @@
 """Which modules enclose all siblings of a wide layer.
 
 The smallest module that does carries a mark, so that a view that is listed can look whether it has
-been passed on the way.
+been passed on the way, or, where no memo tells that, whose listing is going on.
 """
 
 from __future__ import annotations
 
+import inspect
 from collections.abc import Iterator
 from typing import Any
 
+import torch
 from torch import fx, nn
 
 ENCLOSES = "_conjoin_encloses"
 """The attribute of a module in which it is noted which wide layers' siblings it encloses."""
+
+LISTINGS = frozenset("modules named_modules parameters named_parameters _named_members".split())
+"""The methods by which modules list what is below them, one calling another."""
+
+
+def listing() -> tuple[set[nn.Module], str]:
+    """The modules whose listing is going on, and the name of the module of code that asked for it.
+
+    To be called while a method lists. In compiled code nothing is known of that.
+    """
+    modules: set[nn.Module] = set()
+    if torch.compiler.is_compiling():
+        return modules, ""
+    frame = inspect.currentframe()
+    while frame is not None and frame.f_code.co_name not in LISTINGS:
+        frame = frame.f_back
+    while frame is not None and frame.f_code.co_name in LISTINGS:
+        if isinstance(module := frame.f_locals.get("self"), nn.Module):
+            modules.add(module)
+        frame = frame.f_back
+    return modules, "" if frame is None else str(frame.f_globals.get("__name__"))
 
 
 def mark(module: nn.Module, identity: str) -> None:

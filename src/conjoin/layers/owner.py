@@ -11,7 +11,6 @@ from __future__ import annotations
 
 import contextlib
 import copy
-import inspect
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
@@ -19,6 +18,7 @@ from typing import Any, cast
 from torch import Tensor, fx, nn
 
 from conjoin.layers.checks import tensors
+from conjoin.layers.enclosing import listing
 from conjoin.layers.part import unshared
 from conjoin.layers.product import SUFFIX, Product
 from conjoin.layers.releasing import take_out
@@ -76,10 +76,7 @@ class Owner(nn.Module):
         self, prefix: str = "", recurse: bool = True, remove_duplicate: bool = True
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """As of any module; of this module alone, the parts at their old names and places."""
-        frame = inspect.currentframe()
-        caller = frame.f_back if frame is not None else None
-        distributed = caller is not None and caller.f_globals.get("__name__") == DATA_PARALLEL
-        if recurse or distributed:
+        if recurse or listing()[1] == DATA_PARALLEL:
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
             return
         with _filled(self, {name: lent(self, name) for name, _ in _places(self)}):

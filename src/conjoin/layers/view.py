@@ -14,7 +14,6 @@ holds only some of them, each one's own part, which acts as the Parameter that i
 from __future__ import annotations
 
 import functools
-import inspect
 import operator
 from collections.abc import Callable, Iterator, Mapping
 from typing import Any, cast
@@ -25,6 +24,7 @@ from torch import Tensor, nn
 from conjoin.layers import lockstep, slices
 from conjoin.layers.checks import TENSORS
 from conjoin.layers.conversion import CONVERSION
+from conjoin.layers.enclosing import listing
 from conjoin.layers.lockstep import in_transform
 from conjoin.layers.part import lend, unshared
 from conjoin.layers.releasing import take_out
@@ -131,17 +131,15 @@ class View(Sibling):
     ) -> Iterator[tuple[str, nn.Parameter]]:
         """This sibling's own; the wide layer's are yielded by a module that holds siblings.
 
-        With duplicates, these are yielded here too, as `torch.export` wants: a slice is no leaf.
+        With duplicates, PyTorch gets these here too, as `torch.export` wants: a slice is no leaf.
         """
-        if not remove_duplicate:
+        if not (remove_duplicate or _are_apart()):
             yield from super().named_parameters(prefix, recurse, remove_duplicate)
             return
         dot = f"{prefix}." if prefix else ""
         # All at once: what is done to the first may make this a plain layer.
         own = [(dot + name, part) for name in TENSORS if (part := self._part(name)) is not None]
-        frame = inspect.currentframe()
-        caller = frame.f_back if frame is not None else None
-        if caller is not None and caller.f_globals.get("__name__") == DATA_PARALLEL:
+        if listing()[1] == DATA_PARALLEL:
             own = []  # It goes through all modules, and meets the wide layer's by itself.
         others = super().named_parameters(prefix, recurse, remove_duplicate)
         own += [(name, p) for name, p in others if not name.startswith(f"{dot}{WIDE}.")]
@@ -154,11 +152,13 @@ class View(Sibling):
 
         With duplicates, the wide layer is listed below its first view only: `functional_call`
         restores a parameter that it meets at two names to what it put there. `torch.export` knows
-        it by that name.
+        it by that name, also where not all siblings are listed.
         """
         memo = set() if memo is None else memo
-        apart = remove_duplicate and not torch.compiler.is_compiling()
-        apart = apart and not self.wide_layer.is_enclosed(memo)
+        apart = not torch.compiler.is_compiling() if remove_duplicate else _are_apart()
+        if apart:
+            passed = memo if remove_duplicate else listing()[0]
+            apart = not self.wide_layer.is_enclosed(passed)
         for name, module in super().named_modules(memo, prefix, remove_duplicate):
             if not isinstance(module, Wide):
                 yield name, module
@@ -228,6 +228,14 @@ class View(Sibling):
         replaced = {n: t for n, t in loaded.items() if t is not None and not _within(t, wide, n)}
         if replaced:
             _adopt(self, replaced)
+
+
+def _are_apart() -> bool:
+    """Whether parts are what is asked for in a listing with duplicates: not by PyTorch's own code.
+
+    An optimizer of some siblings is not to change the others.
+    """
+    return not torch.compiler.is_compiling() and not listing()[1].startswith(("torch.", "conjoin."))
 
 
 class Own(nn.Module):

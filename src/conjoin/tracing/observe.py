@@ -96,6 +96,6 @@ def unfit(error: Exception) -> str:
     """What to say of example inputs on which the model raises `error`."""
     return (
         f"the model does not run on the example inputs: {type(error).__name__}: "
-        f"{first_line(error)}. Pass a tuple of the arguments that the model is called with, as "
-        "model(*example_inputs)."
+        f"{first_line(error).removesuffix('.')}. Pass a tuple of the arguments that the model is "
+        "called with, as model(*example_inputs)."
     )
