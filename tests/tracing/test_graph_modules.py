@@ -10,6 +10,7 @@ import pytest
 import torch
 from equivalence import assert_equivalent, assert_same_state
 from torch import fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
@@ -519,6 +520,27 @@ def test_fake_values_are_those_of_the_new_graph() -> None:
             assert (value.shape, value.stride()) == (expected[node.name][0], expected[node.name][3])
             checked += 1
     assert checked > len(called(module))
+
+
+class Scores(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(6, 4), nn.Linear(6, 4)
+
+    def forward(self, x):
+        return self.q(x) @ self.k(x).transpose(1, 2)
+
+
+def test_sizes_that_are_open_stay_open() -> None:
+    module, rows = fx.symbolic_trace(Scores()), torch.randn(5, 3, 6)
+    program = torch.export.export(module, (rows,), dynamic_shapes=({0: torch.export.Dim("rows")},))
+    value = program.graph.find_nodes(op="placeholder")[-1].meta["val"]
+    with enable_python_dispatcher():
+        FakeTensorProp(module, value.fake_mode).propagate_dont_convert_inputs(value)
+    passes.rewrite(module)
+    (wide,) = module.graph.find_nodes(op="call_module")
+    assert wide.meta["val"].shape[1:] == (3, 8)
+    assert value.fake_mode.shape_env.guards == []
 
 
 # Other people's passes

@@ -12,6 +12,7 @@ from collections.abc import Collection, Iterator
 
 import torch
 from torch import fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
@@ -116,7 +117,8 @@ def _recompute(graph_module: fx.GraphModule) -> None:
         return
     try:
         # Buffers are real: what changes one, and reads nothing else, would change it for real.
-        with torch.no_grad(), KeepingTensors(frozenset()):
+        # Without Python's dispatcher, products fix sizes that are open in PyTorch 2.11.
+        with torch.no_grad(), KeepingTensors(frozenset()), enable_python_dispatcher():
             FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
     except Exception:  # noqa: BLE001 - Whatever fake tensors do not carry: the new nodes have none.
         return

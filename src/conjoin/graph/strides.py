@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dispatch.python import enable_python_dispatcher
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
@@ -112,6 +113,7 @@ def quietly(value: Tensor) -> contextlib.AbstractContextManager[Any]:
         held.enter_context(environment.suppress_guards())
     if isinstance(value, FakeTensor):
         held.enter_context(value.fake_mode)
+        held.enter_context(enable_python_dispatcher())  # As Dynamo computes.
     return held
 
 

@@ -15,6 +15,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx
+from torch._dispatch.python import enable_python_dispatcher
 from torch._ops import OpOverload
 from torch._subclasses.fake_tensor import FakeTensor, FakeTensorMode
 from torch.fx.experimental.proxy_tensor import make_fx
@@ -27,6 +28,9 @@ from conjoin.foreign import quieter
 from conjoin.graph.meta import VALUE
 
 aten = torch.ops.aten
+
+OPEN = "it depends on a size that the program leaves open"
+"""What is wrong where something would have to be found out about sizes."""
 
 
 class UnknownSizeError(ValueError):
@@ -60,13 +64,29 @@ def nothing_new(mode: FakeTensorMode) -> Iterator[None]:
         yield
         return
     known = len(env.guards), env.num_deferred_runtime_asserts
-    strict = getattr(env, "error_on_new_guards", contextlib.nullcontext)  # Of PyTorch 2.13.
     # It warns of what is told by the error.
     unlogged = quieter("torch.fx.experimental.symbolic_shapes", logging.ERROR)
-    with strict(), _as_when_exported(env), unlogged:
+    with _refusing(env), _as_when_exported(env), unlogged:
         yield
-    if known != (len(env.guards), env.num_deferred_runtime_asserts):
-        raise UnknownSizeError("it depends on a size that the program leaves open")
+    if known != (len(env.guards), env.num_deferred_runtime_asserts):  # By another way.
+        raise UnknownSizeError(OPEN)
+
+
+@contextlib.contextmanager
+def _refusing(env: ShapeEnv) -> Iterator[None]:
+    """Raises an error before anything is noted, which would count as known from then on.
+
+    What is replaced is asked each time; `ShapeEnv.error_on_new_guards` is not in PyTorch 2.11.
+    """
+
+    def refuse(*_: Any) -> None:
+        raise UnknownSizeError(OPEN)
+
+    vars(env)["_check_frozen"] = refuse
+    try:
+        yield
+    finally:
+        del vars(env)["_check_frozen"]
 
 
 @contextlib.contextmanager
@@ -170,7 +190,8 @@ def _as_exported() -> Iterator[None]:
 def computed(mode: FakeTensorMode, node: fx.Node) -> Any:
     """What an operation gives for the values that its inputs have now."""
     args, kwargs = map_arg((node.args, node.kwargs), _value)
-    with mode, torch.no_grad(), _as_exported():
+    # What C++ makes of products asks for numbers as sizes in PyTorch 2.11; Python's does not.
+    with mode, torch.no_grad(), _as_exported(), enable_python_dispatcher():
         return node.target(*args, **kwargs)  # type: ignore[operator]
 
 

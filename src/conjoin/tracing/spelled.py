@@ -134,21 +134,22 @@ def _at_place(
         yield _item(f"{_module(path)}.__dict__", name, value, constants)
     elif holder_of(at, place) is not None:
         of = _expression(at, (path, tuple(before)), constants)
-        got = f"getattr({of}, {name!r}, {constants.name(MISSING)})"
-        yield _got(got, value, inspect.getattr_static(type(holder), name, MISSING), constants)
+        of_class = inspect.getattr_static(type(holder), name, MISSING)
+        yield _got(of, name, value, of_class, constants)
 
 
-def _got(got: str, value: Any, of_class: Any, constants: _Constants) -> str:
+def _got(of: str, name: str, value: Any, of_class: Any, constants: _Constants) -> str:
     """That an object gives what it held, or what its class has where it held nothing.
 
     To get that is how Dynamo finds out that the object has nothing of its own.
     """
+    if value is MISSING and isinstance(of_class, property):
+        return f"hasattr({of}, {name!r})"  # Not what it gives, which Dynamo may have a symbol for.
+    got = f"getattr({of}, {name!r}, {constants.name(MISSING)})"
     if value is not MISSING or of_class is MISSING:
         return constants.same(got, value)
     if type(of_class) is FunctionType:
         return f"{got}.__func__ is {constants.name(of_class)}"
-    if isinstance(of_class, property):
-        return f"{got} is not {constants.name(MISSING)}"
     return constants.same(got, getattr(of_class, "__func__", of_class))
 
 
