@@ -1469,7 +1469,8 @@ class NoWidth(nn.Module):
 
     def __init__(self):
         super().__init__()
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             self.a, self.b = nn.Linear(6, 0).double(), nn.Linear(6, 5).double()
 
     def forward(self, x):
