@@ -299,7 +299,8 @@ class Watch(TorchFunctionMode):
         if not self._reached or in_transform():
             return []
         given = _read((args, kwargs), {}, every=True)
-        return [_version(each) for each in given if _memory(each) in self._reached]
+        reached = [each for each in given if _memory(each) in self._reached]
+        return [_version(each) for each in reached if self._concerns_a_layer(each)]
 
     def _concerns_a_layer(self, tensor: Tensor) -> bool:
         memory = _memory(tensor)
