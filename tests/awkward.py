@@ -1283,6 +1283,38 @@ class InputChangedThroughNumpy(TwoHeads):
         return y, self.b(x)
 
 
+class InputOnOthersMemory(TwoHeads):
+    """`x.data`, changed through `x`, whose version counter is another"""
+
+    def forward(self, x):
+        x = x * 1
+        inner = x.data
+        y = self.a(inner)
+        x.mul_(2)
+        return y, self.b(inner)
+
+
+class InputGivenOthersMemory(TwoHeads):
+    """`h.data = x`, and a change through `x`"""
+
+    def forward(self, x):
+        x, h = x * 1, x + 1
+        h.data = x
+        y = self.a(h)
+        x += 1
+        return y, self.b(h)
+
+
+class InputChangedByEarlierNumpy(TwoHeads):
+    """A NumPy array on the input's memory that was there before"""
+
+    def forward(self, x):
+        array = x.detach().numpy()
+        y = self.a(x)
+        array *= 2
+        return y, self.b(x)
+
+
 # The layers and their parameters.
 
 
@@ -1469,7 +1501,8 @@ class NoWidth(nn.Module):
 
     def __init__(self):
         super().__init__()
-        with warnings.catch_warnings(action="ignore"):
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")
             self.a, self.b = nn.Linear(6, 0).double(), nn.Linear(6, 5).double()
 
     def forward(self, x):
@@ -2953,6 +2986,9 @@ HAZARDS = (
     Hazard(InputChangedByFunctionClass, UNSEEN, Reason.INPUT_MUTATED),
     Hazard(InputChangedThroughData, UNSEEN, Reason.INPUT_MUTATED),
     Hazard(InputChangedThroughNumpy, UNSEEN, Reason.INPUT_MUTATED),
+    Hazard(InputOnOthersMemory, UNSEEN, Reason.INPUT_MUTATED),
+    Hazard(InputGivenOthersMemory, UNSEEN, Reason.INPUT_MUTATED),
+    Hazard(InputChangedByEarlierNumpy, UNSEEN, Reason.INPUT_MUTATED),
     Hazard(TiedWeight, "the tie is cut", Reason.SHARED_PARAMETER),
     Hazard(SharedMemory, "the tie is cut", Reason.SHARED_PARAMETER),
     Hazard(KeptMemory, "the tensor goes stale", Reason.SHARED_PARAMETER),

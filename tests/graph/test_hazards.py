@@ -237,6 +237,20 @@ def test_a_change_of_a_part_of_the_input():
     assert [found[node] for node in graph.nodes if node.op == "call_module"] == [0, 1]
 
 
+@pytest.mark.parametrize("reached", ["set_", "numpy"])
+def test_changes_that_nobody_sees(reached):
+    """Through the tensor that lent its memory, and through what is not a tensor."""
+    graph = fx.Graph()
+    x, other = graph.placeholder("x"), graph.placeholder("other")
+    graph.call_method(reached, (x, other) if reached == "set_" else (x,))
+    first = graph.call_module("a", (x,))
+    graph.call_method("zero_", (other,))
+    second = graph.call_module("b", (x,))
+    modules = {"a": nn.Linear(4, 4), "b": nn.Linear(4, 4)}
+    found = follow(graph, modules)[0]
+    assert found[first] != found[second]
+
+
 @torch.library.custom_op("conjoin_tests::scaled", mutates_args=())
 def scaled(y: torch.Tensor) -> torch.Tensor:
     return y * 2

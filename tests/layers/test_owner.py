@@ -439,8 +439,8 @@ def copied_to(tensors, devices, detach=False):
 def test_replicas_of_data_parallelism(name):
     model, inputs, fused = optimized(name)
     model.eval(), fused.eval()
-    with mock.patch.multiple(
-        "torch.nn.parallel.replicate",
+    with mock.patch.dict(
+        replicate.__globals__,
         _broadcast_coalesced_reshape=copied_to,
         _get_device_index=lambda device, optional: device,
     ):

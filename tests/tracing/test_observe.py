@@ -187,6 +187,11 @@ def test_data_of_something_else_is_no_change():
     assert {site.version for site in sighted(model, X).sites} == {(0, 0)}
 
 
+def test_data_that_nobody_changes_is_one_input():
+    model = model_of(lambda m, x: heads(m, x.data))
+    assert [group.layers for group in conjoin.report(model, (X,)).groups] == [("a", "b")]
+
+
 @pytest.mark.parametrize("script", [fakes_fail, lambda m, x: heads(m, x) if x[0, 0].item() else 1])
 def test_values_decide_so_a_real_copy_runs(script):
     model = model_of(script)

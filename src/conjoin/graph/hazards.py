@@ -37,6 +37,8 @@ DISTRIBUTIONS: frozenset[Any] = frozenset(
 WAYS_OUT = frozenset("numpy __array__ __dlpack__ data_ptr untyped_storage".split())
 """Methods that lead to the memory of a tensor, through which anything may change it."""
 
+REBINDING = frozenset({"set_", "shallow_copy_data_"})
+"""Methods that give a tensor the memory of another."""
 
 MODES = ("_set_", "_enter_", "_exit_", "_push_", "_pop_", "_vmap_", "_saved_tensors_hooks")
 """What the names of functions begin with that set how what follows is computed."""
@@ -75,6 +77,7 @@ def follow(
     """
     root: dict[fx.Node, fx.Node] = {}
     changed: dict[fx.Node, int] = {}
+    exposed: set[fx.Node] = set()
     weights = 0
     found: dict[fx.Node, int] = {}
     for node in graph.nodes:
@@ -82,6 +85,8 @@ def follow(
         root[node] = node
         found[node] = weights
         if first is not None:
+            if root[first] in exposed:  # Nobody sees what has changed it since.
+                changed[root[first]] = changed.get(root[first], 0) + 1
             found[node] += changed.get(root[first], 0)
             if shares_memory(node, modules):
                 root[node] = root[first]
@@ -89,6 +94,8 @@ def follow(
             changed[root[input]] = changed.get(root[input], 0) + 1
             constant = str(root[input].target).startswith("_tensor_constant")
             weights += root[input].op == "get_attr" and not constant
+        if called(node) in WAYS_OUT | REBINDING:
+            exposed.update(root[input] for input in node.all_input_nodes)
     return found, {*changed}
 
 

@@ -77,6 +77,9 @@ WAYS_AROUND = frozenset(
 )
 """Functions that lead to changes of a tensor that its version counter does not see."""
 
+ARRAYS = frozenset({Tensor.numpy, Tensor.__array__, Tensor.__dlpack__})
+"""Those whose results others than PyTorch change, whenever they like."""
+
 
 GRADIENT_QUERIES = frozenset({Tensor.register_hook, Tensor.retain_grad, torch.autograd.grad})
 """Functions that tell of the gradient of a tensor that they are given."""
@@ -107,6 +110,8 @@ class Watch(TorchFunctionMode):
         self._made: dict[int, _Made] = {}
         self._outputs: dict[int, tuple[str, Tensor, int]] = {}
         self._weights: set[int] = set()
+        self._reached: dict[int, Tensor] = {}
+        self._exposed: set[int] = set()
         self._unseen = 0
         self._in_layer = False
         self._layers: dict[nn.Module, str] = {}
@@ -139,6 +144,7 @@ class Watch(TorchFunctionMode):
     def running(self, run: object) -> Iterator[None]:
         """Notes what happens as part of `run`."""
         self._run, self._inputs, self._outputs, self._made = run, [], {}, {}
+        self._reached, self._exposed = {}, set()
         before = self._versions()
         self.listings.on = True
         try:
@@ -146,6 +152,7 @@ class Watch(TorchFunctionMode):
         finally:
             self.listings.on = False
             self._inputs, self._outputs, self._made = [], {}, {}
+            self._reached, self._exposed = {}, set()
             after = self._versions()
             self.changed |= {name for name in before if before[name] != after[name]}
 
@@ -204,6 +211,8 @@ class Watch(TorchFunctionMode):
     def _site(self, name: str, input: Tensor) -> Site:
         run: Any = self._run
         made = self._made_of(input)
+        if self._exposed and _memory(input) in self._exposed:
+            self._unseen += 1
         return Site(
             name,
             (*run, made.identity),
@@ -262,7 +271,10 @@ class Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
+        before = self._other_versions(args, kwargs)
         result = func(*args, **kwargs)
+        if before != self._other_versions(args, kwargs):
+            self._unseen += 1
         if self._in_layer or in_transform():
             return result
         if func in GRADIENT_QUERIES:
@@ -270,15 +282,29 @@ class Watch(TorchFunctionMode):
                 self.claim((args, kwargs))
         operator = isinstance(func, (OpOverload, OpOverloadPacket))
         for tensor in _read(args, kwargs, every=operator):
-            if func in WAYS_AROUND and self._concerns_a_layer(tensor):
-                self._unseen += 1
+            if func in WAYS_AROUND:
+                self._reach(tensor, exposed=func in ARRAYS)
             self._look(func, tensor, result)
         return result
 
+    def _reach(self, tensor: Tensor, *, exposed: bool) -> None:
+        """Notes that memory may now change without the version counter of `tensor`."""
+        self._unseen += self._concerns_a_layer(tensor)
+        self._reached[_memory(tensor)] = tensor  # Alive, so that the memory stays its own.
+        if exposed:
+            self._exposed.add(_memory(tensor))
+
+    def _other_versions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
+        """The versions of what is given that others, with counters of their own, may look at."""
+        if not self._reached or in_transform():
+            return []
+        given = _read((args, kwargs), {}, every=True)
+        reached = [each for each in given if _memory(each) in self._reached]
+        return [_version(each) for each in reached if self._concerns_a_layer(each)]
+
     def _concerns_a_layer(self, tensor: Tensor) -> bool:
-        storage = tensor.untyped_storage()._cdata
-        inputs = (input.untyped_storage()._cdata for input in self._inputs)
-        return storage in self._weights or storage in inputs
+        memory = _memory(tensor)
+        return memory in self._weights or memory in map(_memory, self._inputs)
 
     def _look(self, func: Any, tensor: Tensor, result: Any) -> None:
         found = self._outputs.get(tensor.untyped_storage()._cdata)
@@ -308,6 +334,11 @@ def _is_strided_operator(func: object) -> bool:
     packet = func.overloadpacket if isinstance(func, OpOverload) else func
     namespace, name = packet._qualified_op_name.split("::")
     return namespace != "aten" or name in strides.STRIDE_METHODS
+
+
+def _memory(tensor: Tensor) -> int:
+    """What tells the memory of a tensor from other memory while both are alive."""
+    return tensor.untyped_storage()._cdata if tensor.layout is torch.strided else id(tensor)
 
 
 def _same_memory(first: Tensor, second: Tensor) -> bool:
