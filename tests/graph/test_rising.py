@@ -6,6 +6,7 @@ from scripted import Scripted, assert_same, both, branches, called, last, layers
 from torch import nn
 from torch.nn import functional as F
 
+import conjoin
 from conjoin.graph import edit
 from conjoin.graph.rising import rise
 
@@ -137,3 +138,21 @@ def test_nothing_moves_into_another_mode():
     with traced.graph.inserting_before(split):
         traced.graph.call_function(torch._C._set_grad_enabled, (False,))
     assert not rise(traced.graph, edit.called_modules(traced))
+
+
+class Optional(nn.Module):
+    """Without its second input a layer reads nothing, which only a call would find out."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.other = nn.Linear(4, 3), nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x, y=None):
+        return F.relu(self.a(x)), F.relu(self.b(x)), self.other(y)
+
+
+def test_a_product_that_reads_nothing():
+    model = Optional().double()
+    optimized, given = conjoin.optimize(model), (randn(2, 4), randn(2, 4))
+    for ours, theirs in zip(optimized(*given), model(*given), strict=True):
+        torch.testing.assert_close(ours, theirs)

@@ -127,11 +127,11 @@ def install(
         for module in sorted(both, key=lambda m: (-names[m].count("."), names[m] == "")):
             if not _may_be_region(module):
                 continue
-            traced, state, merged = beyond.get(module, ([], None, False))
+            traced, state = beyond.get(module, ([], None))
             if state != state_of(module):
                 traced, _ = trace(module, _structures(calls, names[module]), meta, known)
             # Without calls that were seen, nobody knows whether a region within is ever run.
-            if module in found or not calls or merged or _brings_more(module, traced):
+            if module in found or not calls or _brings_more(module, traced):
                 _become(module, traced)
 
 
@@ -171,7 +171,7 @@ def _trace_beyond(
     calls: Mapping[str, Mapping[Structure, Observed]] | None,
     meta: dict[str, Any],
     known: Known,
-) -> dict[nn.Module, tuple[list[Traced], State | None, bool]]:
+) -> dict[nn.Module, tuple[list[Traced], State]]:
     """Traces the largest modules that are traced soundly, whatever they hold.
 
     That may show more to merge than siblings: what follows them, siblings behind equal operations,
@@ -179,12 +179,11 @@ def _trace_beyond(
     looked at.
 
     Returns:
-        What was traced of each module that was looked at, the state that it was in, and whether
-        more was merged for that.
+        What was traced of each module that was looked at, and the state that it was in.
     """
     merger: Merger = meta[MERGER]
     pending = [("", model)]
-    found: dict[nn.Module, tuple[list[Traced], State | None, bool]] = {}
+    found: dict[nn.Module, tuple[list[Traced], State]] = {}
     while pending:
         name, module = pending.pop()
         layers = (m for m in module.modules() if merger.kind_of(m) is not None)
@@ -195,10 +194,8 @@ def _trace_beyond(
         has_forward = not isinstance(module, WITHOUT_FORWARD)
         runs = has_forward and (not calls or bool(calls.get(name)))
         if runs and not _is_chain(name, module, calls) and _may_be_region(module):
-            before = state_of(module)
             traced, is_sound = trace(module, _structures(calls, name), meta, known)
-            after = state_of(module)
-            found[module] = traced, after, after != before
+            found[module] = traced, state_of(module)
         if not is_sound:
             prefix = f"{name}." if name else ""
             inner = [(prefix + child, each) for child, each in module.named_children()]
