@@ -72,7 +72,7 @@ def _stack_before(
     graph: fx.Graph, product: fx.Node, modules: Mapping[str, nn.Module], epochs: Epochs
 ) -> bool:
     """Makes a stack before what acts on the elements of what lies side by side."""
-    read = product.all_input_nodes[:1]  # Nothing, where a product is one of weights alone.
+    read = product.all_input_nodes[:1]  # Nothing, where it is given None.
     views = bundles.stacked_from(read[0]) if read else []
     above = [*_above(views[0].all_input_nodes[0], views[-1], modules, epochs)] if views else []
     if not above:
