@@ -156,7 +156,11 @@ def _require(source: str, text: str, sound: bool) -> None:
 def _is_plain_expression(text: str) -> bool:
     """Is this what `sympy.srepr` writes for a size: constructors of numbers and symbols only?"""
     nodes = _parsed(text)
-    return bool(nodes) and all(isinstance(n, _SYMPY_NODES) and _is_plain_node(n) for n in nodes)
+    calls = [node for node in nodes if isinstance(node, ast.Call)]
+    words = {id(word) for call in calls if _name(call) in _WORDS for word in call.args}
+    return bool(nodes) and all(
+        isinstance(n, _SYMPY_NODES) and _is_plain_node(n, id(n) in words) for n in nodes
+    )
 
 
 def _is_plain_guard(text: str) -> bool:
@@ -191,18 +195,23 @@ def _parsed(text: str) -> list[ast.AST]:
         return []
 
 
-def _is_plain_node(node: ast.AST) -> bool:
+def _is_plain_node(node: ast.AST, is_word: bool) -> bool:
     if isinstance(node, ast.Call):
-        named = isinstance(node.func, ast.Name) and _SYMPY_CALLS.fullmatch(node.func.id)
-        return bool(named) and _is_quick_call(node)
+        return _SYMPY_CALLS.fullmatch(_name(node)) is not None and _is_quick_call(node)
     if isinstance(node, ast.Name):
         return not node.id.startswith("_")
-    return True
+    # Any other string sympy takes for an expression and evaluates, also one within a tuple.
+    return not isinstance(node, ast.Constant) or is_word or isinstance(node.value, int)
+
+
+def _name(call: ast.Call) -> str:
+    """What is called; nothing where it has no plain name."""
+    return call.func.id if isinstance(call.func, ast.Name) else ""
 
 
 def _is_quick_call(call: ast.Call) -> bool:
     """Does this not work out a number that takes for ever: `Pow(Integer(9), Integer(10**9))`?"""
-    name = call.func.id if isinstance(call.func, ast.Name) else ""
+    name = _name(call)
     constants = [each.value for each in call.args if isinstance(each, ast.Constant)]
     words = [constant for constant in constants if not isinstance(constant, int)]
     settings = [each.value.value for each in call.keywords if isinstance(each.value, ast.Constant)]
