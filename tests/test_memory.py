@@ -11,7 +11,7 @@ from torch._subclasses.fake_tensor import FakeTensorMode
 
 import conjoin
 from conjoin.launches import count_layers
-from conjoin.memory import Memory, MemoryTracker, limit, told
+from conjoin.memory import Memory, MemoryTracker, in_bytes, in_words
 
 ROW = 4 * 64
 """Bytes of 64 numbers."""
@@ -78,8 +78,8 @@ def test_the_report_tells_the_peak():
         fused = peak(conjoin.optimize(model, (x,)), x)
     assert report.memory == Memory(plain, fused)
     assert fused > plain
-    assert f"{told(plain)} -> {told(fused)}" in str(report)
-    assert f"{told(plain)} -> {told(fused)}" in report.to_markdown()
+    assert f"{in_words(plain)} -> {in_words(fused)}" in str(report)
+    assert f"{in_words(plain)} -> {in_words(fused)}" in report.to_markdown()
     assert conjoin.report(model).memory == Memory(None, None)
     assert "memory" not in str(conjoin.report(model))
 
@@ -101,9 +101,9 @@ def test_budgets_that_are_none(budget, error, words):
 
 
 def test_a_number_of_numpy_is_one_too():
-    assert limit(np.int64(10**6), Sum(1)) == limit(10**6, Sum(1)) == 10**6
+    assert in_bytes(np.int64(10**6), Sum(1)) == in_bytes(10**6, Sum(1)) == 10**6
     with pytest.raises(ValueError, match="not -1"):
-        limit(np.int64(-1), Sum(1))
+        in_bytes(np.int64(-1), Sum(1))
 
 
 def test_a_budget_needs_example_inputs():
@@ -112,11 +112,11 @@ def test_a_budget_needs_example_inputs():
 
 
 def test_a_fraction_of_the_device():
-    half, all_of_it = limit(0.5, Sum(1)), limit(1.0, Sum(1))
+    half, all_of_it = in_bytes(0.5, Sum(1)), in_bytes(1.0, Sum(1))
     assert all_of_it > 2**20
     assert abs(all_of_it - 2 * half) <= 1
     with pytest.raises(ValueError, match="Give it in bytes"):
-        limit(0.5, Sum(1).to("meta"))
+        in_bytes(0.5, Sum(1).to("meta"))
 
 
 @pytest.mark.parametrize(
@@ -124,4 +124,4 @@ def test_a_fraction_of_the_device():
     [(17, "17 bytes"), (2048, "2 KiB"), (5 * 2**19, "2.5 MiB"), (1000 * 2**20, "1000 MiB")],
 )
 def test_sizes_in_words(size, words):
-    assert told(size) == words
+    assert in_words(size) == words

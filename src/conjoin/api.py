@@ -22,7 +22,7 @@ from conjoin.launches import Launches
 from conjoin.layers import KINDS, Kind, checked
 from conjoin.layers.view import views
 from conjoin.legality import Reason
-from conjoin.memory import Memory
+from conjoin.memory import Memory, MemoryBudgetWarning
 from conjoin.policy.budget import Fitted, Need, fit
 from conjoin.policy.cost import Policy
 from conjoin.policy.deciding import check_policy, decide, note, noted
@@ -82,8 +82,8 @@ def optimize(
             `float`, that a call with the example inputs may need, forward and, where gradients are
             on, backward. Groups for which the predicted peak would be above it, and above that of
             the model as it is, become several wide layers, or stay apart. Where the peak is above
-            it all the same, as that of the model as it is may be, a warning says so, and a report.
-            `conjoin.memory` tells what is counted.
+            it all the same, as that of the model as it is may be, a `MemoryBudgetWarning` of
+            `conjoin.memory` says so, and a report. That module tells what is counted.
 
     Returns:
         The optimized model: `model` itself with `inplace`, otherwise a copy.
@@ -119,8 +119,8 @@ def optimize(
         optimized = model if inplace or not _has_graphs(model) else _copy(model)
         with graph_modules.lifted(optimized):
             plan = _plan(optimized, calls, kinds, policy, limit, again=True)
-            if above := Memory(None, plan.peak, limit).above:
-                warnings.warn(above, stacklevel=2)
+            if warning := Memory(None, plan.peak, limit).warning:
+                warnings.warn(warning, MemoryBudgetWarning, stacklevel=2)
             if optimized is model and not inplace:
                 optimized = _copy(model)
             _, found = apply(optimized, plan)
@@ -326,7 +326,7 @@ def _limits(
             "memory_budget was given and example_inputs were not, which tell how large the model's "
             "tensors are. Pass example_inputs, the model's arguments as a tuple."
         )
-    return memory.limit(budget, model)
+    return memory.in_bytes(budget, model)
 
 
 def _has_graphs(model: nn.Module) -> bool:

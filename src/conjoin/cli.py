@@ -23,6 +23,7 @@ import conjoin
 from conjoin.files import exporting, writing
 from conjoin.files.loading import load
 from conjoin.foreign import SavedError, unremarked
+from conjoin.memory import MemoryBudgetWarning
 from conjoin.options import UsageError, arguments, budget, example, input_specs
 from conjoin.policy.cost import Policy
 
@@ -208,7 +209,7 @@ def _optimize(options: argparse.Namespace) -> str:
     fused: nn.Module | ExportedProgram
     original: nn.Module | ExportedProgram | None = None
     with _wrong_inputs(), warnings.catch_warnings():
-        warnings.filterwarnings("ignore", "The memory_budget of")  # The report says it too.
+        warnings.simplefilter("ignore", MemoryBudgetWarning)  # The report says it too.
         limits = {"policy": options.policy, "memory_budget": options.memory_budget}
         if isinstance(model, ExportedProgram):
             runs = inputs is not None or bool(model.example_inputs)

@@ -27,6 +27,10 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 
+class MemoryBudgetWarning(UserWarning):
+    """The optimized model is predicted to need more memory than `memory_budget` allows."""
+
+
 @dataclass(frozen=True, slots=True)
 class Memory:
     """The predicted peak of the memory of one step, in bytes, before and after the rewrite.
@@ -42,13 +46,13 @@ class Memory:
     limit: int | None = None
 
     @property
-    def above(self) -> str:
-        """In words that it is above the limit; empty where it is not."""
+    def warning(self) -> str:
+        """The sentence that says that the limit is not met; empty where it is met."""
         if self.after is None or self.limit is None or self.after <= self.limit:
             return ""
         return (
-            f"The memory_budget of {told(self.limit)} is not met: a step is predicted to need "
-            f"{told(self.after)} at its peak, and narrower groups would not make it less. Allow "
+            f"The memory_budget of {in_words(self.limit)} is not met: a step is predicted to need "
+            f"{in_words(self.after)} at its peak, and narrower groups would not make it less. Allow "
             "more memory, or call the model on smaller batches."
         )
 
@@ -108,7 +112,7 @@ class MemoryTracker(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self.now -= size
 
 
-def limit(budget: float, model: nn.Module) -> int:
+def in_bytes(budget: float, model: nn.Module) -> int:
     """A budget in bytes.
 
     Args:
@@ -154,8 +158,8 @@ def _total(model: nn.Module) -> int:
     return pages * size
 
 
-def told(size: int) -> str:
-    """Bytes in words, with three digits: ``1.25 GiB``."""
+def in_words(size: int) -> str:
+    """A number of bytes in words, with three digits: ``1.25 GiB``."""
     for unit, power in (("GiB", 30), ("MiB", 20), ("KiB", 10)):
         if size >= 2**power:
             number = size / 2**power

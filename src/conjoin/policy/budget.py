@@ -17,7 +17,7 @@ from typing import Any
 from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Sightings
 from conjoin.legality import Reason, Refusal
-from conjoin.memory import told
+from conjoin.memory import in_words
 from conjoin.policy.deciding import pieces
 from conjoin.policy.forms import Form, forms
 
@@ -164,7 +164,7 @@ def _with(choices: list[_Choice], positions: Sequence[int], **changes: Any) -> l
 
 
 def _detail(needed: int, limit: int) -> str:
-    return f"predicted: {told(needed)} with it, where {told(limit)} are allowed"
+    return f"predicted: {in_words(needed)} with it, where {in_words(limit)} are allowed"
 
 
 def _refused(candidate: Candidate, detail: str) -> Candidate:

@@ -15,7 +15,7 @@ from conjoin.graph.depth import Chain
 from conjoin.graph.site import Untraced
 from conjoin.launches import Launches
 from conjoin.legality import Reason
-from conjoin.memory import UNPREDICTED, Memory, told
+from conjoin.memory import UNPREDICTED, Memory, in_words
 from conjoin.policy.cost import Figures
 from conjoin.reports.folding import fold
 from conjoin.reports.layout import HEADERS, Row, code, escape, fill, github_table, listing, table
@@ -242,10 +242,10 @@ def _peaks(memory: Memory) -> list[str]:
     """The predicted peaks of memory, in a sentence, where there are any."""
     if memory.before is None or memory.after is None:
         return []
-    before, after = told(memory.before), told(memory.after)
+    before, after = in_words(memory.before), in_words(memory.after)
     change = _percentage(memory.before, memory.after).replace("fewer", "less")
     peak = f"Predicted peak of the memory of a step: {before} -> {after} ({change})."
-    return [peak, memory.above] if memory.above else [peak]
+    return [peak, memory.warning] if memory.warning else [peak]
 
 
 def _change(before: int | None, after: int | None) -> tuple[str, str]:
