@@ -21,7 +21,10 @@ from benchmarks.peers import MODES, PEERS
 ROOT = Path(__file__).resolve().parent.parent
 README = ROOT / "README.md"
 RESULT = ROOT / "benchmarks" / "results" / "cpu.json"
-SECTION = re.compile(r"(<!-- speed -->).*?(<!-- /speed -->)", re.DOTALL)
+SECTION = re.compile(r"(<!-- (gain|speed) -->).*?(<!-- /\2 -->)", re.DOTALL)
+
+SHOWN = ("widen_32", "mmoe_8", "dlrm", "detector", "googlenet", "qkv_train")
+"""The cases on the README's first screen: some that gain much, some little, and one nothing."""
 
 EAGER = {"by_hand": "by hand", "conjoin": "conjoin"}
 """The peers that every case has, and what the table calls them."""
@@ -45,18 +48,21 @@ def main(arguments: Sequence[str] | None = None) -> int:
         )
     try:
         result = load(options.result)
-        made = markdown(result)
+        made = {"gain": gain(result), "speed": markdown(result)}
     except (ValueError, KeyError, TypeError) as error:
         parser.error(
             f"{options.result} is no result of all modes with {' and '.join(EAGER)}, as "
             f"python -m benchmarks.run --json writes it ({type(error).__name__}: {error})."
         )
     if not options.write:
-        print(made)
+        print(made["speed"])
         return 0
-    readme, found = SECTION.subn(lambda m: f"{m[1]}\n\n{made}\n\n{m[2]}", README.read_text())
-    if found != 1:
-        parser.error(f"{README} has {found} sections between comments that say speed, not one.")
+    readme, found = SECTION.subn(lambda m: f"{m[1]}\n\n{made[m[2]]}\n\n{m[3]}", README.read_text())
+    if found != len(made):
+        names = " and ".join(made)
+        parser.error(
+            f"{README} has {found} sections between comments that say {names}, not one of each."
+        )
     plot(result, options.result.with_suffix(".svg"))
     README.write_text(readme)
     return 0
@@ -85,16 +91,41 @@ def _taken_on(machine: Mapping[str, Any]) -> str:
     )
 
 
+def gain(result: Result) -> str:
+    """What stands in the README between the comments that say `gain`: some cases in brief."""
+    modes, abouts = _peers_of(result), _abouts_of(result)
+    rows = [
+        [
+            abouts[case],
+            _launches(modes[case, "training"]),
+            *(f"{modes[case, mode]['conjoin']['ratio']['median']:.2f}" for mode in MODES),
+        ]
+        for case in SHOWN
+        if case in abouts
+    ]
+    return _table(["model", "launches", *MODES], rows)
+
+
+def _peers_of(result: Result) -> dict[tuple[str, str], Any]:
+    """What was measured of each case in each mode, by peer."""
+    return {(each["case"], each["mode"]): each["peers"] for each in result["cases"]}
+
+
+def _abouts_of(result: Result) -> dict[str, str]:
+    """What each case is, in words."""
+    return {each["case"]: each["about"] for each in result["cases"]}
+
+
 def _of_models(result: Result) -> str:
     """Each case: its launches, and how long a step takes beside the plain model."""
-    modes = {(each["case"], each["mode"]): each["peers"] for each in result["cases"]}
+    modes = _peers_of(result)
     rows = [
         [
             f"`{case}`: {about}",
             _launches(modes[case, "training"]),
             *(_ratio(modes[case, mode][peer]) for mode in MODES for peer in EAGER),
         ]
-        for case, about in {each["case"]: each["about"] for each in result["cases"]}.items()
+        for case, about in _abouts_of(result).items()
     ]
     heads = [f"{mode}, {title}" for mode in MODES for title in EAGER.values()]
     return _table(["model", "launches", *heads], rows)

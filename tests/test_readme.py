@@ -67,7 +67,17 @@ def speed() -> str:
     return tables.markdown(tables.load())
 
 
-MADE = {"reasons": reasons, "hazards": hazards, "speed": speed, "dialects": dialects.table}
+def gain() -> str:
+    return tables.gain(tables.load())
+
+
+MADE = {
+    "gain": gain,
+    "reasons": reasons,
+    "hazards": hazards,
+    "speed": speed,
+    "dialects": dialects.table,
+}
 """The sections between comments, and what makes them."""
 
 

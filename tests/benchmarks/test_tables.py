@@ -61,6 +61,15 @@ def test_the_tables():
     assert "| 1,000 | `conjoin.optimize` | 2.0 s | 8 MiB | 16 MiB |" in lines
 
 
+def test_the_cases_in_brief(monkeypatch):
+    monkeypatch.setattr(tables, "SHOWN", ("heads", "not measured"))
+    assert tables.gain(RESULT).splitlines() == [
+        "| model | launches | inference | training |",
+        "| --- | --- | --- | --- |",
+        "| two heads | 6 → 4 | 0.60 | 0.60 |",
+    ]
+
+
 def test_what_was_not_measured_has_no_table():
     cases = [{**each, "peers": {k: v for k, v in each["peers"].items() if k != "compile"}}
              for each in RESULT["cases"]]  # fmt: skip
@@ -115,13 +124,14 @@ def test_writing_into_a_readme_without_the_section_writes_nothing(tmp_path, monk
 def test_writing_changes_the_section_and_nothing_else(tmp_path, monkeypatch, capsys):
     path, readme = tmp_path / "result.json", tmp_path / "README.md"
     path.write_text(json.dumps(RESULT))
-    readme.write_text("before\n\n<!-- speed -->\n\nold\n\n<!-- /speed -->\n\nafter\n")
+    brief = "<!-- gain -->\n\n{}\n\n<!-- /gain -->"
+    whole = "before\n\n<!-- speed -->\n\n{}\n\n<!-- /speed -->\n\nafter\n"
+    readme.write_text(f"{brief}\n{whole}".format("old", "old"))
+    monkeypatch.setattr(tables, "SHOWN", ("heads",))
     monkeypatch.setattr(tables, "README", readme)
     plotted = []
     monkeypatch.setattr(tables, "plot", lambda result, to: plotted.append(to))
     assert tables.main([str(path), "--write"]) == 0
-    made = tables.markdown(RESULT)
-    assert readme.read_text() == (
-        f"before\n\n<!-- speed -->\n\n{made}\n\n<!-- /speed -->\n\nafter\n"
-    )
+    made = tables.gain(RESULT), tables.markdown(RESULT)
+    assert readme.read_text() == f"{brief}\n{whole}".format(*made)
     assert plotted == [tmp_path / "result.svg"]
