@@ -39,17 +39,15 @@ from conjoin.graph.rewriting import Rewrite
 STACKED = 2**16
 """How many elements a stack, and what a layer makes of it, may have.
 
-That is what the cache next to a core holds of float32. Measured on one core, calls at once take
-0.5 to 0.9 of the time of calls one by one below, and up to 1.3 of it above.
-"""
+In float32 that is about what the cache next to a core holds. Beyond it, calls one by one find more
+there than one call on the stack does: `batch_large` in the benchmark is such a model, and
+`batch_small` one below."""
 
 LEAST_SAVED = 10
 """More launches than these must be saved, by all layers that read one stack.
 
-It costs some microseconds to look at a call's inputs, to stack them and to cut what comes out.
-Measured on one core with small tensors, two calls of six operations take 1.3 of the time then, of
-sixteen 1.0, and four calls of four 0.75; training steps take 1.0, 0.85 and 0.67.
-"""
+It takes time, too, to look at a call's inputs, to stack them and to cut what comes out, as much as
+some launches do."""
 
 
 class Batch(Rewrite):

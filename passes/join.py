@@ -21,10 +21,10 @@ from torch.fx.passes.infra.pass_base import PassResult
 from conjoin.graph import edit, functional
 from conjoin.graph.meta import EXAMPLE
 from conjoin.graph.rewriting import Rewrite
+from conjoin.layers.kind import elements
 from conjoin.policy import joining, machine
 from conjoin.policy.cost import Setting, Work
 from conjoin.policy.joining import Joining
-from conjoin.programs.fakes import elements
 
 
 class Join(Rewrite):

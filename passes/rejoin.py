@@ -8,8 +8,7 @@ a_i. That is how the views of a wide layer compute where each does so by itself,
 ones.
 
 Tables of several widths stay apart: Inductor reads each where its rows are needed, and a joined one
-would have to be written first, which took 1.9 to 3.9 of the time forward, and 0.97 to 1.03 in
-training.
+would have to be written first.
 """
 
 from __future__ import annotations
@@ -29,8 +28,7 @@ from conjoin.graph.meta import EXAMPLE
 from conjoin.graph.rewriting import Rewrite
 from conjoin.layers.conv import REPEATED
 from conjoin.layers.embedding import read_stack
-from conjoin.layers.kind import memory_format
-from conjoin.programs.fakes import elements
+from conjoin.layers.kind import elements, memory_format
 
 OF_EMBEDDING = (
     *("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),

@@ -15,10 +15,9 @@ from collections.abc import Iterable
 from torch import fx
 from torch.fx.passes.infra.pass_base import PassResult
 
-from conjoin.graph import parts
 from conjoin.graph.bundles import batched
-from conjoin.graph.parts import Separation
 from conjoin.graph.rewriting import Rewrite
+from conjoin.graph.separation import Separation, all_modules, separable
 from conjoin.layers import activation
 from conjoin.layers.enclosing import unmark
 from conjoin.layers.releasing import release
@@ -36,8 +35,8 @@ class Separate(Rewrite):
 
     def call(self, graph_module: fx.GraphModule) -> PassResult:
         """Changes the graph in place, and makes views plain layers."""
-        graph, modules = graph_module.graph, parts.reachable(graph_module)
-        names = parts.separable(graph_module, modules)
+        graph, modules = graph_module.graph, all_modules(graph_module)
+        names = separable(graph_module, modules)
         if not names and not any(node.target is batched for node in graph.nodes):
             return PassResult(graph_module, False)
         Separation(graph, modules, names).run()

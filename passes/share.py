@@ -86,7 +86,7 @@ def _is_idle(node: fx.Node) -> bool:
 
 def _key(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[Hashable, ...] | None:
     """The operation and what it reads; None for what must be done as often as it is written."""
-    if not node.all_input_nodes or any(True for _ in hazards.written(node, modules)):
+    if not node.all_input_nodes or hazards.writes(node, modules):
         return None
     first = node.all_input_nodes[0]
     found = elementwise.key(node, first, modules)

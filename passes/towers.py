@@ -7,8 +7,8 @@ Embedding   p: (n, ...), W_i: (rows_i, width)                       one table, w
 Conv        p: (batch, n * in, *space), W: (n * out, in, *kernel)   one convolution in n groups
 LayerNorm   p: (..., n * c), W: (n * c)                             one of groups of channels
 
-Layers of different widths stay apart. Padded to the widest at each call they take 1.3 to 3.8 of the
-time forward, and 1.0 to 3.9 in training, as measured on one core with 1 to 2048 rows.
+Layers of different widths stay apart: to pad all weights to the widest at each call costs more than
+the launches that it saves.
 
 The p_i are parts of one tensor, so that they lie there as the wide layer wants them; or tensors of
 their own, which are of one shape because they are made alike (see `conjoin.graph.congruence`).
@@ -35,7 +35,7 @@ from conjoin.layers import GATHERED, Kind, Norm
 from conjoin.layers.view import View
 from conjoin.layers.wide import WIDE
 from conjoin.merging import Merger, merger_of
-from conjoin.policy.cost import Lie
+from conjoin.policy.cost import Layout
 
 
 class Towers(Rewrite):
@@ -80,8 +80,8 @@ def _climb(
         users = bundles.readers(bundle, positions)
         layers = [modules[str(user.target)] for user in users]
         kind = merger.kind_of(layers[0])
-        lie: Lie = "stack" if bundle.dim is None else "beside"
-        if kind is None or merger.wide(kind, layers, together=False, lie=lie) is None:
+        layout: Layout = "stack" if bundle.dim is None else "beside"
+        if kind is None or merger.wide(kind, layers, together=False, layout=layout) is None:
             continue
         inner = bundles.carve(graph, bundle, positions.start, positions.stop)
         count = len(layers)
@@ -110,7 +110,7 @@ def _gather(
         kind = calls[users[0]][0]
         if kind in GATHERED and not merger.gathers(kind, len(layers)):
             continue
-        if merger.wide(kind, layers, together=False, lie="apart") is None:
+        if merger.wide(kind, layers, together=False, layout="apart") is None:
             continue
         inputs = [user.all_input_nodes[0] for user in users]
         unchanged = len({epochs[node] for node in (*inputs, *users)}) == 1

@@ -27,13 +27,10 @@ from conjoin.layers.product import SUFFIX
 from conjoin.layers.view import View
 from conjoin.layers.wide import WIDE, Wide
 from conjoin.merging import Merger, merger_of
+from conjoin.policy.gathering import launches_fewer
 
 FORESIGHT = 8
 """How many operations behind siblings are looked at, to put those that go on alike together."""
-
-
-MOST_COLUMNS = 2 + GATHERED[0].prepares
-"""As many launches as it takes to read any number of tables, of one width, at once."""
 
 
 class Widen(Rewrite):
@@ -157,7 +154,7 @@ def _waits(candidate: Candidate, columns: int, merger: Merger) -> bool:
     if not isinstance(candidate.kind, Embedding):
         return False
     one_by_one = candidate.kind.reads_one_by_one(candidate.widths, training=merger.training)
-    return columns > MOST_COLUMNS or one_by_one
+    return launches_fewer(GATHERED[0], columns) or one_by_one
 
 
 def _whole(

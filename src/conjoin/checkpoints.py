@@ -1,4 +1,4 @@
-"""The optimizer's state to and fro between a plain model and an optimized one.
+"""Converts an optimizer's state between a plain model and an optimized one.
 
 A model's own checkpoint needs nothing: `state_dict()` has the plain names and values either way.
 An optimizer keeps its state by parameter, and an optimized model has one parameter where the
@@ -180,7 +180,10 @@ def _join(
         return None
     wide, name, _ = part
     if len(present) < len(states) or any(state.keys() != present[0].keys() for state in present):
-        raise ValueError(f"some parts of a wide {name} have optimizer state and others have none.")
+        raise ValueError(
+            f"some parts of a wide {name} have optimizer state and others have none. Start the "
+            "optimizer afresh, or step once with gradients for all siblings before saving."
+        )
     joined: dict[str, Any] = {}
     for key, first in present[0].items():
         values = [state[key] for state in present]
@@ -190,7 +193,10 @@ def _join(
         elif all(bool(torch.as_tensor(value == first).all()) for value in values):
             joined[key] = first
         else:
-            raise ValueError(f"the siblings' {key} differs in the optimizer's state: {values}.")
+            raise ValueError(
+                f"the siblings' {key} differs in the optimizer's state: {values}, and one wide "
+                "parameter has one. Start the optimizer afresh, or keep the model as it is."
+            )
     return joined
 
 

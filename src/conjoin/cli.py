@@ -43,6 +43,16 @@ examples:
   conjoin export fused.pt -o plain.onnx --trust-pickle --input 64x1x28x28 --dynamic-batch
 """
 
+_NOT_RUN = "not verified: the program has no inputs to run it on"
+_UNVERIFIED = {
+    False: "not verified: there are no inputs to run the model on (give them with --input)",
+    True: "not verified, as --no-verify says",
+}
+
+_Inputs = tuple[
+    "nn.Module | ExportedProgram", "tuple[object, ...] | None", "dict[str, object] | None"
+]
+
 
 class _Parser(argparse.ArgumentParser):
     def error(self, message: str) -> NoReturn:
@@ -228,13 +238,6 @@ def _optimize(options: argparse.Namespace) -> str:
     return f"{report}\n\n{verdict}\nwrote {options.out}"
 
 
-_NOT_RUN = "not verified: the program has no inputs to run it on"
-_UNVERIFIED = {
-    False: "not verified: there are no inputs to run the model on (give them with --input)",
-    True: "not verified, as --no-verify says",
-}
-
-
 def _duplicate(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
@@ -290,17 +293,8 @@ def _export(options: argparse.Namespace) -> str:
 
 
 def _load(options: argparse.Namespace) -> nn.Module | ExportedProgram:
-    loaded = load(
-        options.saved,
-        trust_pickle=options.trust_pickle,
-        arguments=arguments(options.arg),
-    )
-    return loaded.model
-
-
-_Inputs = tuple[
-    "nn.Module | ExportedProgram", "tuple[object, ...] | None", "dict[str, object] | None"
-]
+    given = arguments(options.arg)
+    return load(options.saved, trust_pickle=options.trust_pickle, arguments=given)
 
 
 def _model_and_inputs(options: argparse.Namespace) -> _Inputs:

@@ -13,10 +13,9 @@ from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_file
 from torch.utils.weak import WeakIdKeyDictionary
 
 from conjoin.graph import bundles, edit, elementwise, functional, hazards, strides
-from conjoin.layers import conv, embedding
+from conjoin.layers import conv, embedding, kind
 from conjoin.passes import AT_EACH_CALL, COMPILED, join, rejoin, run_all, share
 from conjoin.policy import cost, joining, machine
-from conjoin.programs import fakes
 
 BACKEND = "backend"
 """The option that names what compiles the rewritten graph."""
@@ -89,8 +88,8 @@ class PreGradPass(CustomGraphPass):
 
 
 SOURCES = (
-    *(bundles, conv, cost, edit, elementwise, embedding, fakes, functional, hazards, join),
-    *(joining, machine, rejoin, share, strides),
+    *(bundles, conv, cost, edit, elementwise, embedding, functional, hazards, join),
+    *(joining, kind, machine, rejoin, share, strides),
 )
 """The modules that decide what becomes of a graph."""
 

@@ -1,4 +1,4 @@
-"""Layers concatenated along their output channels to one, and one cut into several.
+"""Joins layers along their output channels, and cuts one into several, for `conjoin.nn`.
 
 That is what `Parallel.to_split` and `Split.to_parallel` do, and which layers they do it with.
 """
@@ -11,6 +11,8 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 from torch.nn.utils import parametrize
+
+from conjoin.layers.checks import HOOKS
 
 
 @dataclass(frozen=True)
@@ -40,12 +42,6 @@ _KINDS: dict[type[nn.Module], Layer] = {
 }
 
 _BATCH_NORMS = (nn.BatchNorm1d, nn.BatchNorm2d, nn.BatchNorm3d)
-
-_HOOKS = (
-    "_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks",
-    "_state_dict_hooks", "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks", "_load_state_dict_post_hooks",
-)  # fmt: skip
 
 
 def _runs_forward_of(module: nn.Module, classes: Iterable[type[nn.Module]]) -> bool:
@@ -92,7 +88,7 @@ def check_container(where: str, module: nn.Module, base: type[nn.Module]) -> Non
 
 
 def _has_hooks(module: nn.Module) -> bool:
-    return any(getattr(module, name, None) for name in _HOOKS)
+    return any(getattr(module, name, None) for name in HOOKS)
 
 
 def check_joinable(where: str, layers: list[tuple[str, nn.Module]]) -> Layer:

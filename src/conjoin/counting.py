@@ -1,4 +1,4 @@
-"""What a report tells of a model's groups: the launches before and after, and how deep they go.
+"""Counts what a report tells of each group: launches before and after, and how deep it goes.
 
 All is counted on copies of the model, of which one is optimized.
 """
@@ -7,37 +7,22 @@ from __future__ import annotations
 
 import contextlib
 import dataclasses
-import functools
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
-from typing import TypeVar
 
 from torch import nn
 
-from conjoin.applying import Plan, apply, restore
+from conjoin.applying import apply, restore
+from conjoin.decision import Decision
 from conjoin.graph.depth import Chain, Depths
-from conjoin.graph.siblings import Candidate
-from conjoin.launches import UNCOUNTED, Counted
+from conjoin.graph.siblings import Candidate, merged_in
+from conjoin.launches import UNCOUNTED, StepCount
 from conjoin.layers import PRODUCTS
 from conjoin.layers.owner import raw_parameters
 from conjoin.layers.product import SUFFIX
-from conjoin.layers.view import wides
 from conjoin.layers.wide import Wide
-from conjoin.merging import Level
 from conjoin.reports.report import Group
-from conjoin.tracing.copies import Call, Copy, UncopyableError
+from conjoin.tracing.copies import Call, Copy, UncopyableError, on_copies
 from conjoin.tracing.undisturbed import undisturbed
-
-Result = TypeVar("Result")
-
-
-def on_copies(model: nn.Module, work: Callable[[Callable[[], Copy]], Result]) -> Result | None:
-    """What comes of work on copies of a model, fake ones if they carry it; None without copies."""
-    with contextlib.suppress(UncopyableError):
-        try:
-            return work(functools.partial(Copy, model, fake=True))
-        except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
-            return work(functools.partial(Copy, model, fake=False))
-    return None
 
 
 @dataclasses.dataclass(frozen=True)
@@ -69,10 +54,10 @@ class Counts:
         depths: what is behind groups, by their layers.
     """
 
-    plain: Counted = UNCOUNTED
-    optimized: Counted = UNCOUNTED
-    apart: Counted = UNCOUNTED
-    levels: tuple[Level, ...] = ()
+    plain: StepCount = UNCOUNTED
+    optimized: StepCount = UNCOUNTED
+    apart: StepCount = UNCOUNTED
+    levels: tuple[Candidate, ...] = ()
     depths: Mapping[frozenset[str], Depth] = dataclasses.field(default_factory=dict)
     refused: tuple[Candidate, ...] = ()
     found: tuple[Candidate, ...] | None = None
@@ -81,10 +66,9 @@ class Counts:
         """What was found, and what was merged beyond, but for what is behind another group."""
         found = found if self.found is None else self.found
         known = {frozenset(names) for depth in self.depths.values() for names in depth.levels}
-        levels = [Candidate(level.kind, level.layers, level.widths) for level in self.levels]
-        merged = {name for level in levels for name in level.layers}
+        merged = {name for level in self.levels for name in level.layers}
         told: set[str] = set()
-        for candidate in (*found, *levels):
+        for candidate in (*found, *self.levels):
             told |= {*candidate.layers}
             # Tables that are no siblings may still run at once with others.
             elsewhere = candidate.refusal is not None and merged.issuperset(candidate.layers)
@@ -123,61 +107,62 @@ class Counts:
         return before, after
 
 
-def counted(model: nn.Module, call: Call) -> Counted:
+def count_model(model: nn.Module, call: Call) -> StepCount:
     """The launches and the memory of a call of a model as it is."""
     return on_copies(model, lambda copied: copied().count(call, {})) or UNCOUNTED
 
 
-def count(model: nn.Module, call: Call, plan: Plan) -> Counts:
+def count_groups(model: nn.Module, call: Call, decision: Decision) -> Counts:
     """The launches of a call of the model, plain and optimized."""
-    return on_copies(model, lambda copied: _count_on(copied, call, plan)) or Counts()
+    return on_copies(model, lambda copied: _count_on(copied, call, decision)) or Counts()
 
 
-def uncounted(model: nn.Module, plan: Plan) -> Counts:
+def find_products(model: nn.Module, decision: Decision) -> Counts:
     """What becomes of products with raw Parameters, which are found where a forward is traced."""
     if any(True for _ in raw_parameters(model)):
         with contextlib.suppress(UncopyableError), undisturbed(model):
-            merger, _ = apply(Copy(model, fake=False).model, plan)
+            merger, _ = apply(Copy(model, fake=False).model, decision)
             levels = tuple(level for level in merger.levels if level.kind in PRODUCTS)
             return Counts(levels=levels, refused=tuple(merger.refused.values()))
     return Counts()
 
 
-def _count_on(copied: Callable[[], Copy], call: Call, plan: Plan) -> Counts:
+def _count_on(copied: Callable[[], Copy], call: Call, decision: Decision) -> Counts:
     """The launches, counted on copies of the model."""
     plain, optimized = copied(), copied()
     restore(plain.model)
     depths = Depths(optimized.model)
-    merger, found = apply(optimized.model, plan, depths)
-    plan = dataclasses.replace(plan, found=found)
-    levels = _levels(optimized.model)
-    groups = [candidate.layers for candidate in (*found, *merger.refused.values())]
-    groups += [level.layers for level in levels.values()]
-    names = {name for layers in groups for name in layers}
+    merger, found = apply(optimized.model, decision, depths)
+    decision, refused = dataclasses.replace(decision, found=found), tuple(merger.refused.values())
+    merged = merged_in(optimized.model)
+    told = (*found, *refused, *merged.values())
+    names = {name for candidate in told for name in candidate.layers}
     with undisturbed(plain.model):
         depths.noting = True
         optimized.count(call, {})
         depths.noting = False
-        fused = optimized.count(call, {min(level.layers): wide for wide, level in levels.items()})
+        fused = optimized.count(call, {min(each.layers): wide for wide, each in merged.items()})
         launched = fused.by_layer or {}
-        idle = [level.layers for level in levels.values() if not launched.get(min(level.layers))]
+        idle = [each.layers for each in merged.values() if not launched.get(min(each.layers))]
         return Counts(
-            plain.count(call, _named(plain.model, names), _products(plain.model, names)),
-            fused,
-            _count_apart(copied(), call, plan, idle) if idle else UNCOUNTED,
-            (*merger.levels, *map(levels.__getitem__, depths.roots)),
-            _depths(depths, optimized.model),
-            tuple(merger.refused.values()),
-            found,
+            plain=plain.count(call, _named(plain.model, names), _products(plain.model, names)),
+            optimized=fused,
+            apart=_count_apart(copied(), call, decision, idle) if idle else UNCOUNTED,
+            levels=(*merger.levels, *map(merged.__getitem__, depths.roots)),
+            depths=_depths(depths, merged),
+            refused=refused,
+            found=found,
         )
 
 
-def _count_apart(apart: Copy, call: Call, plan: Plan, groups: Sequence[tuple[str, ...]]) -> Counted:
+def _count_apart(
+    apart: Copy, call: Call, decision: Decision, groups: Sequence[tuple[str, ...]]
+) -> StepCount:
     """The launches where no forward is rewritten, within the layers of groups."""
-    plan.merger(apart.model).merge_all(plan.found)
+    decision.merger(apart.model).merge_all(decision.found)
     names = {name for layers in groups for name in layers}
     made = apart.count(call, _named(apart.model, names), _products(apart.model, names))
-    return Counted(made.count, {**dict.fromkeys(names, 0), **(made.by_layer or {})})
+    return StepCount(made.count, {**dict.fromkeys(names, 0), **(made.by_layer or {})})
 
 
 def _named(model: nn.Module, names: Collection[str]) -> dict[str, nn.Module]:
@@ -191,17 +176,9 @@ def _products(model: nn.Module, names: Collection[str]) -> dict[str, nn.Paramete
     return {name: model.get_parameter(name.removesuffix(SUFFIX)) for name in raw}
 
 
-def _levels(model: nn.Module) -> dict[Wide, Level]:
-    """What is merged in a model, by wide layer."""
-    return {
-        wide: Level(wide.kind, tuple(name for name, _ in members), tuple(wide.kind.outputs(wide)))
-        for wide, members in wides(model).items()
-    }
-
-
-def _depths(depths: Depths, model: nn.Module) -> dict[frozenset[str], Depth]:
-    """What is behind each group of a model."""
-    names = {wide: level.layers for wide, level in _levels(model).items()}
+def _depths(depths: Depths, merged: Mapping[Wide, Candidate]) -> dict[frozenset[str], Depth]:
+    """What is behind each group of a model, of what is merged in it."""
+    names = {wide: candidate.layers for wide, candidate in merged.items()}
     found: dict[frozenset[str], Depth] = {}
     for root in dict.fromkeys(depths.roots.values()):
         behind = [names[wide] for wide, at in depths.roots.items() if at is root is not wide]

@@ -1,4 +1,4 @@
-"""Code that is not ours: what it raises becomes one sentence, and what it logs is held back."""
+"""Turns errors of other people's code into one sentence, and holds back what it logs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a layer in a graph is, to be compared: equal for layers that can run at once."""
+"""What must be equal for layers in a graph to run at once."""
 
 from __future__ import annotations
 

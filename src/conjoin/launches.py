@@ -220,7 +220,7 @@ def count_step(
 
 
 @dataclass(frozen=True, slots=True)
-class Counted:
+class StepCount:
     """The launches of one step, and what share of its forward pass falls within which layer.
 
     Attributes:
@@ -235,7 +235,7 @@ class Counted:
     peak: int | None = None
 
 
-UNCOUNTED = Counted(Count(None, None), None)
+UNCOUNTED = StepCount(Count(None, None), None)
 
 
 def count_layers(
@@ -244,7 +244,7 @@ def count_layers(
     kwargs: Mapping[str, Any],
     layers: Mapping[str, nn.Module],
     weights: Mapping[str, Tensor] = MappingProxyType({}),
-) -> Counted:
+) -> StepCount:
     """Count the launches of one step as `count_step` does, and those within some layers.
 
     Args:
@@ -263,7 +263,7 @@ def count_layers(
         layer.__dict__["forward"] = functools.partial(_within, counter, name, layer.forward)
     with memory, _Given(counter, weights):
         count = count_step(model, args, kwargs, forward=counter)
-    return Counted(count, counter.by_scope, memory.peak)
+    return StepCount(count, counter.by_scope, memory.peak)
 
 
 class _Given(TorchFunctionMode):

@@ -1,4 +1,4 @@
-"""Why siblings may not be merged: a closed list of reasons, and the refusal that carries one.
+"""`Reason` and `Refusal`: why siblings may not be merged.
 
 There is no second way to say no. A reason reads as advice: one sentence says what is in the way,
 the next what the user can do about it. A refusal adds the layers and the values.

@@ -52,8 +52,8 @@ class Memory:
             return ""
         return (
             f"The memory_budget of {in_words(self.limit)} is not met: a step is predicted to need "
-            f"{in_words(self.after)} at its peak, and narrower groups would not make it less. Allow "
-            "more memory, or call the model on smaller batches."
+            f"{in_words(self.after)} at its peak, and narrower groups would not make it less. "
+            "Allow more memory, or call the model on smaller batches."
         )
 
 

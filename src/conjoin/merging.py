@@ -1,4 +1,4 @@
-"""Which layers of a model may be merged while its graphs are rewritten, and merging them."""
+"""`Merger`: tells which layers may be merged while graphs are rewritten, and merges them."""
 
 from __future__ import annotations
 
@@ -7,14 +7,13 @@ import dataclasses
 import functools
 import itertools
 from collections.abc import Callable, Collection, Hashable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
 
 from torch import fx, nn
-from torch.nn.parameter import is_lazy
 
-from conjoin.graph import edit, products, strides
-from conjoin.graph.products import ProductCall
-from conjoin.graph.siblings import Candidate, among, held_elsewhere, overlaps
+from conjoin.graph import edit, products
+from conjoin.graph.overlaps import overlaps
+from conjoin.graph.products import ProductCall, RawProduct
+from conjoin.graph.siblings import Candidate, among, held_elsewhere
 from conjoin.graph.site import Shapes, Sightings, Site
 from conjoin.layers import (
     GATHERED,
@@ -28,14 +27,13 @@ from conjoin.layers import (
 from conjoin.layers.checks import TENSORS, tensors
 from conjoin.layers.fusing import fuse
 from conjoin.layers.kind import common
-from conjoin.layers.owner import Owner, lend, may_lend, reclaim
-from conjoin.layers.product import SUFFIX, Product
+from conjoin.layers.owner import Owner, lend, reclaim
 from conjoin.layers.releasing import release
 from conjoin.layers.view import View, wides
 from conjoin.layers.wide import Wide
 from conjoin.legality import Reason, Refusal
-from conjoin.policy.cost import Lie
-from conjoin.policy.levels import Levels
+from conjoin.policy.cost import Layout
+from conjoin.policy.levels import LevelPolicy
 from conjoin.policy.workload import trains
 from conjoin.reachable import functions_of, words
 
@@ -58,55 +56,13 @@ REGISTERED = frozenset({"_parameters", "_modules"})
 """Attributes of modules in which raw Parameters that are merged are not found, but products are."""
 
 
-@dataclass(frozen=True, slots=True)
-class Level:
-    """Layers that were merged because their branches go on alike.
-
-    Attributes:
-        kind: the kind of the layers.
-        layers: their qualified names, in the order of the branches.
-        widths: their numbers of output channels.
-    """
-
-    kind: Kind
-    layers: tuple[str, ...]
-    widths: tuple[int, ...]
-
-
-@dataclass(frozen=True, slots=True)
-class RawProduct:
-    """A product with Parameters of a module's own.
-
-    Attributes:
-        owner: the qualified name of the module.
-        parameters: the Parameters' names there, by those in the layer.
-        layer: the product as a layer.
-        read: whether one of the Parameters is read in some other way too.
-        strided: whether its output must be contiguous, where it is not one of a stack.
-    """
-
-    owner: str
-    parameters: dict[str, str]
-    layer: Product
-    read: bool
-    strided: bool
-
-    @property
-    def name(self) -> str:
-        """The qualified name that the layer has once the Parameters are lent to it."""
-        return self.owned(self.parameters["weight"]) + SUFFIX
-
-    def owned(self, name: str) -> str:
-        """The qualified name of something in the owner."""
-        return f"{self.owner}.{name}".lstrip(".")
-
-
 class Merger:
     """Merges layers of one model.
 
     Attributes:
         kinds: the kinds of layer that siblings are looked for in.
-        levels: what it has merged beyond the siblings that were found at first.
+        levels: what it has merged beyond the siblings that were found at first, such as layers on
+            branches that go on alike.
         refused: what was found in graphs and stays as it is, and why: products that read one
             tensor, and layers that it does not pay to run at once.
         rewritten: what is called with each graph when all passes are through with it, if anything.
@@ -123,7 +79,7 @@ class Merger:
         *,
         frozen: bool = False,
         escapes: bool = True,
-        asked: Levels | None = None,
+        level_policy: LevelPolicy | None = None,
     ) -> None:
         """Looks at the model's parameters once.
 
@@ -134,12 +90,13 @@ class Merger:
             found: its siblings; those that were refused are left alone.
             frozen: merge nothing, and know what is merged.
             escapes: whether something beyond the graphs reads their outputs.
-            asked: what decides of layers that read tensors of their own, by default of this model.
+            level_policy: what decides on layers that read tensors of their own; by default one of
+                this model.
         """
         self.frozen = frozen
         self._escapes = escapes
         self.kinds = kinds
-        self.levels: list[Level] = []
+        self.levels: list[Candidate] = []
         self.refused: dict[frozenset[str], Candidate] = {}
         self.rewritten: Callable[[fx.GraphModule], None] | None = None
         self._model = model
@@ -147,7 +104,7 @@ class Merger:
         self._ordered: set[str] = set()
         self._shared = overlaps(dict(model.named_modules()))
         self._sightings = sightings
-        self._asked = asked or Levels(model, sightings or Sightings((), {}))
+        self._level_policy = level_policy or LevelPolicy(model, sightings or Sightings((), {}))
         self._apart: set[str] = set()
         self._unpaired: set[str] = set()
         if sightings is not None:
@@ -206,45 +163,14 @@ class Merger:
             self._look_up()
             merged = [layers[name] for name in candidate.layers]
             self._merge(candidate.kind, merged, candidate.contiguous, together=True)
-            self.levels.append(Level(candidate.kind, candidate.layers, candidate.widths))
+            self.levels.append(Candidate(candidate.kind, candidate.layers, candidate.widths))
 
     def raw_products(self, graph_module: fx.GraphModule) -> dict[ProductCall, RawProduct]:
         """The products of a graph with Parameters of the model that can be lent, by their calls."""
-        graph, modules = graph_module.graph, edit.called_modules(graph_module)
-        calls = products.calls(graph)
-        read = products.read_otherwise(graph, calls)
-        at = dict(graph_module.named_parameters(remove_duplicate=False))
-        owned = {
-            id(parameter): (prefix, name)
-            for prefix, module in self._model.named_modules()
-            for name, parameter in module._parameters.items()
-        }
-        escapes = self.escapes(graph_module)
-        strided = {c for c in calls if strides.reads_strides(c.node, modules, escapes=escapes)}
-        stacked = {call.input for call in strided if not call.convolves}
-        copied = {call.reads for call in strided if call.convolves}
-        found: dict[ProductCall, RawProduct] = {}
-        made: dict[object, RawProduct] = {}
-        for call in calls:
-            nodes = {"weight": call.weight, "bias": call.bias}
-            targets = {name: str(node.target) for name, node in nodes.items() if node is not None}
-            held = {name: at[target] for name, target in targets.items() if target in at}
-            places = {name: owned[id(p)] for name, p in held.items() if id(p) in owned}
-            names = {tensor: name for tensor, (_, name) in places.items()}
-            owner = places.get("weight", ("", ""))[0]
-            whole = places.keys() == targets.keys() and all(p == owner for p, _ in places.values())
-            if not whole or is_lazy(held["weight"]) or held["weight"].dim() != call.dims:
-                continue
-            module = self._model.get_submodule(owner)
-            if self.kind_of(module) is not None or not may_lend(module, tuple(names.values())):
-                continue
-            layer = call.layer(held["weight"], held.get("bias"), stacked=call.input in stacked)
-            elsewhere = not read.isdisjoint(targets.values())
-            product = RawProduct(owner, names, layer, elsewhere, call.reads in copied)
-            found[call] = made.setdefault(call.reads, product)
-        return found
+        kinds, escapes = (*self.kinds, *NORMS), self.escapes(graph_module)
+        return products.raw_products(graph_module, self._model, kinds, escapes=escapes)
 
-    def give_back(self, running: Collection[Wide]) -> None:
+    def release_products(self, running: Collection[Wide]) -> None:
         """Undoes the merging of products that no rewritten forward runs."""
         owners = [module for module in self._model.modules() if isinstance(module, Owner)]
         for wide, members in wides(self._model).items() if owners else ():
@@ -256,7 +182,7 @@ class Merger:
         for owner in owners:
             reclaim(owner)
 
-    def take_back(self) -> None:
+    def release_levels(self) -> None:
         """Undoes what it has merged on tensors of their own, as what is behind siblings is."""
         levels = {frozenset(level.layers): level for level in self.levels}
         for wide, members in wides(self._model).items():
@@ -327,7 +253,7 @@ class Merger:
         *,
         together: bool,
         contiguous: frozenset[int] = frozenset(),
-        lie: Lie = "beside",
+        layout: Layout = "beside",
     ) -> Wide | None:
         """The wide layer of these layers, merged now if they may be and are not yet.
 
@@ -336,7 +262,7 @@ class Merger:
             layers: the layers, in the order of the parts.
             together: whether they are called on one tensor.
             contiguous: the positions of those whose output must be contiguous.
-            lie: how the tensors lie that they are called on, if not on one.
+            layout: how the tensors lie that they are called on, if not on one.
 
         Returns:
             The wide layer; None where they stay apart.
@@ -346,22 +272,22 @@ class Merger:
         if self.frozen or not self.may_merge(kind, layers, together=together):
             return None
         names = tuple(self._names[layer] for layer in layers)
-        if not together and self._is_against(kind, layers, names, lie):
+        if not together and self._is_against(kind, layers, names, layout):
             return None
         wide = self._merge(kind, layers, contiguous, together=together)
-        self.levels.append(Level(kind, names, tuple(kind.outputs(wide))))
+        self.levels.append(Candidate(kind, names, tuple(kind.outputs(wide))))
         return wide
 
     def _is_against(
-        self, kind: Kind, layers: Sequence[nn.Module], names: tuple[str, ...], lie: Lie
+        self, kind: Kind, layers: Sequence[nn.Module], names: tuple[str, ...], layout: Layout
     ) -> bool:
         """Whether it does not pay to run layers at once that may be merged; and notes why."""
         widths = tuple(tensors(layer)["weight"].shape[kind.weight_dim] for layer in layers)
         candidate = Candidate(kind, names, widths)
         if kind in GATHERED:
-            figures = self._asked.against_gathering(kind, layers, names)
+            figures = self._level_policy.against_gathering(kind, layers, names)
         else:
-            figures = self._asked.against(candidate, lie)
+            figures = self._level_policy.against(candidate, layout)
         if figures is not None:
             refusal = Refusal(names, Reason.DOES_NOT_PAY, str(figures))
             found = dataclasses.replace(candidate, refusal=refusal, figures=figures)
@@ -411,7 +337,7 @@ class Merger:
 
     def gathers(self, kind: Kind, count: int) -> bool:
         """Whether so many layers on tensors of their own launch fewer operations at once."""
-        return self._asked.gathers(kind, count)
+        return self._level_policy.gathers(kind, count)
 
     def _merge(
         self,

@@ -1,4 +1,4 @@
-"""Options of the command line that are more than a word: `--arg`, `--input`, `--memory-budget`."""
+"""Parses the options of the command line: `--arg`, `--input`, `--memory-budget`."""
 
 from __future__ import annotations
 

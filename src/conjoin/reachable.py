@@ -1,4 +1,4 @@
-"""What objects and code can reach: containers, attributes, closures, globals, caches.
+"""What a model's objects and code can reach: containers, attributes, closures, globals, caches.
 
 A model keeps things beside its parameters, buffers and children, and its code keeps things beside
 the model.
@@ -27,6 +27,8 @@ from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
+
+from conjoin.layers.subclass import plain_class
 
 TRUSTED = frozenset({"torch", "conjoin", "numpy", "_pytest", *sys.stdlib_module_names}) - {
     "__main__"
@@ -131,7 +133,7 @@ def reachable_from(model: nn.Module) -> Iterator[object]:
 
 def reached_by_code(model: nn.Module) -> Reached:
     """All that the code of the model's modules can reach, as their classes define it."""
-    classes = frozenset(getattr(type(m), "conjoin_base", type(m)) for m in model.modules())
+    classes = frozenset(map(plain_class, model.modules()))
     known = _known.get() or _Known()
     if classes not in known.closures:
         found = known.closures[classes] = {}

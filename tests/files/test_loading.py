@@ -13,12 +13,12 @@ import torch
 from model_files import Evil, Net, refusal
 from torch import nn
 
-from conjoin.files.content import Kind, kind_of
+from conjoin.files.content import Content, content_of
 from conjoin.files.loading import Arguments, load
 
 
 def test_a_whole_module_is_loaded_only_when_trusted(whole: Path) -> None:
-    assert isinstance(load(str(whole), trust_pickle=True).model, Net)
+    assert isinstance(load(str(whole), trust_pickle=True), Net)
     message = refusal(whole)
     assert "runs code that the file names" in message
     assert "--trust-pickle" in message
@@ -35,12 +35,12 @@ def test_untrusted_pickles_do_not_run(tmp_path: Path) -> None:
 def test_every_format_of_torch_save_is_known(tmp_path: Path, protocol: int, archive: bool) -> None:
     path = tmp_path / "whole"
     torch.save(Net(), path, pickle_protocol=protocol, _use_new_zipfile_serialization=archive)
-    assert kind_of(str(path)) is Kind.PICKLE
-    assert isinstance(load(str(path), trust_pickle=True).model, Net)
+    assert content_of(str(path)) is Content.PICKLE
+    assert isinstance(load(str(path), trust_pickle=True), Net)
 
 
 def test_an_exported_program_brings_its_inputs(exported: Path) -> None:
-    program = load(str(exported)).model
+    program = load(str(exported))
     assert isinstance(program, torch.export.ExportedProgram)
     args, kwargs = program.example_inputs
     output = program.module()(*args, **kwargs)
@@ -49,8 +49,8 @@ def test_an_exported_program_brings_its_inputs(exported: Path) -> None:
 
 
 def test_a_suffix_says_nothing(exported: Path, whole: Path) -> None:
-    assert kind_of(str(exported.rename(exported.with_suffix(".pt")))) is Kind.EXPORTED
-    assert kind_of(str(whole.rename(whole.with_suffix(".pt2")))) is Kind.PICKLE
+    assert content_of(str(exported.rename(exported.with_suffix(".pt")))) is Content.EXPORTED
+    assert content_of(str(whole.rename(whole.with_suffix(".pt2")))) is Content.PICKLE
 
 
 @pytest.mark.parametrize(
@@ -149,13 +149,13 @@ def nets(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> str:
 
 def test_factories_and_modules(nets: str) -> None:
     arguments = Arguments((5,), {"bias": False})
-    built = load(f"{nets}:build", arguments=arguments).model
+    built = load(f"{nets}:build", arguments=arguments)
     assert isinstance(built, nn.Linear)
     assert built.in_features == 5
     assert built.bias is None
-    assert isinstance(load(f"{nets}:model").model, nn.Linear)
-    assert isinstance(load(f"{nets}:Nets.small").model, nn.ReLU)
-    assert isinstance(load("torch.nn:ReLU").model, nn.ReLU)
+    assert isinstance(load(f"{nets}:model"), nn.Linear)
+    assert isinstance(load(f"{nets}:Nets.small"), nn.ReLU)
+    assert isinstance(load("torch.nn:ReLU"), nn.ReLU)
 
 
 @pytest.mark.parametrize(

@@ -31,7 +31,7 @@ def test_truncated_files(whole: Path, exported: Path) -> None:
 
 def test_changed_weights_are_noticed(whole: Path) -> None:
     content = whole.read_bytes()
-    weight = load(str(whole), trust_pickle=True).model.state_dict()["layers.a b.weight"]
+    weight = load(str(whole), trust_pickle=True).state_dict()["layers.a b.weight"]
     place = content.index(weight.numpy().tobytes())
     whole.write_bytes(content[:place] + b"\xff" + content[place + 1 :])
     assert "checksum" in refusal(whole, trust=True)
@@ -143,7 +143,7 @@ def test_guards_of_an_exported_program_do_not_run(
 def test_guards_that_compare_sizes_are_kept(guard: str, exported: Path, tmp_path: Path) -> None:
     loaded = load(str(rewrite(exported, guarded(guard))))
     out = tmp_path / "out.pt2"
-    writing.write(conjoin.optimize(loaded.model), str(out))
+    writing.write(conjoin.optimize(loaded), str(out))
     assert torch.export.load(out)._guards_code == [guard]
 
 
@@ -235,7 +235,7 @@ def test_mutated_files_give_one_sentence_or_a_model(
         else:
             path.write_bytes(mutate(content, rng) or b"x")
         with suppress(SavedError):
-            model = load(str(path)).model
+            model = load(str(path))
             assert isinstance(model, nn.Module | torch.export.ExportedProgram)
 
 

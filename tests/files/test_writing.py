@@ -27,7 +27,7 @@ def test_a_model_is_written_and_read_back(tmp_path: Path) -> None:
     model = Net()
     writing.write(model, str(tmp_path / "out.pt"))
     assert leftovers(tmp_path) == ["out.pt"]
-    loaded = load(str(tmp_path / "out.pt"), trust_pickle=True).model
+    loaded = load(str(tmp_path / "out.pt"), trust_pickle=True)
     for name, value in model.state_dict().items():
         assert torch.equal(loaded.state_dict()[name], value)
 
@@ -43,7 +43,7 @@ def test_modes_and_links_are_kept(tmp_path: Path) -> None:
     writing.write(Net(), str(link), force=True)
     assert link.is_symlink()
     assert stat.S_IMODE(out.stat().st_mode) == 0o640
-    assert isinstance(load(str(out), trust_pickle=True).model, Net)
+    assert isinstance(load(str(out), trust_pickle=True), Net)
 
 
 class Unpicklable(nn.Module):

@@ -8,7 +8,7 @@ from test_memory import ROW, Sum
 from torch import nn
 
 import conjoin
-from conjoin import api
+from conjoin import decision
 from conjoin.legality import Reason
 from conjoin.memory import Memory, MemoryBudgetWarning
 
@@ -100,7 +100,8 @@ def test_what_is_merged_stays_merged(model, x):
 
 def test_a_model_without_siblings_has_no_budget_to_keep(x):
     model = nn.Sequential(nn.Linear(64, 64), nn.ReLU()).double()
-    conjoin.optimize(model, (x,), memory_budget=1)
+    optimized = conjoin.optimize(model, (x,), memory_budget=1)
+    assert conjoin.report(optimized, (x,)).groups == ()
 
 
 def test_a_model_that_cannot_be_copied(model, x):
@@ -203,7 +204,7 @@ def test_like_groups_are_not_tried_one_by_one(monkeypatch, share):
     torch.manual_seed(0)
     count, predicted = 10, []
     model, x = Blocks(count).double(), torch.randn(100, 64, dtype=torch.float64)
-    fit = api.fit
+    fit = decision.fit
 
     def counting(found, sightings, need, *limits):
         def needed(groups):
@@ -212,7 +213,7 @@ def test_like_groups_are_not_tried_one_by_one(monkeypatch, share):
 
         return fit(found, sightings, needed, *limits)
 
-    monkeypatch.setattr(api, "fit", counting)
+    monkeypatch.setattr(decision, "fit", counting)
     whole = conjoin.report(model, (x,)).memory
     budget = int(whole.before + share * (whole.after - whole.before))
     report = conjoin.report(model, (x,), memory_budget=budget)

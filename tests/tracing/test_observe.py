@@ -213,7 +213,7 @@ def test_a_model_that_runs_in_one_mode_only(only):
     assert layers(sightings) == ["a", "b"]
     other = "evaluation" if only == "training" else "training"
     assert [u.why for u in sightings.untraced] == [
-        f"does not run in {other} mode: not in this mode"
+        f"does not run in {other} mode: NotImplementedError: not in this mode"
     ]
 
 

@@ -1,1 +1,1 @@
-"""Files of models: read without running what they say, and written whole or not at all."""
+"""Files of models: loaded without running code that they name, and written whole or not at all."""

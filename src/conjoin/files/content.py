@@ -1,4 +1,4 @@
-"""What a file holds, told by its content and not by its suffix, before anything of it is loaded.
+"""Tells by a file's content, not by its suffix, what it holds, before anything is loaded.
 
 A model comes from one of three places: a module saved whole by `torch.save`, an exported program of
 `torch.export.save`, or `package.module:factory`. Archives must be sound before anybody opens them.
@@ -26,7 +26,7 @@ WHOLE = "save the model whole with torch.save(model, path)"
 _FACTORY = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
 
 
-class Kind(Enum):
+class Content(Enum):
     """What a source holds."""
 
     FACTORY = "a factory in a module"
@@ -36,7 +36,7 @@ class Kind(Enum):
     PICKLE = "a pickle of torch.save"
 
 
-def kind_of(source: str) -> Kind:
+def content_of(source: str) -> Content:
     """Say what `source` holds, without loading it.
 
     Args:
@@ -47,14 +47,14 @@ def kind_of(source: str) -> Kind:
     """
     path = Path(source)
     if not os.path.lexists(path) and _FACTORY.fullmatch(source):
-        return Kind.FACTORY
+        return Content.FACTORY
     _check_file(path)
     with foreign(f"{source} cannot be read"), path.open("rb") as file:
         start = file.read(16)
     if start.startswith(b"PK\x03\x04"):
-        return _kind_of_archive(path, _checked_names(path))
+        return _content_of_archive(path, _checked_names(path))
     if start[:1] == b"\x80":
-        return Kind.PICKLE
+        return Content.PICKLE
     if start[8:9] == b"{":
         raise SavedError(f"{source} looks like a safetensors file, tensors only, no model: {WHOLE}")
     raise SavedError(f"{source} is not a file of torch.save or torch.export.save, or is damaged")
@@ -102,17 +102,17 @@ def _check_name(path: Path, name: str) -> None:
         raise SavedError(f"{path} is refused: the member {name!r} points out of the archive")
 
 
-def _kind_of_archive(path: Path, names: Sequence[str]) -> Kind:
+def _content_of_archive(path: Path, names: Sequence[str]) -> Content:
     if "serialized_exported_program.json" in names:
-        return Kind.OLD_EXPORTED
+        return Content.OLD_EXPORTED
     root = names[0].split("/")[0] + "/"
     if not all(name.startswith(root) for name in names):
         raise SavedError(f"{path} is a zip archive, but not one that PyTorch wrote")
     inside = {name.removeprefix(root) for name in names}
     if "archive_format" in inside:
-        return Kind.EXPORTED
+        return Content.EXPORTED
     if "constants.pkl" in inside:
-        return Kind.SCRIPT
+        return Content.SCRIPT
     if "data.pkl" in inside:
-        return Kind.PICKLE
+        return Content.PICKLE
     raise SavedError(f"{path} is a zip archive, but holds no model of PyTorch")

@@ -1,4 +1,4 @@
-"""A model as a file for inference elsewhere: exported, run from its file, and compared.
+"""Exports a model to a file for inference, runs that file, and compares it with the model.
 
     model -> unfuse -> torch.export -> optimize, if asked -> .pt2, or through torch.onnx -> .onnx
 

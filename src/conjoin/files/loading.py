@@ -1,4 +1,4 @@
-"""Models of files and factories: read without running what a file says.
+"""Loads models from files and factories, without running code that a file names.
 
 - A module saved whole by `torch.save` is a pickle, which runs code that the file names, so it is
   opened only when the caller trusts it.
@@ -22,7 +22,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from conjoin.files.content import WHOLE, Kind, kind_of
+from conjoin.files.content import WHOLE, Content, content_of
 from conjoin.files.untrusted import TRUST, check_exported, device
 from conjoin.foreign import SavedError, foreign, quiet, quote
 
@@ -38,20 +38,13 @@ class Arguments:
         return bool(self.positional or self.keywords)
 
 
-@dataclass(frozen=True)
-class Saved:
-    """A model, or an exported program, which has inputs of its own."""
-
-    model: nn.Module | ExportedProgram
-
-
 def load(
     source: str,
     *,
     trust_pickle: bool = False,
     arguments: Arguments | None = None,
-) -> Saved:
-    """Give the model that `source` names.
+) -> nn.Module | ExportedProgram:
+    """Give the model, or the exported program, that `source` names.
 
     Args:
         source: a file of `torch.save` or `torch.export.save`, or `package.module:factory`.
@@ -62,19 +55,19 @@ def load(
         SavedError: no model comes of it; the message says why and what to do.
     """
     arguments = arguments or Arguments()
-    kind = kind_of(source)
-    if kind is Kind.FACTORY:
-        return Saved(_from_factory(source, arguments))
+    content = content_of(source)
+    if content is Content.FACTORY:
+        return _from_factory(source, arguments)
     if arguments:
         raise SavedError(f"--arg is for package.module:factory, and {source} is a file")
-    if kind is Kind.SCRIPT:
+    if content is Content.SCRIPT:
         raise SavedError(
             f"{source} is a TorchScript archive, which holds compiled code and no modules: "
             f"{WHOLE} before scripting it, or export it with torch.export"
         )
-    if kind is Kind.PICKLE:
-        return Saved(_from_pickle(source, trust_pickle))
-    return _from_exported(source, kind, trust_pickle)
+    if content is Content.PICKLE:
+        return _from_pickle(source, trust_pickle)
+    return _from_exported(source, content, trust_pickle)
 
 
 # Factories
@@ -187,8 +180,11 @@ def _describe(content: object) -> str:
     return "a dict"
 
 
-def _from_exported(source: str, kind: Kind, trust_pickle: bool) -> Saved:
-    if kind is Kind.OLD_EXPORTED and not trust_pickle:
+# Exported programs
+
+
+def _from_exported(source: str, content: Content, trust_pickle: bool) -> ExportedProgram:
+    if content is Content.OLD_EXPORTED and not trust_pickle:
         raise SavedError(
             f"{source} was exported by PyTorch 2.7 or older and needs unpickling, which runs code "
             f"that the file names: export it again, or {TRUST}"
@@ -196,5 +192,4 @@ def _from_exported(source: str, kind: Kind, trust_pickle: bool) -> Saved:
     with foreign(f"{source} is damaged, or of another version of PyTorch"), quiet():
         if not trust_pickle:
             check_exported(source, torch._C.PyTorchFileReader(source))
-        program = torch.export.load(source)
-    return Saved(program)
+        return torch.export.load(source)

@@ -1,4 +1,4 @@
-"""Exported programs of anybody's: nothing in them may run when PyTorch loads them.
+"""Checks exported programs from unknown sources: to load one must not run code.
 
 PyTorch's reader unpickles some members and generates source from names in the file. So the pickles
 may hold tensors only, and what becomes part of source must be a plain name or number.

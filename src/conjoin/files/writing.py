@@ -1,4 +1,4 @@
-"""Files that are written whole or not at all, and never over what was not to be lost."""
+"""Writes a file whole or not at all, and replaces nothing unasked."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""What is known of the calls of a model's layers: sites, siblings, hazards."""
+"""fx graphs: calls of layers, which of these are siblings, and what a rewrite may do."""

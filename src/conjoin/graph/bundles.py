@@ -1,4 +1,4 @@
-"""Bundles: a wide tensor in a graph and the parts that it is cut into.
+"""Bundles: a wide tensor in a graph together with the parts that it is cut into.
 
     side by side:   W (..., sum c_i, ...),  p_i = W[..., c_i of them, ...]  along a dimension
     stacked:        W (n, ...),             p_i = W[i]

@@ -1,4 +1,4 @@
-"""What acts on each channel of a tensor by itself, or on each part of equal parts.
+"""Operations on each channel by itself, such as pooling, or on each of several equal parts.
 
 For parts p_i of a tensor W that lie side by side along the channels, f(p_i) is the i-th part of
 f(W) where f leaves the channels alone: pooling, padding and resizing of what lies behind them, and

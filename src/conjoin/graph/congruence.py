@@ -1,4 +1,4 @@
-"""Which values of a graph have the same shape, dtype and device, whatever the inputs are.
+"""Which values of a graph have one shape, dtype and device, whatever the inputs are.
 
 Two nodes are congruent where the same operation made them, with the same settings, from inputs
 that are congruent in turn. It is what a stack of tensors needs to know of them beforehand.
@@ -15,7 +15,7 @@ from torch import Tensor, fx, nn
 
 from conjoin.graph import channelwise, elementwise, hazards
 from conjoin.layers import KINDS, NORMS, kind_of
-from conjoin.layers.view import View
+from conjoin.layers.subclass import plain_class
 from conjoin.layers.wide import Wide
 
 NAMES = elementwise.NAMES | frozenset(
@@ -210,7 +210,7 @@ def _module_key(module: nn.Module) -> Hashable | None:
         return Wide, module.kind, repr(module.settings), tuple(module.widths), module.weight.dtype
     if not elementwise.is_plain(module):
         return None
-    cls = module.conjoin_base if isinstance(module, View) else type(module)
+    cls = plain_class(module)
     layer = kind_of(module, (*KINDS, *NORMS)) is not None
     known = cls in elementwise.ACTIVATIONS or cls in channelwise.SPATIAL_MODULES or cls in SHAPED
     if not layer and not known:

@@ -1,4 +1,4 @@
-"""How deep the branches behind a wide layer go in a rewritten graph, and what that launches.
+"""How far the branches behind a wide layer go on together, and what they launch, for reports.
 
     wide -> norm -> relu -> wide -> split        is a chain of four operations
 
@@ -16,8 +16,8 @@ from typing import Any
 
 from torch import fx, nn
 
-from conjoin.graph import channelwise, parts
-from conjoin.graph.parts import Parts, Separation
+from conjoin.graph import channelwise
+from conjoin.graph.separation import Parts, Separation, all_modules, separable
 from conjoin.launches import LaunchCounter
 from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
@@ -71,11 +71,11 @@ class Depths:
         graph_module.graph = graph
 
     def _counting(self, graph_module: fx.GraphModule) -> Callable[..., Any]:
-        graph, modules = graph_module.graph, parts.reachable(graph_module)
+        graph, modules = graph_module.graph, all_modules(graph_module)
         apart = fx.Graph()
         copies: dict[fx.Node, fx.Node] = {}
         apart.output(apart.graph_copy(graph, copies))
-        found = Separation(apart, modules, parts.separable(graph_module, modules))
+        found = Separation(apart, modules, separable(graph_module, modules))
         found.run()
 
         def wide_at(node: fx.Node | None) -> Wide | None:

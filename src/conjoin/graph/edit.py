@@ -1,4 +1,4 @@
-"""The only place where a graph is changed."""
+"""Small edits of graphs, and questions about nodes, that many files have in common."""
 
 from __future__ import annotations
 
@@ -48,15 +48,6 @@ def replace(
         user.kwargs = map_arg(user.kwargs, lambda node: made.get(node, node))
     for sibling in siblings:
         graph.erase_node(sibling)
-
-
-def call_instead(graph: fx.Graph, node: fx.Node, target: str, input: fx.Node) -> None:
-    """Puts a call of a module on one input in the place of a node."""
-    with graph.inserting_before(node):
-        made = graph.call_module(target, (input,))
-    made.meta = dict(node.meta)
-    node.replace_all_uses_with(made)
-    graph.erase_node(node)
 
 
 def copied(graph: fx.Graph, node: fx.Node, at: Callable[[fx.Node], fx.Node]) -> fx.Node:

@@ -1,4 +1,4 @@
-"""What acts on each element of a tensor by itself, whatever stands beside it.
+"""Operations on each element by itself, such as activations.
 
 For parts p_i of a tensor W, however it is cut, f(p_i) is the i-th part of f(W).
 """
@@ -14,6 +14,8 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from conjoin.graph import edit, hazards
+from conjoin.layers.checks import is_hooked
+from conjoin.layers.subclass import plain_class
 
 ACTIVATIONS: frozenset[type[nn.Module]] = frozenset(
     {
@@ -132,7 +134,7 @@ def key(node: fx.Node, input: fx.Node, modules: Mapping[str, nn.Module]) -> Hash
 
 def module_key(module: nn.Module) -> Hashable | None:
     """What a module does element by element: its class and settings; None where it does more."""
-    cls = getattr(type(module), "conjoin_base", type(module))
+    cls = plain_class(module)
     if not is_plain(module):
         return None
     if cls in DROPOUTS:
@@ -144,8 +146,7 @@ def module_key(module: nn.Module) -> Hashable | None:
 
 def is_plain(module: nn.Module) -> bool:
     """Whether a module does what its class does: no hooks, no forward of its own."""
-    hooked = any(getattr(module, hooks) for hooks in hazards.CALL_HOOKS)
-    return not hooked and "forward" not in vars(module)
+    return not is_hooked(module) and "forward" not in vars(module)
 
 
 def settings(module: nn.Module) -> tuple[tuple[str, Hashable], ...]:

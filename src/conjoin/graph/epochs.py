@@ -1,4 +1,4 @@
-"""Which nodes of a graph may trade places: those between which nothing changes that others see."""
+"""Which nodes may trade places: none is moved past a node that may change something."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Products as functions of a weight, as graphs of `torch.compile` have them.
+"""Products as functions of a weight, as Dynamo writes them, and one product made of several.
 
     y_i = f(x, W_i, b_i)        becomes        y = f(x, W, b);  y_1, y_2, ... = split(y)
 

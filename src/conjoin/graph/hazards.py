@@ -1,4 +1,4 @@
-"""What can make a rewrite of a graph wrong: changes in place, also through an alias, and modes."""
+"""What a node may change in place, also through an alias, and what else makes a rewrite wrong."""
 
 from __future__ import annotations
 
@@ -11,7 +11,8 @@ from torch import fx, nn
 from torch._ops import HigherOrderOperator, OpOverload, OpOverloadPacket
 from torch.nn import functional as F
 
-from conjoin.layers.checks import FORWARDS
+from conjoin.layers.checks import FORWARDS, is_hooked
+from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View
 
 VIEW_METHODS = frozenset(
@@ -46,9 +47,6 @@ MODES = ("_set_", "_enter_", "_exit_", "_push_", "_pop_", "_vmap_", "_saved_tens
 OF_PYTORCH = frozenset({"torch", "_operator", "builtins", "math", "conjoin", ""})
 """The packages of functions whose name tells what they do."""
 
-CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
-"""The attributes of `nn.Module` that hold the hooks that run when the module is called."""
-
 INPLACE_OPERATORS: frozenset[Any] = frozenset(
     getattr(operator, name)
     for name in (
@@ -57,6 +55,12 @@ INPLACE_OPERATORS: frozenset[Any] = frozenset(
     ).split()
 )
 """Python's operators that change their first argument."""
+
+WRAPPERS = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast"})
+"""Operations of exported programs that run a graph of their own in another mode."""
+
+DETACHING = frozenset({"detach", "detach_"})
+"""Methods that no gradient goes past."""
 
 
 def follow(
@@ -122,7 +126,7 @@ def shares_memory(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
             or node.target in DISTRIBUTIONS
             or name in VIEW_METHODS
             or isinstance(node.target, HigherOrderOperator)
-            or any(True for _ in written(node, modules))
+            or writes(node, modules)
         )
     return False
 
@@ -158,6 +162,11 @@ def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node
         yield first
 
 
+def writes(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether a node changes an input in place, or may change one."""
+    return any(True for _ in written(node, modules))
+
+
 def _works_in_place(module: nn.Module) -> bool:
     if isinstance(module, View):
         return False
@@ -173,21 +182,15 @@ def is_pure(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     if node.op in ("placeholder", "get_attr", "output"):
         return True
     if node.op == "call_module":
-        return not is_opaque(modules[str(node.target)]) and not any(
-            True for _ in written(node, modules)
-        )
+        return not is_opaque(modules[str(node.target)]) and not writes(node, modules)
     name = called(node)
     known = node.op == "call_method" or of_torch(node.target) or _runs_pure_graph(node)
     return (
         known
-        and not any(True for _ in written(node, modules))
+        and not writes(node, modules)
         and not name.startswith(("_foreach", "__i", *MODES))
         and name not in ("setattr", "apply", "backward")
     )
-
-
-WRAPPERS = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast"})
-"""Operations of exported programs that run a graph of their own in another mode."""
 
 
 def _runs_pure_graph(node: fx.Node) -> bool:
@@ -211,18 +214,14 @@ def is_opaque(module: nn.Module) -> bool:
 
 
 def _is_known(module: nn.Module) -> bool:
-    cls = getattr(type(module), "conjoin_base", type(module))
+    cls = plain_class(module)
     known = cls in FORWARDS or cls.__module__.startswith(("torch.nn.", "conjoin."))
-    return known and not any(getattr(module, hooks) for hooks in CALL_HOOKS)
+    return known and not is_hooked(module)
 
 
 def is_inplace_name(name: str) -> bool:
     """Whether a method of this name changes its tensor, as PyTorch's are named."""
     return name.endswith("_") and not name.endswith("__") and name != "requires_grad_"
-
-
-DETACHING = frozenset({"detach", "detach_"})
-"""Methods that no gradient goes past."""
 
 
 def is_seen(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -1,4 +1,4 @@
-"""Joints: what joins tensors to one, and which place in it each of them gets.
+"""Joints: `cat` and `stack`, and which place in one each branch has.
 
 cat(x_0, ..., x_{n-1}, dim)        stack(x_0, ..., x_{n-1}, dim)
 """

@@ -1,4 +1,4 @@
-"""The entries of a node's `meta` that hold the node's value, as a fake tensor."""
+"""Where a node's `meta` holds its value, as a fake tensor."""
 
 VALUE = "val"
 """In graphs of `torch.export` and `make_fx`."""

@@ -1,4 +1,4 @@
-"""In which order the nodes of a graph must stay, beyond what they read of each other.
+"""The order that nodes must keep beyond their inputs, and sorting a graph by it.
 
 What may change something stays where it is among all other nodes. What draws random numbers keeps
 its place among its like, and so do the calls of one module that updates its buffers.

@@ -1,4 +1,4 @@
-"""Products with Parameters in a graph: `F.linear(x, self.w)`, `x @ self.w`, `F.conv2d`, ..."""
+"""Products with a module's own Parameters in a graph: `F.linear(x, self.w)`, `x @ self.w`."""
 
 from __future__ import annotations
 
@@ -11,11 +11,14 @@ from typing import Any
 import torch
 from torch import fx, nn
 from torch.nn import functional as F
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
-from conjoin.graph import edit, hazards
+from conjoin.graph import bundles, edit, hazards, strides
+from conjoin.layers import Kind, kind_of
 from conjoin.layers.convolved import CONVOLUTIONS
-from conjoin.layers.product import LinearProduct, Matmul, Product
+from conjoin.layers.owner import may_lend
+from conjoin.layers.product import SUFFIX, LinearProduct, Matmul, Product
 
 OFFSETS = frozenset({"storage_offset", "as_strided", "as_strided_"})
 """Methods whose result differs for a part of a stack, which is contiguous."""
@@ -98,6 +101,34 @@ class ProductCall:
         return Matmul(self.function, weight, bias, self.equation)
 
 
+@dataclass(frozen=True, slots=True)
+class RawProduct:
+    """A product with Parameters of a module's own.
+
+    Attributes:
+        owner: the qualified name of the module.
+        parameters: the Parameters' names there, by those in the layer.
+        layer: the product as a layer.
+        read: whether one of the Parameters is read in some other way too.
+        strided: whether its output must be contiguous, where it is not one of a stack.
+    """
+
+    owner: str
+    parameters: dict[str, str]
+    layer: Product
+    read: bool
+    strided: bool
+
+    @property
+    def name(self) -> str:
+        """The qualified name that the layer has once the Parameters are lent to it."""
+        return self.owned(self.parameters["weight"]) + SUFFIX
+
+    def owned(self, name: str) -> str:
+        """The qualified name of something in the owner."""
+        return f"{self.owner}.{name}".lstrip(".")
+
+
 def calls(graph: fx.Graph) -> list[ProductCall]:
     """The products of a graph."""
     return [call for node in graph.nodes if (call := _read(node)) is not None]
@@ -120,7 +151,9 @@ def call(
         target, _ = lent.get(str(found.weight.target), ("", ""))
         layer = modules.get(target)
         if isinstance(layer, Product) and _is_of(found, lent, target, layer):
-            edit.call_instead(graph, found.node, target, found.input)
+            with graph.inserting_before(found.node):
+                made = graph.call_module(target, (found.input,))
+            bundles.substitute(graph, [found.node], [made])
             turned += [found.turned] if found.turned is not None else []
     edit.erase_unread(graph, turned)
     edit.erase_unread(graph, [n for n in graph.nodes if n.op == "get_attr" and n.target in lent])
@@ -144,6 +177,51 @@ def read_otherwise(graph: fx.Graph, found: Sequence[ProductCall]) -> set[str]:
         if node.op == "get_attr":
             read.setdefault(str(node.target), set()).update(ways(node))
     return {target for target, each in read.items() if len(each) > 1}
+
+
+def raw_products(
+    graph_module: fx.GraphModule, model: nn.Module, kinds: tuple[Kind, ...], *, escapes: bool
+) -> dict[ProductCall, RawProduct]:
+    """The products of a graph with Parameters of a model that can be lent, by their calls.
+
+    Args:
+        graph_module: the graph, of the model or of a module in it.
+        model: the model.
+        kinds: the kinds of layer; one of these is merged as a layer, and lends nothing.
+        escapes: whether something beyond the graph reads its outputs.
+    """
+    graph, modules = graph_module.graph, edit.called_modules(graph_module)
+    found = calls(graph)
+    read = read_otherwise(graph, found)
+    at = dict(graph_module.named_parameters(remove_duplicate=False))
+    owned = {
+        id(parameter): (prefix, name)
+        for prefix, module in model.named_modules()
+        for name, parameter in module._parameters.items()
+    }
+    strided = {c for c in found if strides.reads_strides(c.node, modules, escapes=escapes)}
+    stacked = {call.input for call in strided if not call.convolves}
+    copied = {call.reads for call in strided if call.convolves}
+    by_call: dict[ProductCall, RawProduct] = {}
+    made: dict[object, RawProduct] = {}
+    for call in found:
+        nodes = {"weight": call.weight, "bias": call.bias}
+        targets = {name: str(node.target) for name, node in nodes.items() if node is not None}
+        held = {name: at[target] for name, target in targets.items() if target in at}
+        places = {name: owned[id(p)] for name, p in held.items() if id(p) in owned}
+        names = {tensor: name for tensor, (_, name) in places.items()}
+        owner = places.get("weight", ("", ""))[0]
+        whole = places.keys() == targets.keys() and all(p == owner for p, _ in places.values())
+        if not whole or is_lazy(held["weight"]) or held["weight"].dim() != call.dims:
+            continue
+        module = model.get_submodule(owner)
+        if kind_of(module, kinds) is not None or not may_lend(module, tuple(names.values())):
+            continue
+        layer = call.layer(held["weight"], held.get("bias"), stacked=call.input in stacked)
+        elsewhere = not read.isdisjoint(targets.values())
+        product = RawProduct(owner, names, layer, elsewhere, call.reads in copied)
+        by_call[call] = made.setdefault(call.reads, product)
+    return by_call
 
 
 def tells_offsets(graph: fx.Graph) -> bool:
@@ -174,10 +252,7 @@ def write_out(
             read = node.all_input_nodes[0], weight, bias
             proxies: list[Any] = [each and fx.Proxy(each, tracer) for each in read]
             written: Any = layer.written(*proxies)
-            made: fx.Node = written.node
-        made.meta = dict(node.meta)
-        node.replace_all_uses_with(made)
-        graph.erase_node(node)
+        bundles.substitute(graph, [node], [written.node])
 
 
 def _is_of(

@@ -1,4 +1,4 @@
-"""What all passes do before and after they change a graph: it is checked, and its metadata kept.
+"""What every pass does before and after it changes a graph: lint it, and complete its metadata.
 
 A new node has what its neighbours know of where it comes from (`stack_trace`, `nn_module_stack`,
 keys of the user's own), and of the shapes of values only what is true: where a graph has fake

@@ -1,4 +1,4 @@
-"""Layers that act on the last dimension of a tensor, or on each index, whatever stands before it.
+"""Layers that act on each sample by itself, so that one call on a stack equals several calls.
 
 For tensors p_i of one shape, stacked as W (n, ...), f(p_i) is the i-th part of f(W), with the same
 weights for all of them.
@@ -12,6 +12,7 @@ from torch import Tensor, fx, nn
 
 from conjoin.graph import edit, elementwise, hazards
 from conjoin.layers import kind_of
+from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View
 
 NORMS: frozenset[type[nn.Module]] = frozenset({nn.LayerNorm, nn.RMSNorm})
@@ -45,7 +46,7 @@ def is_samplewise(module: nn.Module) -> bool:
     """Whether a module is a layer that acts on each sample by itself, and does nothing else."""
     if hazards.is_opaque(module) or not elementwise.is_plain(module):
         return False
-    cls = getattr(type(module), "conjoin_base", type(module))
+    cls = plain_class(module)
     if cls in NORMS:  # Of more dimensions, it would not raise for a tensor that has too few.
         return len(module.normalized_shape) == 1  # type: ignore[arg-type]
     kind = kind_of(module) if cls in LAYERS else None

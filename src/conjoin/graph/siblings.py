@@ -11,10 +11,9 @@ from collections import Counter
 from collections.abc import Hashable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 
-import torch
-from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
+from torch import nn
 
+from conjoin.graph.overlaps import overlaps
 from conjoin.graph.site import Sightings, Site
 from conjoin.layers import Kind, kind_of
 from conjoin.layers.checks import Verdict, tensors
@@ -23,7 +22,6 @@ from conjoin.layers.view import View, wides
 from conjoin.layers.wide import Wide
 from conjoin.legality import Reason, Refusal
 from conjoin.policy.cost import Cut, Figures
-from conjoin.reachable import OF_MODULES, held_by
 
 DIFFERENCE = {
     "dtype": Reason.DIFFERENT_DTYPE,
@@ -151,10 +149,22 @@ def activations(sites: Iterable[Site]) -> tuple[str, ...]:
 
 def _unseen(model: nn.Module, seen: set[str]) -> Iterator[Candidate]:
     """The groups that were merged earlier and are not called in what was seen of the model."""
-    for wide, members in wides(model).items():
-        names = tuple(name for name, _ in members)
-        if not seen.intersection(names) and len(names) > 1:
-            yield Candidate(wide.kind, names, tuple(wide.kind.outputs(wide)), None, wide.contiguous)
+    for candidate in merged_in(model).values():
+        if not seen.intersection(candidate.layers) and len(candidate.layers) > 1:
+            yield candidate
+
+
+def merged_in(model: nn.Module) -> dict[Wide, Candidate]:
+    """The groups that are merged in a model, by wide layer."""
+    return {
+        wide: Candidate(
+            kind=wide.kind,
+            layers=tuple(name for name, _ in members),
+            widths=tuple(wide.kind.outputs(wide)),
+            contiguous=wide.contiguous,
+        )
+        for wide, members in wides(model).items()
+    }
 
 
 Calls = tuple[tuple[Hashable, Hashable, Hashable], ...]
@@ -364,46 +374,3 @@ def _touched(name: str, siblings: Iterable[str], sightings: Sightings) -> Verdic
 
 def _is_within(name: str, root: str) -> bool:
     return not root or name.startswith(f"{root}.")
-
-
-def overlaps(modules: dict[str, nn.Module]) -> dict[str, str]:
-    """The tensors, by name, that overlap with another one of the model, and with which."""
-    spans: list[tuple[tuple[object, ...], int, int, str]] = []
-    for prefix, module in modules.items():
-        for name, tensor in _held_tensors(module):
-            if (span := _span(tensor)) is not None:
-                spans.append((*span, f"{prefix}.{name}".lstrip(".")))
-    spans.sort(key=lambda span: (str(span[0]), span[1], span[2]))
-    shared: dict[str, str] = {}
-    for i, (space, _, stop, name) in enumerate(spans):
-        for following in range(i + 1, len(spans)):
-            other_space, start, _, other = spans[following]
-            if other_space != space or start >= stop:
-                break
-            shared.setdefault(name, other)
-            shared.setdefault(other, name)
-    return shared
-
-
-def _held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
-    """All tensors that a module holds, also in what is held by its plain attributes."""
-    for name, tensor in (*module._parameters.items(), *module._buffers.items()):
-        if tensor is not None:
-            yield name, tensor
-    if isinstance(module, Wide):  # What it holds beside its parameters its views hold too.
-        return
-    for name, value in vars(module).items():
-        if name not in OF_MODULES and not isinstance(value, (bool, int, float, str)):
-            yield from ((name, item) for item in held_by(value) if isinstance(item, Tensor))
-
-
-def _span(tensor: Tensor) -> tuple[tuple[object, ...], int, int] | None:
-    """The memory that a tensor lies in: which space, from which byte to which."""
-    if nn.parameter.is_lazy(tensor) or tensor.layout is not torch.strided or tensor.numel() == 0:
-        return None
-    steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    size = int(steps + 1) * tensor.element_size()
-    if tensor.is_meta or isinstance(tensor, FakeTensor):
-        start = int(tensor.storage_offset()) * tensor.element_size()
-        return (str(tensor.device), tensor.untyped_storage()._cdata), start, start + size
-    return (str(tensor.device),), tensor.data_ptr(), tensor.data_ptr() + size

@@ -1,4 +1,4 @@
-"""One view of a layer call, wherever it was seen."""
+"""One call of a layer, however it was seen, and all that was seen of a model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What becomes of a graph's values where some of them lie in memory in another way.
+"""What depends on how values lie in memory, and what becomes of a graph where that changes.
 
     y = f(x)        becomes        y' = f(x'),  x' of the values of x, but a slice of a wide tensor
 
@@ -195,14 +195,9 @@ def _cuts_behind(node: fx.Node, view: fx.Node, dim: int) -> bool:
 
     What lies along that one and behind it lies together, also in a slice.
     """
-    before, after = node.meta.get(VALUE), view.meta.get(VALUE)
-    if hazards.called(view) not in VIEWS:
-        return False
-    if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
-        return False
-    front = before.dim() + dim
-    kept = [str(size) for size in before.shape[:front]] == [str(n) for n in after.shape[:front]]
-    return kept and after.dim() > front >= 0
+    before, after = _viewed(node, view)
+    front = len(before) + dim
+    return len(after) > front >= 0 and before[:front] == after[:front]
 
 
 def _moves_front(node: fx.Node, view: fx.Node) -> bool:
@@ -211,12 +206,16 @@ def _moves_front(node: fx.Node, view: fx.Node) -> bool:
     The rows of a slice along that one are as far apart as those of the whole, all of them, so that
     they can be counted in any way.
     """
-    before, after = node.meta.get(VALUE), view.meta.get(VALUE)
-    if hazards.called(view) not in VIEWS:
-        return False
-    if not (isinstance(before, Tensor) and isinstance(after, Tensor)):
-        return False
-    return min(before.dim(), after.dim()) > 0 and str(before.shape[-1]) == str(after.shape[-1])
+    before, after = _viewed(node, view)
+    return bool(before and after) and before[-1] == after[-1]
+
+
+def _viewed(node: fx.Node, view: fx.Node) -> tuple[list[str], list[str]]:
+    """The sizes before and after a view, as they are written; none where they are not known."""
+    values = node.meta.get(VALUE), view.meta.get(VALUE)
+    known = hazards.called(view) in VIEWS and all(isinstance(each, Tensor) for each in values)
+    before, after = ([str(n) for n in each.shape] if known else [] for each in values)  # type: ignore[union-attr]
+    return before, after
 
 
 def merges_channels(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:

@@ -65,7 +65,7 @@ def norm_of(layer: object) -> Norm | None:
     return kind if isinstance(kind, Norm) else None
 
 
-def checked(kinds: object) -> tuple[Kind, ...]:
+def checked_kinds(kinds: object) -> tuple[Kind, ...]:
     """`kinds` as a tuple.
 
     Raises:
@@ -137,4 +137,14 @@ def _are_names(settings: object) -> bool:
     return isinstance(settings, tuple) and all(isinstance(name, str) for name in settings)
 
 
-__all__ = ["GATHERED", "KINDS", "NORMS", "Kind", "Norm", "checked", "kind_of", "norm_of"]
+__all__ = [
+    "GATHERED",
+    "KINDS",
+    "NORMS",
+    "PRODUCTS",
+    "Kind",
+    "Norm",
+    "checked_kinds",
+    "kind_of",
+    "norm_of",
+]

@@ -1,4 +1,4 @@
-"""Activations that note what their output was computed from, for the siblings behind them.
+"""Activations that note what they computed their output from, for the siblings behind them.
 
 Such an activation stays the same object under the same name; only its class becomes a subclass
 whose forward notes the origin of what it gives. An activation with a hook, with a forward of
@@ -16,11 +16,11 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 from torch.nn.modules import module as nn_module
 
-from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers import origin
+from conjoin.layers.checks import CALL_HOOKS
 from conjoin.layers.lockstep import PLAIN_TENSORS, in_transform, runs_python
 from conjoin.layers.origin import Step
-from conjoin.layers.subclass import subclass
+from conjoin.layers.subclass import plain_class, subclass
 
 PURE: dict[type[nn.Module], tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     nn.CELU: (F.celu, ("alpha",)),
@@ -69,7 +69,7 @@ class Noting(nn.Module):
 
 def step_of(module: nn.Module) -> Step | None:
     """The function that an activation computes; None where it need not be one of its input."""
-    base = getattr(type(module), "conjoin_base", type(module))
+    base = plain_class(module)
     if base not in PURE or base.forward is not FORWARDS[base] or any(GLOBAL_HOOKS):
         return None
     own = vars(module)

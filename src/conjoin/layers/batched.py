@@ -1,11 +1,10 @@
-"""A batched product with weights that are kept (out, in), and its gradients as those are kept.
+"""A batched product of weights that are kept (out, in), whose gradients come in that layout too.
 
     y_i = x_i W_i^T + b_i        x: (n, rows, in), W: (n, out, in), b: (n, 1, out)
 
 PyTorch's own gradient of a product of x and W^T is x^T g, so that of W comes transposed: to add it
-to W's is a copy across the memory's lines, which for two weights of 512 x 512 takes ten times what
-the product takes with one row. With few outputs x^T g is slow by itself: for 256 inputs, one output
-and 4,096 rows it takes 28 times what g^T x takes. So here the gradient of W is g^T x.
+to W's is a copy across the memory's lines, which with few rows takes longer than the product does.
+With few outputs x^T g is slow by itself. So here the gradient of W is g^T x.
 
 With one row that is PyTorch's own gradient of y^T = W x^T, which lies in memory as y does.
 """
@@ -23,11 +22,10 @@ from conjoin.layers.lockstep import is_traced
 LARGE = 2**14
 """How many elements a weight has at least, or the rows beside few outputs, for that to pay.
 
-A function of one's own takes some 20 microseconds in a step of training, as measured on one core;
-that is what it saves for weights of 128 x 128, and for 64 rows of 256 and one output."""
+A function of one's own takes time in a step of training, too: about what it saves at this size."""
 
 FEW = 8
-"""Up to so many outputs x^T g is slow: it takes more than three times what g^T x takes."""
+"""Up to so many outputs x^T g is slow beside g^T x."""
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:

@@ -1,4 +1,4 @@
-"""What every kind asks of a layer before it may be merged: that it is plain, whatever its class."""
+"""The checks that a layer of any kind must pass to be merged, such as that it has no hooks."""
 
 from __future__ import annotations
 
@@ -19,18 +19,15 @@ Verdict = tuple[Reason, str]
 HARMLESS_OVERRIDES = frozenset({"__init__", "reset_parameters", "extra_repr", "_version"})
 """What a subclass may redefine without changing what a call of the layer computes."""
 
-HOOKS = (
-    "_forward_hooks",
-    "_forward_pre_hooks",
-    "_backward_hooks",
-    "_backward_pre_hooks",
-    "_state_dict_hooks",
-    "_state_dict_pre_hooks",
-    "_load_state_dict_pre_hooks",
-    "_load_state_dict_post_hooks",
-)
-"""The attributes of `nn.Module` that hold the hooks of one module."""
+CALL_HOOKS = ("_forward_hooks", "_forward_pre_hooks", "_backward_hooks", "_backward_pre_hooks")
+"""The attributes of `nn.Module` that hold the hooks that run when the module is called."""
 
+HOOKS = (
+    *CALL_HOOKS,
+    *("_state_dict_hooks", "_state_dict_pre_hooks"),
+    *("_load_state_dict_pre_hooks", "_load_state_dict_post_hooks"),
+)
+"""The attributes of `nn.Module` that hold all hooks of one module."""
 
 PLAIN = (Tensor, FakeTensor)
 """The types of the values of parameters that can be merged."""
@@ -48,13 +45,18 @@ def tensors(layer: nn.Module) -> dict[str, nn.Parameter]:
     return {name: tensor for name, tensor in found.items() if tensor is not None}
 
 
-def initialized(layer: nn.Module) -> Verdict | None:
+def is_hooked(module: nn.Module) -> bool:
+    """Whether a hook runs when the module is called."""
+    return any(getattr(module, hooks) for hooks in CALL_HOOKS)
+
+
+def check_initialized(layer: nn.Module) -> Verdict | None:
     """Refuses a layer whose parameters have no shape yet."""
     lazy = [n for n, p in layer._parameters.items() if p is not None and is_lazy(p)]
     return (Reason.UNINITIALIZED, f"{', '.join(lazy)} has no shape yet") if lazy else None
 
 
-def plain(layer: nn.Module, base: type[nn.Module]) -> Verdict | None:
+def check_plain(layer: nn.Module, base: type[nn.Module]) -> Verdict | None:
     """Refuses a layer that does something else than `base`, or computes its parameters."""
     if parametrize.is_parametrized(layer):
         names = ", ".join(layer.parametrizations)  # type: ignore[arg-type]
@@ -86,7 +88,7 @@ def _overrides(cls: type, base: type[nn.Module]) -> list[str]:
     return sorted(defined - HARMLESS_OVERRIDES)
 
 
-def unhooked(layer: nn.Module) -> Verdict | None:
+def check_unhooked(layer: nn.Module) -> Verdict | None:
     """Refuses a layer with hooks on it or on its parameters."""
     for attribute in HOOKS:
         if getattr(layer, attribute, None):
@@ -97,7 +99,7 @@ def unhooked(layer: nn.Module) -> Verdict | None:
     return None
 
 
-def ordinary(layer: nn.Module) -> Verdict | None:
+def check_parameters(layer: nn.Module) -> Verdict | None:
     """Refuses parameters that are no plain tensors of floating numbers."""
     for name, tensor in tensors(layer).items():
         # A fake tensor stands for a plain one, in a copy of the model that is run for its shapes.

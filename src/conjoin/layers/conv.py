@@ -1,4 +1,4 @@
-"""Convolutions.
+"""The kinds `Conv1d` to `Conv3d` and `ConvTranspose1d` to `ConvTranspose3d`.
 
 x: (batch, in, *space), W_i: (out_i, in, *kernel). The blocks W_i stacked along dimension 0 are the
 wide layer's weight: (sum out_i, in, *kernel).
@@ -8,24 +8,20 @@ wide weight (in, sum out_i, *kernel) would interleave the blocks in memory, so t
 after another and joined at each call.
 
 With groups > 1 one convolution of x would interleave the siblings' channels within each group, and
-copying them apart costs more than it saves: two depthwise 3x3 convolutions take 1.0 to 4.4 of their
-time then, measured on one core, since no fast path knows two channels a group. So the input is
-repeated, x (batch, n * in, *space), and siblings of one shape run on it like layers on different
-inputs, see below: 2 launches, and the parts lie side by side. What is written and kept is n times
-the input, so it depends on each input whether that pays, see `REPEATED`. Where it does not, the
-siblings run one by one, and a rewritten forward joins what they give, so that what is behind them
-still runs at once. So it calls the wide layer only if it paid in the example, and otherwise the
-views, which need no joint. Measured on one core, 2 to 8 branches of one or two such layers, each
-with BatchNorm and ReLU, take 0.3 to 0.9 of their time at the size of the example, and up to 2.1 of
-it with 16 times as many elements.
+copying them apart costs more than it saves, since no fast path knows two channels a group. So the
+input is repeated, x (batch, n * in, *space), and siblings of one shape run on it like layers on
+different inputs, see below: 2 launches, and the parts lie side by side. What is written and kept is
+n times the input, so it depends on each input whether that pays, see `REPEATED`. Where it does not,
+the siblings run one by one, and a rewritten forward joins what they give, so that what is behind
+them still runs at once. So it calls the wide layer only if it paid in the example, and otherwise
+the views, which need no joint. `grouped_small` and `grouped_large` in the benchmark are such
+models.
 
 Kernels of different size could be padded with zeros to the largest. That is exact where the padding
 is made at each call, so that no zero trains: three launches, to pad, to join and to convolve, in
-the place of two, as two wide layers are, and more arithmetic. Measured on one core, 1x1 beside 3x3
-takes 1.2 to 1.5 of the time then, forward, and 1.1 to 1.8 in training, from 4 channels of 4x4, 7
-microseconds apart, to 128 of 28x28. A padded weight that is kept, whose zeros and their gradients
-would have to be hidden, takes 0.8 to 0.95 up to 16 channels of 8x8, and 1.0 to 1.4 above. So they
-are refused as well.
+the place of two, as two wide layers are, and more arithmetic. A padded weight that is kept, whose
+zeros and their gradients would have to be hidden, saves a little for small images only. So they are
+refused as well.
 
 On different inputs x_i, with n equal shapes, the same blocks are the weight of a grouped
 convolution, of x (batch, n * in, *space) in n groups: (batch, n * out, *space').
@@ -42,7 +38,7 @@ from torch import Tensor, nn
 from torch.nn import functional as F
 
 from conjoin.layers.checks import Verdict
-from conjoin.layers.kind import Kind, memory_format
+from conjoin.layers.kind import Kind, elements, memory_format
 from conjoin.layers.lockstep import runs_python
 from conjoin.legality import Reason
 
@@ -53,10 +49,9 @@ if TYPE_CHECKING:
 REPEATED = 2**17
 """How many elements an input may have, repeated for each of the siblings with groups > 1.
 
-Measured on one core, 2 to 8 convolutions 3x3 at once take 0.15 to 0.93 of the time of each by
-itself up to there, forward and in training, depthwise and in groups of 16 channels, and with
-kernels of size 1, which are slow in groups, 0.9 to 1.02. With four times as many elements they take
-0.5 to 8.6, and up to 14 above, where memory is mapped anew for each call.
+Up to there one call takes less time than one for each, forward and in training, most of all where
+they are depthwise. Far above memory is mapped anew for each call (`grouped_small` and
+`grouped_large` in the benchmark are on either side).
 """
 
 
@@ -67,12 +62,6 @@ def _for_each(setting: Any, dimensions: int) -> Any:
     if isinstance(setting, tuple):
         return setting * dimensions if len(setting) == 1 else setting
     return (setting,) * dimensions
-
-
-def _elements(input: Tensor) -> int:
-    """How many elements a tensor has; in an export for any size, one of the example's size."""
-    number: Any = input.numel()
-    return int(number.node.hint or 0) if isinstance(number, torch.SymInt) else number
 
 
 class _Convolution(Kind):
@@ -98,7 +87,7 @@ class _Convolution(Kind):
             return True
         if input is None or input.dim() < -self.output_dim or wide.channels_last:
             return False
-        small = _elements(input) * len(wide.widths) <= REPEATED
+        small = elements(input) * len(wide.widths) <= REPEATED
         return small and memory_format(input) != "channels_last"
 
 

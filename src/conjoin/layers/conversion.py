@@ -1,4 +1,4 @@
-"""Conversions of modules, such as `half()`, which concern all siblings at once or only some."""
+"""Conversions such as `half()`: whether one concerns all siblings or only some."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Convolutions with a module's own Parameters, such as `F.conv2d(x, self.w, self.b, padding=1)`.
+"""The kinds of convolution with a module's own Parameters, such as `F.conv2d(x, self.w)`.
 
 They equal layers, so that what `conv.py` says of `nn.Conv2d` and the others goes for them: the
 blocks (out_i, in, *kernel) are the weight of one wide convolution, and those of transposed ones are

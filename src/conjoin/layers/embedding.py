@@ -1,4 +1,4 @@
-"""Embedding.
+"""The kind `Embedding`: tables that read one tensor.
 
 x: (*) of row numbers, W_i: (rows, width_i). Tables of one width are a stack (n, rows, width), read
 in one lookup along the rows, so that a row number out of range is an error as before.

@@ -1,4 +1,4 @@
-"""Which modules enclose all siblings of a wide layer.
+"""Finds out whether a module encloses all siblings of a wide layer.
 
 The smallest module that does carries a mark, so that a view that is listed can look whether it has
 been passed on the way, or, where no memo tells that, whose listing is going on.

@@ -1,4 +1,4 @@
-"""The way there: layers become views of one wide layer."""
+"""Makes layers views of one wide layer."""
 
 from __future__ import annotations
 

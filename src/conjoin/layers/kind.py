@@ -1,4 +1,4 @@
-"""What a kind of layer must answer so that siblings of it can be merged.
+"""`Kind`: what a kind of layer must answer so that siblings of it can be merged.
 
 The output of a layer has `width` channels. For siblings i = 1..n that read the same x
 
@@ -22,11 +22,11 @@ from torch._subclasses.fake_tensor import FakeTensor
 from conjoin.layers.checks import (
     FORWARDS,
     Verdict,
-    initialized,
-    ordinary,
-    plain,
+    check_initialized,
+    check_parameters,
+    check_plain,
+    check_unhooked,
     tensors,
-    unhooked,
 )
 from conjoin.legality import Reason
 
@@ -154,12 +154,12 @@ class Kind(ABC):
     def check(self, layer: nn.Module) -> Verdict | None:
         """Why this layer, looked at by itself, cannot be merged; None where it can."""
         return (
-            initialized(layer)
-            or plain(layer, self.layer)
-            or unhooked(layer)
-            or ordinary(layer)
-            or self._shaped(layer)
-            or self._settled(layer)
+            check_initialized(layer)
+            or check_plain(layer, self.layer)
+            or check_unhooked(layer)
+            or check_parameters(layer)
+            or self._check_shapes(layer)
+            or self._check_settings(layer)
         )
 
     def check_together(
@@ -186,7 +186,7 @@ class Kind(ABC):
         """
         return True
 
-    def _shaped(self, layer: nn.Module) -> Verdict | None:
+    def _check_shapes(self, layer: nn.Module) -> Verdict | None:
         held = tensors(layer)
         weight, bias = held["weight"].shape, held["bias"].shape if "bias" in held else None
         if len(weight) != max(2, 1 - self.output_dim):
@@ -195,7 +195,7 @@ class Kind(ABC):
             return Reason.UNSUPPORTED_OPTION, f"bias has the shape {tuple(bias)}"
         return None
 
-    def _settled(self, layer: nn.Module) -> Verdict | None:
+    def _check_settings(self, layer: nn.Module) -> Verdict | None:
         if missing := [name for name in self.settings if not hasattr(layer, name)]:
             return Reason.UNSUPPORTED_OPTION, f"it has no {', '.join(missing)}"
         for name, value in self.key(layer).items():
@@ -372,3 +372,9 @@ def memory_format(weight: Tensor) -> str:
     formats = {4: torch.channels_last, 5: torch.channels_last_3d}
     last = formats.get(weight.dim())
     return "channels_last" if last and weight.is_contiguous(memory_format=last) else "strided"
+
+
+def elements(tensor: Tensor) -> int:
+    """How many elements a tensor has; where sizes are symbols, as many as the example has."""
+    number: Any = tensor.numel()
+    return int(number.node.hint or 0) if isinstance(number, torch.SymInt) else number

@@ -1,4 +1,4 @@
-"""Linear.
+"""The kind `Linear`.
 
 x: (..., in), W_i: (out_i, in), b_i: (out_i). The blocks W_i stacked along dimension 0 are the
 wide layer's weight: (sum out_i, in), so that y = x W^T + b: (..., sum out_i).

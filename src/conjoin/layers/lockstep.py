@@ -1,4 +1,4 @@
-"""One run of the wide layer for all siblings that are called with the same tensor.
+"""Lockstep: one run of the wide layer for all siblings that are called with the same tensor.
 
 A sibling that is called with x asks for its part of the wide layer's output. The first to ask
 runs the wide layer; the others take their part of that run, if nothing has changed in between.

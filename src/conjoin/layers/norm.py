@@ -1,4 +1,4 @@
-"""Normalizations, which act on each channel, or on each group of channels, by themselves.
+"""The kinds of normalization, which follow wide layers.
 
 The i-th branch's tensor x_i: (batch, c_i, *space), its weight and bias (c_i). Side by side they
 are x: (batch, sum c_i, *space), and the blocks one after another are weight and bias (sum c_i), so
@@ -54,7 +54,7 @@ class Norm(Kind):
         single = wide.training and input.numel() == input.shape[dim]
         return input.dim() + dim == 1 and not single
 
-    def _shaped(self, layer: nn.Module) -> Verdict | None:
+    def _check_shapes(self, layer: nn.Module) -> Verdict | None:
         shape = tuple(layer._parameters["weight"].shape)  # type: ignore[union-attr]
         return None if len(shape) == 1 else (Reason.UNSUPPORTED_OPTION, f"weight is {shape}")
 

@@ -1,4 +1,4 @@
-"""What a tensor was computed from, so that equal computations from one tensor are known as such.
+"""Notes what a tensor was computed from, so that equal computations are known as such.
 
 Siblings may be hidden behind equal operations f without parameters, as the projections of a
 U-Net's time embedding t are: z_i = W_i f(t), where every block computes an f(t) of its own. An

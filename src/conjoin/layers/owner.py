@@ -1,4 +1,4 @@
-"""Modules whose own Parameters are merged: `self.w` becomes a part of a wide weight.
+"""Owners: modules whose own Parameters are merged, so that `self.w` is a part of a wide weight.
 
 A Parameter that is read in a product, `x @ self.w`, is lent to a `Product`, a layer that stands
 among the owner's children, is merged there like any layer, and is hidden from whoever asks for

@@ -1,4 +1,4 @@
-"""What stands for a view's `weight` or `bias`: it acts as the Parameter that it was."""
+"""`Part`: what a view's `weight` or `bias` is; it acts as the Parameter that it was."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""PReLU, an activation with weights.
+"""The kind `PReLU`, an activation with weights, which follows wide layers.
 
 The i-th branch's tensor x_i: (batch, c_i, *space), its weight (c_i) or (1). Side by side they are
 x: (batch, sum c_i, *space). The blocks (c_i) one after another are the weight (sum c_i). Of blocks

@@ -1,4 +1,4 @@
-"""Products of a tensor with a module's own Parameters, such as `x @ self.w`.
+"""The kinds of product with a module's own Parameters, such as `x @ self.w`.
 
     linear    y_i = x W_i^T + b_i     W_i: (out_i, in)     F.linear(x, self.w), x @ self.w.t()
     matmul    y_i = x W_i + b_i       W_i: (in, out)       x @ self.w, and what is written otherwise
@@ -10,10 +10,8 @@ x is multiplied with all of it in one batched product: y (n, ..., out). The part
 contiguous; so the blocks of an F.linear are taken as a stack too where something depends on that.
 
 Blocks (in, out_i) of different widths stay apart: to join them is a copy of all weights at each
-call. Measured on one core, 2 to 8 of them, 16x8 to 512x512 with 1 to 256 rows, take 1.0 to 2.9 of
-their time then, forward, and 1.0 to 4.9 in training. So do weights of three dimensions, as stacks
-of experts have: two of them on one x would read x twice, one copy beside the other, and so launch
-no less.
+call. So do weights of three dimensions, as stacks of experts have: two of them on one x would read
+x twice, one copy beside the other, and so launch no less.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The way back for one sibling: a view becomes a plain layer, and the others stay."""
+"""Makes one view a plain layer again, while its siblings stay merged."""
 
 from __future__ import annotations
 

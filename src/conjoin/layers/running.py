@@ -1,4 +1,4 @@
-"""The running buffers of siblings: one after another in a wide layer, which lends each its part.
+"""The running statistics of merged normalizations, which the wide layer holds and lends.
 
 The buffers of a view are slices of the wide layer's, so that one run updates them all, and each has
 its own. Somebody may replace one, or give it other memory; each sibling then runs by itself.

@@ -1,4 +1,4 @@
-"""What a sibling reads while it runs by itself: plain slices of the wide weight and bias.
+"""What a sibling reads that runs by itself: plain slices of the wide weight and bias.
 
 Outside of its forward, a sibling's `weight` acts as the Parameter that it was (see `part.py`), and
 code of PyTorch's own that only computes with it needs none of that. Siblings on tensors of their

@@ -1,4 +1,4 @@
-"""Classes that are those of a user's modules and something more, and go by their names."""
+"""Subclasses of users' classes that go by the same name: views, owners, regions and the like."""
 
 from __future__ import annotations
 
@@ -21,3 +21,11 @@ def subclass(mixin: type, base: type[nn.Module], forward: Callable[..., Any]) ->
         "__doc__": base.__doc__,
     }
     return type(base.__name__, (mixin, base), names)
+
+
+def plain_class(module: nn.Module) -> type[nn.Module]:
+    """The class of a module; of a view, an owner, a region or the like, the user's own class."""
+    cls = type(module)
+    while "conjoin_base" in vars(cls):
+        cls = vars(cls)["conjoin_base"]
+    return cls

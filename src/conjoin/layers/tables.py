@@ -1,4 +1,4 @@
-"""Embeddings that read a tensor of row numbers each, such as a column.
+"""The kind `Tables`: embeddings that read a tensor of row numbers each, such as a column.
 
 x_i: (*) of row numbers, W_i: (rows_i, width). The tables W_i one below another are the wide weight
 W: (sum rows_i, width), of which table i begins at row first_i. So with x: (n, *), the x_i stacked,
@@ -11,10 +11,8 @@ that is for padding, which gets no gradient.
 
 To stack, add, compare and choose are five launches on all numbers. Where the shapes are known, an
 estimate decides whether they cost less than the launches that they save (`policy/gathering.py`).
-Measured on one core in a model around them (`dlrm`), 16 tables of 1,000 rows take the whole model
-to 0.65 to 0.9 of its time up to 256 rows a batch, and to 0.95 to 1.0 above; 4 tables to 1.0 to 1.1.
-In training what matters is the size of the weight: gradients of many rows that are asked of the
-system at each step take up to twice the time, also written by hand, and then tables stay apart.
+`dlrm` in the benchmark is a model with 16 tables. In training what matters is the size of the
+weight: a gradient of many rows may be asked of the system at each step, and then tables stay apart.
 
 Where no rewritten forward runs, each view reads its slice (`slices.py`).
 The numbers first_i are a tensor that the wide layer keeps, for which an exported program has no

@@ -1,4 +1,4 @@
-"""The views that stand at the siblings' old names.
+"""`View`: what a sibling becomes, under its old name.
 
 Fusing changes no module of the user's: each sibling stays the same object under the same name
 with the same hooks and attributes, and only its class becomes a subclass that reads its slice of

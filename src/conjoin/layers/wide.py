@@ -1,4 +1,4 @@
-"""The wide layer, and what it knows of the siblings that are its parts.
+"""`Wide`: the wide layer, and what it knows of the siblings that are its parts.
 
 It owns the siblings' weights as contiguous blocks, and `running.py` is how it lends them running
 buffers. `view.py` is what becomes of a sibling, `part.py` what stands for its Parameters, and
@@ -50,10 +50,7 @@ class Sibling(nn.Module):
 
     def slice_of(self, name: str) -> Tensor | None:
         """A plain view of this sibling's part of the wide `weight` or `bias`, or None."""
-        wide = self.wide_layer
-        tensor: Tensor | None = getattr(wide, name)
-        held = tensor is not None and wide.holds(name, self.conjoin_index)
-        return wide.part(name, tensor, self.conjoin_index) if tensor is not None and held else None
+        return self.wide_layer.slice_of(name, self.conjoin_index)
 
 
 class Wide(Lender):
@@ -142,11 +139,7 @@ class Wide(Lender):
 
     def held_by(self, index: int) -> dict[str, Tensor | None]:
         """The `index`-th sibling's weight, bias and running buffers: views."""
-        held: dict[str, Tensor | None] = dict(self._lent[index])
-        for name in TENSORS:
-            whole: Tensor | None = getattr(self, name)
-            held[name] = None if whole is None else self.part(name, whole, index)
-        return held
+        return {**self._lent[index], **{name: self.slice_of(name, index) for name in TENSORS}}
 
     def is_enclosed(self, modules: set[nn.Module]) -> bool:
         """Whether one of `modules` encloses all siblings."""
@@ -225,9 +218,7 @@ class Wide(Lender):
         one.biased = self.biased[index : index + 1]
         one._parameters = {}
         for name in TENSORS:
-            whole: Tensor | None = getattr(self, name)
-            held = whole is not None and self.holds(name, index)
-            part = self.part(name, whole, index) if whole is not None and held else None
+            part = self.slice_of(name, index)
             if name == "weight" and self.kind.weight_dim != 0 and part is not None:
                 part = part.reshape(-1, 1)
             # Parameters, since errors may tell the types of what they are about.
@@ -237,6 +228,12 @@ class Wide(Lender):
     def part(self, name: str, tensor: Tensor, index: int) -> Tensor:
         """The `index`-th sibling's part of the wide `weight` or `bias`, or gradient: a view."""
         return self.kind.part(self, name, tensor, index)
+
+    def slice_of(self, name: str, index: int) -> Tensor | None:
+        """The `index`-th sibling's part of the `weight` or `bias`: a view; None without one."""
+        whole: Tensor | None = getattr(self, name)
+        held = whole is not None and self.holds(name, index)
+        return self.part(name, whole, index) if whole is not None and held else None
 
     def split(self, output: Tensor) -> tuple[Tensor, ...]:
         """The parts of the output, each as the sibling's own output would be."""

@@ -1,4 +1,4 @@
-"""Keeps a call of the optimized model within a budget of memory.
+"""Narrows groups until the predicted peak of memory is within the budget.
 
 A wide layer's output is alive until its last part is not needed any more, and so is the gradient of
 it; the layers' own outputs come and go one by one. So groups are narrowed, the one with the largest

@@ -1,4 +1,4 @@
-"""Does the wide form pay, and how wide should it be?
+"""The cost model: does a wide layer pay, and how wide should it be?
 
 k layers read x. They may run by themselves, as one wide layer, or in between as several, and what
 one of these layers takes is taken to be
@@ -17,21 +17,19 @@ each parameter. All constants are measured on the machine (see `machine.py`). Wh
   that an optimizer makes and drops again; cats, copies and joined weights are read as well;
 - what it takes to read the output behind the layer, where there is no backward pass: layers' own
   outputs come and go in turn, and a wide one, of which all is there before the first part is read,
-  leaves a cache sooner (`twin_critics_4096`, where a wide first layer saves next to nothing, took
-  1.04 of the time in inference);
+  leaves a cache sooner (`twin_critics_4096` in the benchmark, by hand);
 - a batched product has a rate of its own, which libraries differ in;
 - what a new byte takes: not the same in a tensor that lies in a cache, in one that does not, and in
   one that the allocator asks the system for at each call, whose pages are all faulted in anew;
 - few rows: what a product of two or three rows takes beyond its arithmetic, by the bytes of its
-  weight. One large weight took longer there than several on the machine of the benchmark
-  (`time_projections`, wide by hand, in inference). Why is not known; each machine is measured.
+  weight. One large weight may take longer there than several (`time_projections` in the benchmark,
+  by hand, in inference). Why is not known; each machine is measured.
 
 What is done to the parts, and how well a library does at one width or another, are not in it. So it
 is an estimate, and labelled so; `policy="measure"` measures.
 
-Nor is what a rewritten forward takes to see that all is as it was traced, since calling modules, as
-it does not, takes more: on one core, a model of 400 modules of which two pairs are merged took 0.7
-of its time forward, with 8 rows of 32, and 0.97 in training.
+Nor is what a rewritten forward takes to see that all is as it was traced: calling modules, as it
+does not, takes more.
 """
 
 from __future__ import annotations
@@ -58,9 +56,8 @@ LEAST_GAIN = 0.2
 """What share of the time it must save, by an estimate, to divide a group into several wide layers.
 
 A group is divided where tensors become large, and there an estimate misses most: an allocator that
-is given much back at once gives it to the system, and asks for it again in the next step. On one
-core, 22 layers of 1.6 MB took 24 ms of processor time in a step of training, and as 11, 8, 4 and 2
-layers 27, 38, 37 and 53 ms, where the estimate was a few percent less than for 22."""
+is given much back at once gives it to the system, and asks for it again in the next step
+(`time_projections` in the benchmark, by hand, in training)."""
 
 MARGIN = 0.02
 """By how much slower than the quickest form another may be and still be taken.
@@ -154,7 +151,7 @@ class Work:
 NUMBERS = ("input", "output", "weight", "read", "operations")
 FLAGS = ("biased", "contiguous", "few")
 
-Lie = Literal["beside", "stack", "apart"]
+Layout = Literal["beside", "stack", "apart"]
 """How the tensors lie that layers read: side by side in one, in a stack, or each by itself."""
 
 
@@ -242,7 +239,7 @@ def _seconds_of(machine: Machine, form: Form, works: Sequence[Work], setting: Se
     return seconds(machine, [[works[i] for i in run] for run in form], setting)
 
 
-def level(machine: Machine, works: Sequence[Work], setting: Setting, lie: Lie) -> Figures:
+def level(machine: Machine, works: Sequence[Work], setting: Setting, layout: Layout) -> Figures:
     """What layers take that read tensors of their own, by themselves and as one layer.
 
     A batched product must be the quicker by itself. Where tensors are joined for it, no bundle was
@@ -253,7 +250,7 @@ def level(machine: Machine, works: Sequence[Work], setting: Setting, lie: Lie) -
         machine: what is measured of the device.
         works: what each layer does.
         setting: what they have in common.
-        lie: how the tensors lie.
+        layout: how the tensors lie.
     """
     apart = sum(_layer(machine, [work], setting) for work in works)
     rate = machine.batched if setting.stacked else machine.rate
@@ -261,16 +258,16 @@ def level(machine: Machine, works: Sequence[Work], setting: Setting, lie: Lie) -
     whole = _layer(machine, [_together(works)], setting, arithmetic)
     read, given = (sum(getattr(work, name) for work in works) for name in ("input", "output"))
     copied = machine.call + machine.copy(read)
-    if lie == "apart":
+    if layout == "apart":
         behind = (len(works) - 1) * machine.call * (1 + setting.training)
         whole += copied - behind
     else:
         apart += machine.cut
         if setting.training and setting.passed_on:
             apart += copied  # Cut here, the gradients are joined.
-            whole += copied if lie == "beside" and setting.stacked else 0.0
+            whole += copied if layout == "beside" and setting.stacked else 0.0
     if setting.stacked:
-        whole += machine.cut * (lie != "apart")
+        whole += machine.cut * (layout != "apart")
         whole += setting.training * (machine.call + machine.copy(given))
     most = apart if setting.stacked else apart * (1 + MARGIN)
     chosen, layers = (whole, 1) if whole <= most else (apart, len(works))

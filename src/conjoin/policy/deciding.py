@@ -1,4 +1,4 @@
-"""Which of the groups that may be merged are, and in how many wide layers.
+"""Decides which of the groups that may be merged are, and in how many wide layers.
 
 What is refused here could be merged exactly; it is left alone because it does not pay, or because a
 call would need more memory than it may. That is noted in the model, and so is what was measured, so

@@ -1,4 +1,4 @@
-"""The ways to run a group of layers as one or as several."""
+"""Forms: the ways to run a group of layers as one or as several."""
 
 from __future__ import annotations
 

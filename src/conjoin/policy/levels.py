@@ -1,4 +1,4 @@
-"""Does it pay to run layers at once that read tensors of their own? Asked in rewriting graphs."""
+"""Does it pay to merge layers that read tensors of their own? Asked while graphs are rewritten."""
 
 from __future__ import annotations
 
@@ -10,12 +10,12 @@ from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Sightings
 from conjoin.layers import Kind
 from conjoin.policy import gathering, machine
-from conjoin.policy.cost import Figures, Lie, Policy, level
+from conjoin.policy.cost import Figures, Layout, Policy, level
 from conjoin.policy.workload import trains, workload_of
 
 
-class Levels:
-    """What decides of layers on tensors of their own: those behind siblings, and tables.
+class LevelPolicy:
+    """Decides on layers that read tensors of their own: those behind siblings, and tables.
 
     Attributes:
         policy: which of them to merge.
@@ -29,7 +29,7 @@ class Levels:
         self._model = model
         self._sightings = sightings
 
-    def against(self, candidate: Candidate, lie: Lie) -> Figures | None:
+    def against(self, candidate: Candidate, layout: Layout) -> Figures | None:
         """What is against merging layers that read tensors that lie so; None where nothing is."""
         seen, names = self._sightings, candidate.layers
         if self.policy == "always" or not seen.shapes.keys() >= {*names}:
@@ -41,7 +41,7 @@ class Levels:
         known = machine.constants(group.weight.device, group.weight.dtype)
         if known is None:
             return None
-        figures = level(known, group.works(), group.setting(), lie)
+        figures = level(known, group.works(), group.setting(), layout)
         return figures if figures.layers > 1 else None
 
     def against_gathering(

@@ -1,4 +1,4 @@
-"""What the cost model knows of a device: measured once, and kept in the user's cache folder.
+"""The constants of the cost model: measured once for each device, and kept in a cache folder.
 
 A file there is believed only where it names this device, number of threads, dtype and version of
 PyTorch, and holds numbers that can be; otherwise all is measured anew. Where the folder cannot be

@@ -1,4 +1,4 @@
-"""Several forms of one group, timed in turn on the device that they are on.
+"""Times several forms of one group in turn, on the device that they are on.
 
 Every round runs all of them, in an order that is drawn anew, so that a machine that becomes busy
 slows all. The group stands by itself, with copies of its layers: what is before and behind it in

@@ -1,4 +1,4 @@
-"""What layers that may be merged have to do, as an estimate and a race want it."""
+"""What the layers of a group have to do, as an estimate and a race need it."""
 
 from __future__ import annotations
 

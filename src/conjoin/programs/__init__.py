@@ -1,4 +1,4 @@
-"""Exported programs: raised to what the passes know, rewritten, and lowered again."""
+"""Exported programs: raised to graphs that the passes know, rewritten, and lowered again."""
 
 from conjoin.programs.program import is_current, merged_layers, optimize, unfuse
 

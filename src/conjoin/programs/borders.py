@@ -1,4 +1,4 @@
-"""Modules of a program whose calls are to stay calls: `preserve_module_call_signature`.
+"""Modules of a program whose calls must stay calls: `preserve_module_call_signature`.
 
 `torch.export.unflatten` makes modules of them again, which read and give what the signature names.
 So nothing is merged across their borders.

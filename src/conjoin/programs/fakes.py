@@ -1,4 +1,4 @@
-"""The values of a program's nodes: fake tensors, whose sizes may be symbols.
+"""Computes the values of a program's nodes, on fake tensors whose sizes may be symbols.
 
 What an operation gives is found by running it on them. That must tell nothing new of the sizes: a
 test such as `batch == 1` is one that the program does not make, and what follows from it would not
@@ -209,14 +209,6 @@ def layout(value: Any) -> Hashable:
         else str(leaf)
         for leaf in pytree.tree_leaves(value)
     )
-
-
-def elements(value: Any) -> int:
-    """The number of elements of a tensor, for the sizes of the example inputs."""
-    if not isinstance(value, Tensor):
-        return 0
-    number: Any = value.numel()
-    return int(number.node.hint or 0) if isinstance(number, torch.SymInt) else number
 
 
 def _number(size: Any) -> Hashable:

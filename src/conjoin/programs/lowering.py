@@ -1,4 +1,4 @@
-"""A rewritten graph as ATen operations again.
+"""Writes a rewritten graph as ATen operations again.
 
 What the passes have left as it was becomes the very node of the program that it stands for, with
 its name and all that is known of it. What they have put in is run on the values of what it reads,

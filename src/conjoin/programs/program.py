@@ -1,4 +1,4 @@
-"""Exported programs with sibling layers merged, and the way back.
+"""`optimize` and `unfuse` for exported programs.
 
 The program's graph is raised (`raised.py`), rewritten by the passes like any other, and what they
 have changed is lowered again (`lowering.py`). What cannot be lowered for all sizes that the program
@@ -32,6 +32,7 @@ from conjoin.graph.meta import VALUE
 from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Sightings
 from conjoin.layers import KINDS, Kind
+from conjoin.layers.kind import elements
 from conjoin.layers.view import wides
 from conjoin.legality import Reason, Refusal
 from conjoin.merging import MERGER, Merger
@@ -284,5 +285,5 @@ def _inputs(graph: fx.Graph) -> Inputs:
 
 def _elements(found: Raised) -> int:
     """How many elements the inputs have, for the sizes of the example inputs."""
-    nodes = found.module.graph.nodes
-    return sum(fakes.elements(n.meta.get(VALUE)) for n in nodes if n.op == "placeholder")
+    inputs = (n.meta.get(VALUE) for n in found.module.graph.nodes if n.op == "placeholder")
+    return sum(elements(value) for value in inputs if isinstance(value, Tensor))

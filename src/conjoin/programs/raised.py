@@ -1,4 +1,4 @@
-"""An exported program's graph as the passes want it: layers at their names.
+"""Raises a program's graph: its operations become calls of layers at their names.
 
     placeholder p_a_weight, a parameter        becomes    get_attr program.a.weight
     aten.linear(x, p_a_weight, p_a_bias)       becomes    call_module program.a(x)

@@ -1,4 +1,4 @@
-"""What an optimized program keeps of the one that it was made of, and that one made of it again.
+"""The record that an optimized program keeps of the original, and the original made from it.
 
 The record is a dictionary of plain values in the graph's own `meta["custom"]`, which
 `torch.export.save` writes too. It holds what is not in the optimized program: the nodes that were

@@ -1,1 +1,1 @@
-"""What was found in a model and what it saves, as it is told."""
+"""Reports: how it is told what was found in a model and what that saves."""

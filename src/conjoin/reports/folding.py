@@ -1,4 +1,4 @@
-"""Many names of modules, written briefly and exactly."""
+"""Writes many names of modules briefly and exactly: `blocks.{0..11}.attn.{q,k,v}`."""
 
 from __future__ import annotations
 

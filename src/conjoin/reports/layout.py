@@ -1,4 +1,4 @@
-"""Tables and lists: for a terminal, wrapped to its columns, and for Markdown."""
+"""Lays out tables and lists: for a terminal, wrapped to its columns, and for Markdown."""
 
 from __future__ import annotations
 

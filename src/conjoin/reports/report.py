@@ -1,4 +1,4 @@
-"""What was found, what became of it and what it saves: as a table, as Markdown, as JSON."""
+"""`Report` and `Group`: what was found and saved, as a table, as Markdown, as JSON."""
 
 from __future__ import annotations
 

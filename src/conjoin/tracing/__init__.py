@@ -1,1 +1,1 @@
-"""From a model to the calls of its layers: by symbolic tracing, and by observing a run."""
+"""From a model to graphs and back: observed runs, traces, and rewritten forwards."""

@@ -1,4 +1,4 @@
-"""A rewritten graph as a function of its region, and as source to be bound to its modules."""
+"""A rewritten graph as a Python function, and as source to be bound to the modules of a region."""
 
 from __future__ import annotations
 

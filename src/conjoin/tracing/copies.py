@@ -1,14 +1,15 @@
-"""Copies of a model to run example inputs on: fake where fake tensors carry the model, or real."""
+"""Copies of a model to run: on fake tensors where these carry the model, or on real ones."""
 
 from __future__ import annotations
 
 import contextlib
 import copy
+import functools
 import inspect
 import logging
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from types import MappingProxyType
-from typing import Any
+from typing import Any, TypeVar
 
 import torch
 from torch import Tensor, nn
@@ -16,14 +17,17 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMo
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
-from conjoin.foreign import quieter
-from conjoin.launches import Counted, count_layers
+from conjoin.foreign import quieter, quote
+from conjoin.launches import StepCount, count_layers
 from conjoin.tracing import graph_modules, regions
 from conjoin.tracing.repeating import RepeatingFakeTensorMode
 from conjoin.tracing.undisturbed import KeepingTensors, letting_go, start_streams
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of one call of the model."""
+
+
+Result = TypeVar("Result")
 
 
 class UncopyableError(ValueError):
@@ -61,7 +65,7 @@ class Copy:
             try:
                 return copy.deepcopy(model)
             except Exception as error:  # Whatever the model holds may raise anything.
-                raise UncopyableError(first_line(error)) from error
+                raise UncopyableError(quote(error)) from error
         # What most models consist of is made anew, which is much faster than converting it.
         memo: dict[int, Any] = {id(t): _fake(t, self._mode) for t in _plain_tensors(model)}
         with FakeCopyMode(self._mode):
@@ -79,7 +83,7 @@ class Copy:
         call: Call,
         layers: Mapping[str, nn.Module],
         weights: Mapping[str, Tensor] = MappingProxyType({}),
-    ) -> Counted:
+    ) -> StepCount:
         """The launches of a step on arguments like these, and within `layers`, by `weights`."""
         args, kwargs = pytree.tree_map_only(Tensor, self._argument, call)
         start_streams(SEED)  # A model that leaves out layers at random leaves out the same ones.
@@ -101,6 +105,16 @@ class Copy:
         if self._mode is not None:
             return self._mode.from_tensor(tensor, static_shapes=True)
         return tensor.detach().clone().requires_grad_(tensor.requires_grad)
+
+
+def on_copies(model: nn.Module, work: Callable[[Callable[[], Copy]], Result]) -> Result | None:
+    """What comes of work on copies of a model, fake ones if they carry it; None without copies."""
+    with contextlib.suppress(UncopyableError):
+        try:
+            return work(functools.partial(Copy, model, fake=True))
+        except Exception:  # noqa: BLE001 - As in `observe`: whatever fake tensors do not carry, the real run decides.
+            return work(functools.partial(Copy, model, fake=False))
+    return None
 
 
 class _NoMemory(TorchFunctionMode):
@@ -133,9 +147,3 @@ def _plain_tensors(model: nn.Module) -> Iterator[Tensor]:
         plain = type(tensor) in (Tensor, nn.Parameter) and type(tensor.data) is Tensor
         if plain and tensor.layout is torch.strided and tensor.grad is None and tensor.is_leaf:
             yield tensor
-
-
-def first_line(error: Exception) -> str:
-    """What an error says first."""
-    lines = str(error).strip().splitlines()
-    return lines[0] if lines else type(error).__name__

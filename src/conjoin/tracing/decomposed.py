@@ -1,4 +1,4 @@
-"""How layers are written in graphs that were decomposed, by `run_decompositions` or `make_fx`.
+"""Reads the layers in graphs that were decomposed, by `run_decompositions` or `make_fx`.
 
     linear(x, W, b)         is        addmm(b, x, permute(W)),  mm(x, permute(W))  without a bias
     conv2d(x, W, b, ...)    is        convolution(x, W, b, ..., transposed, output_padding, groups)

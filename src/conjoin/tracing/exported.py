@@ -1,4 +1,4 @@
-"""The layers of a graph of ATen operations, given back to it.
+"""Finds the layers in a graph of ATen operations, and puts calls of them there.
 
 `torch.export` writes a call of a layer as an operation on the input and the parameters. For the
 passes it is turned round: where an operation reads the weight, and the bias if there is one, of one

@@ -1,4 +1,4 @@
-"""GraphModules in a model, whose graph is what they run: the passes rewrite the graph itself.
+"""Rewrites the graphs of the GraphModules in a model, and undoes that.
 
 A GraphModule needs no trace, and no forward stands behind its graph. Where its siblings are merged
 it calls the wide layers, and tells so in `graph` and `code`; to look at it again, or to give the
@@ -14,8 +14,8 @@ from collections.abc import Iterator
 from torch import fx, nn
 
 from conjoin import merging
-from conjoin.graph import parts, products, rewriting
-from conjoin.graph.parts import Separation
+from conjoin.graph import products, rewriting
+from conjoin.graph.separation import Separation, all_modules, separable
 from conjoin.layers.owner import lent_to
 from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
@@ -74,9 +74,9 @@ def separate(module: fx.GraphModule) -> bool:
     """
     if not _calls_wide(module):
         return True
-    modules = parts.reachable(module)
+    modules = all_modules(module)
     before = {*module.graph.nodes}
-    Separation(module.graph, modules, parts.separable(module, modules)).run()
+    Separation(module.graph, modules, separable(module, modules)).run()
     rewriting.finish(module, before)
     return not _calls_wide(module)
 
@@ -87,8 +87,8 @@ def separate_all(model: nn.Module) -> None:
         separate(module)
 
 
-def give_back(model: nn.Module) -> None:
-    """Makes all graphs of a model what they are without wide layers, also in raw products.
+def restore_all(model: nn.Module) -> None:
+    """Makes all graphs of a model what they were before they were rewritten, raw products too.
 
     Raises:
         ValueError: a graph was changed since, so that this cannot be done.
@@ -107,7 +107,7 @@ def give_back(model: nn.Module) -> None:
         }
         if lent:
             before = {*module.graph.nodes}
-            products.write_out(module.graph, parts.reachable(module), lent)
+            products.write_out(module.graph, all_modules(module), lent)
             rewriting.finish(module, before)
 
 

@@ -1,4 +1,4 @@
-"""What is known of the values that the nodes of a graph stand for."""
+"""What is known of a node's value: that it is a tensor, or that it is not None."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ import torch
 from torch import fx, nn
 from torch.nn import functional as F
 
-from conjoin.layers.view import View
+from conjoin.layers.subclass import plain_class
 from conjoin.tracing.proxies import unpack
 
 SEVERAL = frozenset(
@@ -83,10 +83,9 @@ def _is_tensor_input(node: fx.Node, modules: Mapping[nn.Module, str]) -> bool:
 
 
 def _gives_tensor(module: nn.Module) -> bool:
-    cls = type(module)
-    base = vars(cls).get("conjoin_base", cls) if isinstance(module, View) else cls
-    named = base.__module__.startswith(("torch.nn.modules.", "conjoin.nn"))
-    several = getattr(module, "return_indices", False) or base.__name__ in SEVERAL
+    cls = plain_class(module)
+    named = cls.__module__.startswith(("torch.nn.modules.", "conjoin.nn"))
+    several = getattr(module, "return_indices", False) or cls.__name__ in SEVERAL
     return named and not several and not isinstance(module, (nn.Sequential, nn.ModuleList))
 
 

@@ -1,4 +1,4 @@
-"""When what was traced of one module goes for another one too.
+"""Tells when what was traced of one module goes for another one too.
 
 Models hold the same block many times. Where two modules are alike in all that a trace, and the
 passes after it, may look at, one is traced and the other takes over what came of it.
@@ -21,6 +21,18 @@ from conjoin.tracing.sandbox.constants import frozen
 
 HOLDERS = ("_modules", "_parameters", "_buffers")
 """The attributes of a module that hold its children and its tensors."""
+
+OF_WIDE = (
+    "biased",
+    "contiguous",
+    "together",
+    "channels_last",
+    "hidden",
+    "training",
+    "varies",
+    "paid",
+)
+"""What a rewritten forward, or a pass, may ask of a wide layer beside its sizes."""
 
 
 def likeness(
@@ -86,19 +98,6 @@ def _part(view: View, number: Callable[[Hashable], int]) -> Hashable:
         tuple(wide.widths),
         tuple(wide.running),
     )
-
-
-OF_WIDE = (
-    "biased",
-    "contiguous",
-    "together",
-    "channels_last",
-    "hidden",
-    "training",
-    "varies",
-    "paid",
-)
-"""What a rewritten forward, or a pass, may ask of a wide layer beside its sizes."""
 
 
 def _held(

@@ -1,4 +1,4 @@
-"""Which layers a forward comes across when it goes through parameters or modules.
+"""Notes which layers a forward meets when it goes through parameters or modules.
 
 `self.parameters()` and `self.modules()` of a module that holds all of a group's siblings give the
 wide layer's. A forward that computes with what it finds there, a penalty on each norm, say, would

@@ -1,4 +1,4 @@
-"""Siblings by observation: which layers receive the very same tensor object?
+"""Finds siblings by a run on example inputs: which layers receive the very same tensor object?
 
 The model's example inputs are run once in training and once in evaluation mode, on a copy whose
 tensors are fake: no arithmetic, no memory, and no trace on the model, its buffers, modes and
@@ -14,10 +14,11 @@ from types import FunctionType
 
 from torch import nn
 
+from conjoin.foreign import quote
 from conjoin.graph.site import Sightings, Untraced
 from conjoin.layers import Kind
 from conjoin.reachable import functions_of, words
-from conjoin.tracing.copies import SEED, Call, Copy, first_line
+from conjoin.tracing.copies import SEED, Call, Copy
 from conjoin.tracing.undisturbed import start_streams, undisturbed
 from conjoin.tracing.watch import Watch
 
@@ -64,7 +65,7 @@ def _observe(copied: Copy, calls: Sequence[Call], kinds: tuple[Kind, ...]) -> Si
         failure = next(iter(failures.values()))
         raise ValueError(unfit(failure)) from failure
     untraced = tuple(
-        Untraced("", f"does not run in {mode} mode: {first_line(error)}")
+        Untraced("", f"does not run in {mode} mode: {quote(error)}")
         for mode, error in failures.items()
     )
     return Sightings(
@@ -95,7 +96,6 @@ def _layers_functions(model: nn.Module) -> Iterator[FunctionType]:
 def unfit(error: Exception) -> str:
     """What to say of example inputs on which the model raises `error`."""
     return (
-        f"the model does not run on the example inputs: {type(error).__name__}: "
-        f"{first_line(error).removesuffix('.')}. Pass a tuple of the arguments that the model is "
-        "called with, as model(*example_inputs)."
+        f"the model does not run on the example inputs: {quote(error).removesuffix('.')}. Pass a "
+        "tuple of the arguments that the model is called with, as model(*example_inputs)."
     )

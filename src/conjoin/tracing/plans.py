@@ -14,12 +14,12 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from conjoin.graph.hazards import CALL_HOOKS
+from conjoin.layers.checks import CALL_HOOKS
 from conjoin.layers.lockstep import in_transform
 from conjoin.layers.owner import Owner
+from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View
 from conjoin.tracing.quick import Conditions
-from conjoin.tracing.sandbox.classes import plain_class
 from conjoin.tracing.sandbox.constants import frozen, snapshots
 from conjoin.tracing.sandbox.objects import held_at, holder_of
 from conjoin.tracing.sound import Traced
@@ -217,9 +217,10 @@ def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -
         *((held_at(at, place), "__class__", cls) for place, cls in traced.objects),
     )
     enclosed = tuple((cell, "cell_contents", value) for cell, value in traced.cells)
+    called = dict.fromkeys(modules)
     conditions = Conditions(
-        tuple(vars(module)[kind] for module in dict.fromkeys(modules) for kind in CALL_HOOKS),
-        (
+        hooks=tuple(vars(module)[kind] for module in called for kind in CALL_HOOKS),
+        values=(
             *((vars(at[path]), "training", flag) for path, flag in traced.modes),
             *(
                 (dictionary_of(at[path], h), name, value)
@@ -229,11 +230,11 @@ def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -
             *reached,
             *traced.globals,
         ),
-        tuple((module, mark[0]) for module, mark in zip(modules, marks, strict=True)),
-        tuple((vars(at[path])[holder], name) for path, holder, name in traced.present),
-        tuple((at[path]._modules, names) for path, names in traced.children),
-        (*classes, *enclosed),
-        (*traced.shared, *_contents(at, traced)),
+        kinds=tuple((module, mark[0]) for module, mark in zip(modules, marks, strict=True)),
+        present=tuple((vars(at[path])[holder], name) for path, holder, name in traced.present),
+        children=tuple((at[path]._modules, names) for path, names in traced.children),
+        classes=(*classes, *enclosed),
+        contents=(*traced.shared, *_contents(at, traced)),
     )
     return Variant(traced, conditions, check_of(traced, at, classes))
 

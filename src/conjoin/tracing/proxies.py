@@ -1,4 +1,4 @@
-"""What stands for a tensor while a forward is traced."""
+"""`Proxy`: what stands for a tensor while a forward is traced."""
 
 from __future__ import annotations
 
@@ -79,17 +79,3 @@ def _recorded(function: Callable[..., Any]) -> Callable[..., Any]:
 for _name in "add sub mul truediv floordiv mod pow matmul and or xor lshift rshift".split():
     setattr(Proxy, f"__i{_name}__", _recorded(getattr(operator, f"i{_name}")))
 setattr(Proxy, "__setitem__", _recorded(operator.setitem))  # noqa: B010 - It is no attribute to mypy.
-
-
-def arguments(tracer: fx.Tracer) -> list[Any]:
-    """The module that is traced, and a proxy for each argument without a default.
-
-    Raises:
-        UnsoundError: one of them must be given by name.
-    """
-    parameters = [*inspect.signature(type(tracer.root).forward).parameters.values()][1:]
-    optional = (inspect.Parameter.VAR_POSITIONAL, inspect.Parameter.VAR_KEYWORD)
-    required = [p for p in parameters if p.default is p.empty and p.kind not in optional]
-    if any(p.kind is p.KEYWORD_ONLY for p in required):
-        raise UnsoundError("an argument must be given by name")
-    return [tracer.root, *(tracer.create_proxy("placeholder", p.name, (), {}) for p in required)]

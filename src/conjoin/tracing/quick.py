@@ -1,4 +1,4 @@
-"""A rewritten forward and its conditions, bound to the modules of one region.
+"""Binds a rewritten forward, and the check that it may run, to the modules of one region.
 
 Small models spend most of a call in Python, so here is what Python looks up at each call looked up
 once: source in which the dictionaries and modules of the region have names of their own. What
@@ -28,10 +28,10 @@ from torch._C._functorch import maybe_current_level
 from torch.autograd import forward_ad
 from torch.nn.modules import module as nn_module
 
-from conjoin.graph.hazards import CALL_HOOKS
+from conjoin.layers.checks import CALL_HOOKS
+from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
-from conjoin.tracing.sandbox.classes import plain_class
 from conjoin.tracing.sandbox.objects import MISSING
 
 WORDS = (None, True, False)

@@ -14,7 +14,7 @@ from typing import Any
 from torch import fx, nn
 
 from conjoin.graph import elementwise
-from conjoin.layers.view import View
+from conjoin.layers.subclass import plain_class
 from conjoin.tracing.proxies import Proxy, UnsoundError, unpack
 
 KEEPING = (
@@ -115,7 +115,7 @@ class Ranks:
 
     def _of_module(self, node: fx.Node) -> int | None:
         module = self._module_of(str(node.target))
-        cls = type(module).conjoin_base if isinstance(module, View) else type(module)
+        cls = plain_class(module)
         if not node.args or not cls.__module__.startswith("torch.nn.modules."):
             return None
         rank = self._of_tensor(node.args[0])

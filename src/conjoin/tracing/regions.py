@@ -19,7 +19,7 @@ from typing import Any, cast
 from torch import nn
 
 from conjoin.layers.owner import Owner, copies_itself, owner_class, raw_parameters
-from conjoin.layers.subclass import subclass
+from conjoin.layers.subclass import plain_class, subclass
 from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
 from conjoin.merging import MERGER, Merger
@@ -27,7 +27,6 @@ from conjoin.nn import Split, Unite
 from conjoin.tracing.plans import PLAN, Plan, bind, marks_of, region_classes
 from conjoin.tracing.proxies import UnsoundError
 from conjoin.tracing.rounds import Known, State, Structures, state_of, trace
-from conjoin.tracing.sandbox.classes import plain_class
 from conjoin.tracing.sound import Traced
 from conjoin.tracing.structures import Observed, Structure
 from conjoin.tracing.undisturbed import putting_back
@@ -140,11 +139,6 @@ def _regions(module: nn.Module) -> list[Region]:
     return [inner for inner in module.modules() if isinstance(inner, Region)]
 
 
-def covered(module: nn.Module) -> set[Wide]:
-    """The wide layers that a rewritten forward of a region within the module runs."""
-    return {*runs(module)}
-
-
 def runs(module: nn.Module) -> dict[Wide, int | None]:
     """The wide layers that rewritten forwards of regions within the module run.
 
@@ -207,7 +201,7 @@ def _brings_more(module: nn.Module, traced: Sequence[Traced]) -> bool:
     """Whether the rewritten forwards of a module run at once what no region within it does."""
     batched = any(each.most is not None for each in traced)
     wide = {module.get_submodule(path) for each in traced for path, _ in each.cuts}
-    return batched or not wide <= covered(module)
+    return batched or not wide <= runs(module).keys()
 
 
 def _is_chain(

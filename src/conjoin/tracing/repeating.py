@@ -1,8 +1,8 @@
-"""Fake tensors for many calls of the same operations.
+"""A mode for fake tensors that remembers what operations give, for large models.
 
-On a fake tensor PyTorch spends a hundred microseconds on each operation, also where it has met the
-like before. A large model consists of the same few operations on tensors of the same few shapes,
-so here what came out is remembered by as little as decides it.
+On a fake tensor PyTorch takes long for each operation, also where it has met the like before. A
+large model consists of the same few operations on tensors of the same few shapes, so here what came
+out is remembered by as little as decides it.
 """
 
 from __future__ import annotations
@@ -27,6 +27,16 @@ DEVICE = torch.ops.prim.device.default
 
 KEEPS_MORE = frozenset({"detach", "alias", "lift", "lift_fresh"})
 """Views that are more than other strides on the same memory."""
+
+UNPREDICTABLE = frozenset(
+    {
+        torch.Tag.nondeterministic_seeded,
+        torch.Tag.dynamic_output_shape,
+        torch.Tag.data_dependent_output,
+        torch.Tag.maybe_aliasing_or_mutating,
+    }
+)
+"""Tags of operations whose output depends on more."""
 
 _Key = tuple[Any, ...]
 
@@ -122,17 +132,6 @@ def _is_function(func: OpOverload) -> bool:
         and name not in KEEPS_MORE
         and not {*func.tags} & UNPREDICTABLE
     )
-
-
-UNPREDICTABLE = frozenset(
-    {
-        torch.Tag.nondeterministic_seeded,
-        torch.Tag.dynamic_output_shape,
-        torch.Tag.data_dependent_output,
-        torch.Tag.maybe_aliasing_or_mutating,
-    }
-)
-"""Tags of operations whose output depends on more."""
 
 
 def device_of(func: object, args: Sequence[object]) -> torch.device | None:

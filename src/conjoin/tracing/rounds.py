@@ -1,4 +1,4 @@
-"""All traces of a module: for calls of all structures, in both modes, until no pass merges more."""
+"""Traces a module in both modes and for all structures of calls, until no pass merges more."""
 
 from __future__ import annotations
 
@@ -9,13 +9,13 @@ from typing import Any
 from torch import fx, nn
 
 from conjoin.graph.congruence import INPUTS, Inputs
+from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View, views
 from conjoin.merging import MERGER, Merger
 from conjoin.passes import rewrite_traced
 from conjoin.tracing import sound
 from conjoin.tracing.likeness import likeness
 from conjoin.tracing.plans import PLAN, dictionary_of
-from conjoin.tracing.sandbox.classes import plain_class
 from conjoin.tracing.sandbox.objects import MISSING
 from conjoin.tracing.sound import Traced
 from conjoin.tracing.structures import Observed, Structure

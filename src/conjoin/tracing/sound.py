@@ -1,4 +1,4 @@
-"""Symbolic traces that are the original forward, on every call.
+"""Traces a forward soundly: the trace is the forward on every call, or there is none.
 
 `fx.symbolic_trace` runs a forward once and takes for granted that whatever Python did then, it
 will always do. That is wrong without an error where the forward branches on a flag, counts its
@@ -26,9 +26,11 @@ from typing import Any
 from torch import fx, nn
 
 from conjoin import merging
-from conjoin.graph import channelwise, edit, elementwise, hazards, products, rising
+from conjoin.graph import channelwise, edit, elementwise, products, rising
 from conjoin.graph.bundles import CARRIED
 from conjoin.graph.congruence import INPUTS, Inputs
+from conjoin.layers.checks import is_hooked
+from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View
 from conjoin.merging import REGION
 from conjoin.nn import Parallel, Split, Unite
@@ -38,7 +40,6 @@ from conjoin.tracing.known import is_not_none
 from conjoin.tracing.proxies import UnsoundError
 from conjoin.tracing.quick import Written
 from conjoin.tracing.sandbox.allowed import CONTAINERS
-from conjoin.tracing.sandbox.classes import plain_class
 from conjoin.tracing.sandbox.constants import is_constant, snapshots
 from conjoin.tracing.sandbox.objects import MISSING, Place, held_at
 from conjoin.tracing.sandbox.sandbox import Sandbox
@@ -157,26 +158,26 @@ def trace(
     function, written = compiled(graph_module.graph, tuple(sandbox.stored))
     risen = rising.rise(graph_module.graph, edit.called_modules(graph_module))
     return Traced(
-        function,
-        compiled(graph_module.graph, tuple(sandbox.stored))[0] if risen else function,
-        written,
-        structure,
-        tuple(sandbox.modes.items()),
-        tuple(sandbox.places),
-        tuple(sandbox.children.items()),
-        tuple((*key, value) for key, value in sandbox.attributes.items()),
-        tuple(sandbox.present),
-        tuple(sandbox.contents.items()),
-        tuple(sandbox.objects.items()),
-        tuple(sandbox.settings.items()),
-        tuple((*key, value) for key, value in sandbox.classes.items()),
-        tuple(sandbox.globals.values()),
-        tuple(sandbox.cells.values()),
-        tuple(pair for value, _ in sandbox.shared.values() for pair in snapshots(value)),
-        ranks,
-        observed,
-        inputs.most if inputs is not None else None,
-        graph_module.meta.get(CARRIED, ()),
+        function=function,
+        risen=compiled(graph_module.graph, tuple(sandbox.stored))[0] if risen else function,
+        written=written,
+        structure=structure,
+        modes=tuple(sandbox.modes.items()),
+        places=tuple(sandbox.places),
+        children=tuple(sandbox.children.items()),
+        attributes=tuple((*key, value) for key, value in sandbox.attributes.items()),
+        present=tuple(sandbox.present),
+        contents=tuple(sandbox.contents.items()),
+        objects=tuple(sandbox.objects.items()),
+        settings=tuple(sandbox.settings.items()),
+        classes=tuple((*key, value) for key, value in sandbox.classes.items()),
+        globals=tuple(sandbox.globals.values()),
+        cells=tuple(sandbox.cells.values()),
+        shared=tuple(pair for value, _ in sandbox.shared.values() for pair in snapshots(value)),
+        ranks=ranks,
+        observed=observed,
+        most=inputs.most if inputs is not None else None,
+        cuts=graph_module.meta.get(CARRIED, ()),
     )
 
 
@@ -262,7 +263,7 @@ def _is_leaf(module: nn.Module, region: nn.Module) -> bool:
     """Whether a module is one that the trace does not look into."""
     if module is region:
         return False
-    if any(getattr(module, hooks) for hooks in hazards.CALL_HOOKS):
+    if is_hooked(module):
         return True
     if isinstance(module, (View, fx.GraphModule)):  # The graph of the second is rewritten itself.
         return True

@@ -1,4 +1,4 @@
-"""What a rewritten forward takes for granted, as source that Dynamo traces to few guards.
+"""The check that a rewritten forward may run, as source that Dynamo traces to few guards.
 
 While Dynamo traces, whatever is looked at becomes guards, which run on every call. A loop over
 tuples of what must hold guards the tuples too, several guards for each item, and the dictionaries
@@ -17,7 +17,7 @@ from typing import Any, cast
 
 from torch import nn
 
-from conjoin.graph.hazards import CALL_HOOKS
+from conjoin.layers.checks import CALL_HOOKS
 from conjoin.tracing.quick import Names
 from conjoin.tracing.sandbox.objects import MISSING, Place, held_at, holder_of, is_of_items
 from conjoin.tracing.sandbox.sandbox import FUNCTION_PARTS

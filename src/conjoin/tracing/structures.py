@@ -26,6 +26,9 @@ VALUES = (bool, int, str, bytes, type(None), torch.dtype)
 NUMBERS = (int, float)
 """Those of which Dynamo may know only that they are some number."""
 
+TENSOR = "tensor"
+"""What stands for a tensor."""
+
 Alike = tuple[int, ...]
 """A number for each tensor of a call, equal for those of one shape, dtype and device."""
 
@@ -48,10 +51,6 @@ class Observed:
         if self.ranks:
             ranks = tuple(a if a == b else -1 for a, b in zip(self.ranks, ranks, strict=True))
         return Observed(alike(tensors, self.alike or None), ranks)
-
-
-TENSOR = "tensor"
-"""What stands for a tensor."""
 
 
 class _UnknownError(Exception):

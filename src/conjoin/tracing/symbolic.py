@@ -1,4 +1,4 @@
-"""Siblings by symbolic tracing, for a model without example inputs.
+"""Finds siblings by symbolic tracing, for a model without example inputs.
 
 The model is traced from the root down. Where a module does not trace (it branches on values,
 iterates over a tensor, gives back an object of its own), each of its children is traced by
@@ -18,6 +18,7 @@ from torch import fx, nn
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from conjoin.foreign import quote
 from conjoin.graph import hazards, strides
 from conjoin.graph.site import Sightings, Site, Untraced
 from conjoin.layers import Kind, activation, kind_of
@@ -25,7 +26,8 @@ from conjoin.layers.part import Part
 from conjoin.reachable import functions_of, words
 from conjoin.tracing import graph_modules, regions
 from conjoin.tracing.listings import listed_by_code
-from conjoin.tracing.proxies import Proxy, UnsoundError, arguments
+from conjoin.tracing.proxies import Proxy, UnsoundError
+from conjoin.tracing.structures import names_of, required
 from conjoin.tracing.undisturbed import letting_go, undisturbed
 
 CONTAINERS = (nn.ModuleList, nn.ModuleDict)
@@ -55,7 +57,13 @@ class _Tracer(fx.Tracer):
         self, root_fn: Any, is_module: bool, concrete_args: Any = None
     ) -> tuple[Any, list[Any]]:
         """Proxies for the arguments without a default; Python itself fills in the others."""
-        return root_fn, arguments(self)
+        forward = type(self.root).forward
+        structure = required(forward)
+        if structure is None:
+            raise UnsoundError("an argument must be given by name")
+        names = names_of(structure, forward)
+        proxies = [self.create_proxy("placeholder", name, (), {}) for name in names]
+        return root_fn, [self.root, *proxies]
 
     def is_leaf_module(self, m: nn.Module, module_qualified_name: str) -> bool:
         return kind_of(m, self.kinds) is not None or super().is_leaf_module(
@@ -133,7 +141,7 @@ def _trace(model: nn.Module, kinds: tuple[Kind, ...], mode: bool | None, seen: _
                 with letting_go():
                     graph = _Tracer(kinds).trace(module)
             except (Exception, UnsoundError) as error:  # noqa: BLE001 - The model's own code.
-                seen.untraced[Untraced(name, _why(error))] = None
+                seen.untraced[Untraced(name, quote(error))] = None
             else:
                 _note(graph, (mode, name), module, kinds, seen)
                 continue
@@ -187,8 +195,3 @@ def _made(
         return node.name, 0, ()
     identity, version, activations = _made(input, versions, modules)
     return (identity, step), (version, versions[node]), (*activations, str(node.target))
-
-
-def _why(error: BaseException) -> str:
-    lines = str(error).strip().splitlines()
-    return f"{type(error).__name__}: {lines[0]}" if lines else type(error).__name__

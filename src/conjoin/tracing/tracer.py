@@ -1,4 +1,4 @@
-"""The tracer of one region: it runs the forward in a sandbox, and refuses what would be lost."""
+"""The tracer of a region, which runs the forward in the sandbox."""
 
 from __future__ import annotations
 
@@ -11,10 +11,10 @@ from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
 from conjoin.graph import hazards
+from conjoin.layers.subclass import plain_class
 from conjoin.tracing.proxies import UnsoundError
 from conjoin.tracing.ranks import RESHAPING, Ranked, Ranks
 from conjoin.tracing.sandbox.allowed import operations
-from conjoin.tracing.sandbox.classes import plain_class
 from conjoin.tracing.sandbox.constants import snapshots
 from conjoin.tracing.sandbox.sandbox import Sandbox
 from conjoin.tracing.structures import Observed, Structure, names_of, rebuilt

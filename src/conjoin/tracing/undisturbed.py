@@ -1,4 +1,4 @@
-"""Looking at a model leaves no trace on it, nor on the process.
+"""Puts back what a look at a model may change, on the model and in the process.
 
 A run or a trace of the model's code may draw random numbers, break off between entering a mode
 and leaving it, and keep things: in attributes of its modules, in globals, on classes, in defaults
@@ -46,6 +46,13 @@ from conjoin.tracing.repeating import device_of
 
 MODES = ("cpu", "cuda", "mps", "xpu")
 """Types of device with an autocast mode of their own."""
+
+PLAIN = (torch.Tensor, nn.Parameter)
+"""Types of tensors that are what they seem."""
+
+Undo = Callable[[], object]
+
+_MISSING = object()
 
 
 @contextlib.contextmanager
@@ -131,10 +138,6 @@ def _modes() -> Iterator[None]:
             torch._C._pop_torch_function_stack()
 
 
-PLAIN = (torch.Tensor, nn.Parameter)
-"""Types of tensors that are what they seem."""
-
-
 class KeepingTensors(TorchDispatchMode):
     """Puts back the values of tensors beside a model that its code changes in place.
 
@@ -206,9 +209,6 @@ def letting_go() -> Iterator[None]:
     except BaseException as error:
         traceback.clear_frames(error.__traceback__)
         raise
-
-
-Undo = Callable[[], object]
 
 
 def _snapshots(model: nn.Module, *, reached: bool) -> Iterator[Undo]:
@@ -307,9 +307,6 @@ def _save_names(namespace: dict[str, Any], names: tuple[str, ...]) -> Undo:
     """How to put back the globals that functions name."""
     held = [*map(namespace.get, names, itertools.repeat(_MISSING))]
     return functools.partial(_put_back_names, namespace, names, held)
-
-
-_MISSING = object()
 
 
 def _put_back(value: Any, before: Any) -> None:

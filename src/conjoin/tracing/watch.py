@@ -1,4 +1,4 @@
-"""What is seen of a run: calls of layers, what they read, and what reads the strides of outputs."""
+"""`Watch`: notes the calls of layers in a run, what they read, and who reads strides."""
 
 from __future__ import annotations
 

@@ -1,1 +1,1 @@
-"""Two models side by side: what each call leaves behind, taken apart and compared."""
+"""Two models side by side: all that each call leaves behind, taken apart and compared."""

@@ -1,4 +1,4 @@
-"""Two models, run in one setting after another, up to the first difference."""
+"""Compares two models in one setting after another, up to the first difference."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ from torch import nn
 
 from conjoin.tracing.copies import Call
 from conjoin.verifying.outcome import Key, Pieces
-from conjoin.verifying.running import Watch, run
+from conjoin.verifying.running import LeastPrecise, run
 from conjoin.verifying.settings import Setting, settings_for
 from conjoin.verifying.unlike import first_unlike, tolerance_of
 from conjoin.verifying.verification import Difference, Verification
@@ -76,7 +76,7 @@ def compare(
     found = Comparison(convert, settings_for(original))
     lifted = _liftable(original)
     for setting in found.settings:
-        watch = Watch()
+        watch = LeastPrecise()
         theirs = run(original, calls, setting, convert, watch)
         ours = run(optimized, calls, setting, convert, contextlib.nullcontext())
         found.dtype = max(found.dtype, watch.dtype, key=tolerance_of)

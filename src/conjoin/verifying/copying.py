@@ -1,4 +1,4 @@
-"""Copies of models and of arguments, in float64 where that is asked for."""
+"""Copies models and arguments, in float64 where that is asked for."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a call of a model leaves behind, in pieces that can be compared with another model's.
+"""Takes apart what a call of a model leaves behind, in pieces that can be compared.
 
 A piece has facts, such as a type or a shape, which must be the same, and numbers, which must be
 close. It goes by its kind and its name; nested containers and objects are taken apart, so that a

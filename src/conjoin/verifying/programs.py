@@ -1,4 +1,4 @@
-"""Two exported programs; their tensors go by the names that they had at first.
+"""Compares two exported programs, by the original names of their tensors.
 
 A program is in the mode that it was exported in, and computes in the types that are written in its
 graph; so it is run as it is.
@@ -21,7 +21,7 @@ from conjoin.tracing.undisturbed import start_streams, undisturbed
 from conjoin.verifying import outcome
 from conjoin.verifying.comparison import Comparison
 from conjoin.verifying.outcome import Pieces
-from conjoin.verifying.running import SEED, Watch, attempt, backward
+from conjoin.verifying.running import SEED, LeastPrecise, attempt, backward
 from conjoin.verifying.settings import EXPORTED
 from conjoin.verifying.unlike import first_unlike, tolerance_of
 from conjoin.verifying.verification import Difference
@@ -34,7 +34,7 @@ def compare_programs(
     found = Comparison(False, (EXPORTED,))
     with undisturbed(), torch.inference_mode(False), torch.enable_grad():
         for number, call in enumerate(calls):
-            watch = Watch()
+            watch = LeastPrecise()
             with watch:
                 expected, failure = left_behind(original, call, SEED + number)
             actual, _ = left_behind(optimized, call, SEED + number)

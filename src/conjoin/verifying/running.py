@@ -1,4 +1,4 @@
-"""One model, run from fixed seeds: each call with its backward pass, and what it leaves behind."""
+"""Runs one model from fixed seeds, each call with its backward pass."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def backward(output: object) -> None:
         torch.autograd.backward(roots, gradients)
 
 
-class Watch(TorchDispatchMode):  # type: ignore[no-untyped-call]
+class LeastPrecise(TorchDispatchMode):  # type: ignore[no-untyped-call]
     """Notes the least precise dtype in which something is computed."""
 
     supports_higher_order_operators = True

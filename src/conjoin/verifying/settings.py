@@ -1,4 +1,4 @@
-"""In which modes models are run, and with which gradients."""
+"""The settings in which models are compared: modes, and which gradients."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What differs first between what two models left behind."""
+"""Finds what differs first between what two models left behind."""
 
 from __future__ import annotations
 

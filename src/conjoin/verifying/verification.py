@@ -1,4 +1,4 @@
-"""What `verify` found, and how it is told."""
+"""`Verification` and `Difference`: what `verify` found, and how it is told."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""verify: are two models the same function?
+"""`verify`: are two models the same function?
 
 Copies of both are converted to float64, where rounding cannot be taken for a difference, and run
 side by side from the same seeds in every setting of `SETTINGS`. After each call and its backward
@@ -16,7 +16,7 @@ import torch
 from torch import nn
 from torch.export import ExportedProgram
 
-from conjoin.api import check_model, example_calls
+from conjoin.checking import check_model, example_calls
 from conjoin.tracing.copies import Call
 from conjoin.tracing.observe import unfit
 from conjoin.tracing.undisturbed import undisturbed

@@ -1,1 +1,1 @@
-"""Where a forward runs while it is traced, so that all that it reads is noted."""
+"""The sandbox: where a forward runs while it is traced, so that all that it reads is noted."""

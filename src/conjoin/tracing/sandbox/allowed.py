@@ -1,4 +1,4 @@
-"""What code may use while it is traced: the functions, classes and constants that are known."""
+"""What code in the sandbox may use: the functions, classes and constants that are known."""
 
 from __future__ import annotations
 

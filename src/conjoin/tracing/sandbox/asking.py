@@ -1,4 +1,4 @@
-"""What code is told that asks about a value: of its class, its attributes and its base class."""
+"""What `isinstance`, `hasattr`, `getattr` and `super` answer in the sandbox."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Attributes of modules that code reads and sets while it is traced, and what is noted of them."""
+"""Attributes of modules that code in the sandbox reads and sets."""
 
 from __future__ import annotations
 
@@ -9,11 +9,12 @@ from typing import TYPE_CHECKING, Any
 from torch import nn
 
 from conjoin.layers.owner import LENT
+from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View
 from conjoin.reachable import OF_MODULES, is_trusted
 from conjoin.tracing.sandbox.allowed import LISTINGS
 from conjoin.tracing.sandbox.asking import get_attribute
-from conjoin.tracing.sandbox.classes import plain_class, static
+from conjoin.tracing.sandbox.classes import static
 from conjoin.tracing.sandbox.constants import is_constant, is_container
 from conjoin.tracing.sandbox.objects import MISSING, is_object
 from conjoin.tracing.sandbox.stand_ins import Getter

@@ -1,4 +1,4 @@
-"""Code that a trace may run: what must not stand in it, whether it runs or not."""
+"""What must not stand in code that is traced, whether it runs or not."""
 
 from __future__ import annotations
 

@@ -1,28 +1,14 @@
-"""Whose a class is, what it defines, and of which of the user's one of conjoin's was made."""
+"""Whose a class is, and what it defines."""
 
 from __future__ import annotations
 
 from collections.abc import Iterator
 from typing import Any
 
-from torch import nn
-
 from conjoin.tracing.sandbox.objects import MISSING
 
 
-def plain_class(module: nn.Module) -> type[nn.Module]:
-    """The module's class, for a view, an owner or a region that of the user's."""
-    return plain_of(type(module))
-
-
-def plain_of(cls: type[nn.Module]) -> type[nn.Module]:
-    """The user's class that a class of conjoin's was made of, or the class itself."""
-    while "conjoin_base" in vars(cls):
-        cls = vars(cls)["conjoin_base"]
-    return cls
-
-
-def foreign(cls: type) -> Iterator[type]:
+def users_classes(cls: type) -> Iterator[type]:
     """A class and its bases, but for PyTorch's and conjoin's own."""
     for base in cls.__mro__:
         if base.__module__.split(".")[0] not in ("torch", "conjoin", "builtins"):

@@ -1,4 +1,4 @@
-"""What cannot change, and containers as nested tuples, which tell whether they have changed."""
+"""Values that cannot change, and snapshots that tell whether a container has changed."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch import fx, nn
 
 from conjoin.reachable import is_trusted
 from conjoin.tracing.proxies import UnsoundError
-from conjoin.tracing.sandbox.classes import foreign
+from conjoin.tracing.sandbox.classes import users_classes
 from conjoin.tracing.sandbox.objects import Object, is_object
 
 CONSTANTS = (bool, int, float, complex, str, bytes, type(None), torch.dtype, torch.device)
@@ -28,7 +28,7 @@ def is_constant(value: object) -> bool:
     if type(value) is tuple:
         return all(map(is_constant, value))
     if isinstance(value, enum.Enum):
-        own = [v for base in foreign(type(value)) for v in vars(base).values()]
+        own = [v for base in users_classes(type(value)) for v in vars(base).values()]
         methods = (v for v in own if type(v) is FunctionType and not is_trusted(v))
         return is_constant(value.value) and not any(methods)
     return type(value) in CONSTANTS

@@ -30,6 +30,9 @@ Place = tuple[str, tuple[Any, ...]]
 A step is the key of an item of a container, or the name of an attribute of an object.
 """
 
+_BUILT_IN = (int, float, complex, str, bytes, tuple, list, dict, set, frozenset, type)
+"""Types of value that are more than what their attributes hold."""
+
 _DECIDING = "__getattribute__ __getattr__".split()
 """Methods of a class that make its attributes something else than what an object holds."""
 
@@ -65,10 +68,6 @@ def is_object(value: object) -> bool:
         and isinstance(getattr(value, "__dict__", None), dict)
         and not any(name in vars(base) for base in cls.__mro__[:-1] for name in _DECIDING)
     )
-
-
-_BUILT_IN = (int, float, complex, str, bytes, tuple, list, dict, set, frozenset, type)
-"""Types of value that are more than what their attributes hold."""
 
 
 def standing_in(sandbox: Sandbox, value: Any, place: Place) -> Any:

@@ -1,4 +1,4 @@
-"""Where a forward runs while it is traced: all that it reads is noted, and the unknown is refused.
+"""`Sandbox`: runs functions on the modules of a region, and notes or refuses what they read.
 
 The user's functions are run as copies whose globals are looked up here, and so are the attributes
 of the region's modules. So what Python decides during a trace, a condition or the length of a loop,
@@ -22,6 +22,7 @@ from torch import Tensor, nn
 
 from conjoin.graph.hazards import DISTRIBUTIONS
 from conjoin.layers.owner import Owner
+from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View
 from conjoin.reachable import TRUSTED, is_full, is_trusted
 from conjoin.tracing.proxies import UnsoundError
@@ -34,7 +35,7 @@ from conjoin.tracing.sandbox.allowed import (
     SPECIAL_METHODS,
     functions,
 )
-from conjoin.tracing.sandbox.classes import foreign, plain_class, static
+from conjoin.tracing.sandbox.classes import static, users_classes
 from conjoin.tracing.sandbox.constants import MUTABLE, frozen, is_constant, is_container, snapshots
 from conjoin.tracing.sandbox.objects import MISSING, Place, is_object, standing_in
 from conjoin.tracing.sandbox.stand_ins import (
@@ -105,7 +106,7 @@ class Sandbox:
         self._globals: dict[int, Globals] = {}
         self._busy = False
         for cls in {plain_class(module) for module in self.paths}:
-            if any(SPECIAL_METHODS & vars(base).keys() for base in foreign(cls)):
+            if any(SPECIAL_METHODS & vars(base).keys() for base in users_classes(cls)):
                 self.refuse(f"{cls.__name__} defines a method that Python runs by itself")
 
     def refuse(self, why: str) -> NoReturn:

@@ -1,4 +1,4 @@
-"""What stands for globals, modules of functions, classes and contexts while code is traced."""
+"""What stands for globals, modules of functions, classes and contexts in the sandbox."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Graphs with wide tensors taken apart: each wide value as the values of the branches.
+"""Takes the wide tensors of a graph apart, into the tensors of the branches.
 
     y = wide(x)              becomes        y_i = layer_i(x)
     z = f(y)                 becomes        z_i = f(y_i)
@@ -406,7 +406,7 @@ class Separation:
         return joint
 
 
-def reachable(graph_module: fx.GraphModule) -> dict[str, nn.Module]:
+def all_modules(graph_module: fx.GraphModule) -> dict[str, nn.Module]:
     """All modules that a graph calls or could call, by target."""
     modules = dict(graph_module.named_modules(remove_duplicate=False))
     return modules | edit.called_modules(graph_module)
