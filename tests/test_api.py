@@ -220,9 +220,12 @@ def test_wrong_example_inputs(model, function, given, words):
 
 
 @pytest.mark.parametrize("function", [conjoin.optimize, conjoin.unfuse, conjoin.report])
-@pytest.mark.parametrize("given", [VAE, None, {"state": 1}, lambda x: x])
-def test_no_model(function, given):
-    with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module as model, not"):
+@pytest.mark.parametrize(
+    ("given", "words"),
+    [(VAE, "the class VAE"), (None, "NoneType"), ({"state": 1}, "dict"), (len, "builtin_function")],
+)
+def test_no_model(function, given, words):
+    with pytest.raises(TypeError, match=rf"expected a torch\.nn\.Module as model, not {words}"):
         function(given)
 
 

@@ -14,7 +14,11 @@ from conjoin.tracing.copies import Call
 def check_model(model: object) -> None:
     """Raises TypeError where `model` is no module."""
     if not isinstance(model, nn.Module):
-        raise TypeError(f"expected a torch.nn.Module as model, not {type(model).__name__}.")
+        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
+        raise TypeError(
+            f"expected a torch.nn.Module as model, not {given}. Pass the model itself: an instance "
+            "of its class, or an ExportedProgram."
+        )
 
 
 def example_calls(inputs: object, kwargs: dict[str, Any] | None) -> list[Call]:

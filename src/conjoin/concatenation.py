@@ -82,7 +82,10 @@ def is_channel_dim(kind: Layer, dim: int, ndim: int | None) -> bool:
 def check_container(where: str, module: nn.Module, base: type[nn.Module]) -> None:
     """Raises where a container does more than its class says."""
     if not _runs_forward_of(module, [base]):
-        raise ValueError(f"{where} cannot convert {type(module).__name__}: its forward is its own.")
+        raise ValueError(
+            f"{where} cannot convert {type(module).__name__}: its forward is its own. Convert a "
+            f"plain {base.__name__}, and do the rest in a module around it."
+        )
     if _has_hooks(module):
         raise ValueError(f"{where} would lose the hooks of this module. Remove them first.")
 
@@ -94,7 +97,7 @@ def _has_hooks(module: nn.Module) -> bool:
 def check_joinable(where: str, layers: list[tuple[str, nn.Module]]) -> Layer:
     """Returns the kind that all layers are of; raises where they cannot be parts of one layer."""
     if not layers:
-        raise ValueError(f"{where} needs at least one branch.")
+        raise ValueError(f"{where} needs at least one branch, and there is none. Append one first.")
     for name, layer in layers:
         obstacle = _obstacle(layer)
         if obstacle is not None:
@@ -108,7 +111,9 @@ def check_joinable(where: str, layers: list[tuple[str, nn.Module]]) -> Layer:
             )
     parameters = [id(p) for _, layer in layers for p in layer.parameters()]
     if len(set(parameters)) < len(parameters):
-        raise ValueError(f"{where} cannot copy a parameter that several branches share.")
+        raise ValueError(
+            f"{where} cannot copy a parameter that several branches share. Give each its own first."
+        )
     return _KINDS[type(first)]
 
 

@@ -193,7 +193,7 @@ class Merger:
                     release(view)
 
     def leave(self, found: Iterable[Candidate]) -> None:
-        """Leaves alone what has been refused since."""
+        """Leaves layers alone that were refused, and looks up the names of the modules anew."""
         for candidate in found:
             if candidate.refusal is not None:
                 of_siblings = candidate.refusal.reason in OF_SIBLINGS
@@ -218,7 +218,7 @@ class Merger:
         return found
 
     def standing(self, module: nn.Module) -> Hashable:
-        """What decides, beside the module itself, whether it may be merged."""
+        """What else decides whether a module may be merged, beside the module itself."""
         name = self._names.get(module)
         shared = tuple(key for key in TENSORS if f"{name}.{key}".lstrip(".") in self._shared)
         seen = None if self._sightings is None else self._sightings.shapes.get(name or "")

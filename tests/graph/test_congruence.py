@@ -9,6 +9,7 @@ from torch import fx, nn
 from torch.nn import functional as F
 
 from conjoin.graph import congruence, edit
+from conjoin.layers import activation
 
 
 def classes_of(script, **modules):
@@ -69,6 +70,13 @@ OTHERS = {
 @pytest.mark.parametrize("script", CONGRUENT.values(), ids=CONGRUENT)
 def test_congruent(script):
     first, second = classes_of(script, **modules())
+    assert first == second
+
+
+def test_activations_that_note_are_activations():
+    noting, plain = nn.ReLU(), nn.ReLU()
+    activation.listen(noting)
+    first, second = classes_of(lambda m, x: (m.noting(x), m.plain(x)), noting=noting, plain=plain)
     assert first == second
 
 

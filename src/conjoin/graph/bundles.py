@@ -107,7 +107,7 @@ def cut(
 
 
 def note_carried(graph_module: fx.GraphModule) -> None:
-    """Notes of each wide layer that a graph calls how soon what it gives is cut again."""
+    """Notes for each wide layer in a graph after how many operations its output is cut."""
     modules = edit.called_modules(graph_module)
     calls = [node for node in graph_module.graph.nodes if node.op == "call_module"]
     found = (

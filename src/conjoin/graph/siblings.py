@@ -361,7 +361,7 @@ def held_elsewhere(name: str, layer: nn.Module, shared: Mapping[str, str]) -> Ve
 
 
 def _touched(name: str, siblings: Iterable[str], sightings: Sightings) -> Verdict | None:
-    """What the model's own code does with a layer's parameters; None where that is nothing."""
+    """Why the model's own code keeps a layer apart: it changes, reads or lists its parameters."""
     if name in sightings.changed:
         return Reason.PARAMETERS_CHANGED, "in the run on the example inputs"
     if name in sightings.read:

@@ -183,7 +183,7 @@ def leave_apart(
     running: Collection[Wide],
     cuts: Mapping[Wide, int | None],
 ) -> tuple[Candidate, ...]:
-    """Undoes what does not pay where no forward is rewritten, or does no more than cut it.
+    """Releases groups that do not pay the way they run: in lockstep, or with outputs cut at once.
 
     Args:
         model: the model, in which the groups are merged.
@@ -211,7 +211,7 @@ def leave_apart(
 def _against(
     candidate: Candidate, wide: Wide, running: Collection[Wide], cuts: Mapping[Wide, int | None]
 ) -> Figures | None:
-    """What is against a wide layer in the way in which it runs."""
+    """The figures that are against a wide layer, the way it runs; None where nothing is."""
     if wide not in running:
         return candidate.lockstep
     cut, carried = candidate.cut, cuts.get(wide)

@@ -142,8 +142,9 @@ def _regions(module: nn.Module) -> list[Region]:
 def runs(module: nn.Module) -> dict[Wide, int | None]:
     """The wide layers that rewritten forwards of regions within the module run.
 
-    With the number of operations that run on the output before it is cut, at most; None where a
-    forward does not just cut it soon.
+    Returns:
+        For each the largest number of operations that run on its output before that is cut; None
+        where a forward does more with it than cut it.
     """
     found: dict[Wide, int | None] = {}
     for region in _regions(module):

@@ -33,7 +33,7 @@ State = list[tuple[type, str]]
 """What merging changes of a module."""
 
 Known = dict[Hashable, Traces]
-"""The same by what decides it, for modules like one that was traced."""
+"""What was traced, by all that decides it; modules that are alike in that share it."""
 
 
 def trace(module: nn.Module, structures: Structures, meta: dict[str, Any], known: Known) -> Traces:

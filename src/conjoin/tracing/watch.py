@@ -175,9 +175,9 @@ class Watch(TorchFunctionMode):
         *args: Any,
         **kwargs: Any,
     ) -> Any:
-        """Notes the structure of a call, without those that each call has anew, as a counter.
+        """Notes the structure of a call, and what its tensors have in common with other calls'.
 
-        Also what is common to its tensors.
+        Of `MOST_STRUCTURES` at most: a counter among the arguments makes each call another one.
         """
         with torch._C.DisableTorchFunction():
             found = structure_of(args, kwargs)
@@ -246,7 +246,7 @@ class Watch(TorchFunctionMode):
         )
 
     def claim(self, values: Any) -> None:
-        """Takes tensors, of which somebody may want the gradient, for no others' equals."""
+        """Notes that somebody may want the gradient of tensors, so that they equal no others."""
         run: Any = self._run
         claimed = {id(leaf) for leaf in pytree.tree_leaves(values) if isinstance(leaf, Tensor)}
         for key in claimed & self._made.keys():
