@@ -18,8 +18,8 @@ from conjoin.checking import check_for_program, check_model, checked_budget, exa
 from conjoin.decision import decide_on
 from conjoin.layers import KINDS, Kind, checked_kinds
 from conjoin.memory import Memory, MemoryBudgetWarning
-from conjoin.policy.cost import Policy
 from conjoin.policy.deciding import note
+from conjoin.policy.figures import Policy
 from conjoin.reachable import remembering
 from conjoin.reporting import report_model, report_program
 from conjoin.reports.report import Report

@@ -25,7 +25,7 @@ from conjoin.files.loading import load
 from conjoin.foreign import SavedError, unremarked
 from conjoin.memory import MemoryBudgetWarning
 from conjoin.options import UsageError, arguments, budget, example, input_specs
-from conjoin.policy.cost import Policy
+from conjoin.policy.figures import Policy
 
 _SAVED_HELP = (
     "a .pt2 file of torch.export.save, a model saved whole by torch.save "

@@ -15,7 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 from conjoin.graph import bundles, edit, elementwise, functional, hazards, strides
 from conjoin.layers import conv, embedding, kind
 from conjoin.passes import AT_EACH_CALL, COMPILED, join, rejoin, run_all, share
-from conjoin.policy import cost, joining, machine
+from conjoin.policy import cost, figures, joining, machine
 
 BACKEND = "backend"
 """The option that names what compiles the rewritten graph."""
@@ -88,7 +88,7 @@ class PreGradPass(CustomGraphPass):
 
 
 SOURCES = (
-    *(bundles, conv, cost, edit, elementwise, embedding, functional, hazards, join),
+    *(bundles, conv, cost, edit, elementwise, embedding, figures, functional, hazards, join),
     *(joining, kind, machine, rejoin, share, strides),
 )
 """The modules that decide what becomes of a graph."""

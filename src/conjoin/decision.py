@@ -14,8 +14,8 @@ from conjoin.layers import Kind
 from conjoin.layers.view import views
 from conjoin.merging import Merger
 from conjoin.policy.budget import Fitted, Need, fit
-from conjoin.policy.cost import Policy
 from conjoin.policy.deciding import decide, noted
+from conjoin.policy.figures import Policy
 from conjoin.policy.levels import LevelPolicy
 from conjoin.tracing.copies import Call, Copy, UncopyableError, on_copies
 from conjoin.tracing.observe import observe

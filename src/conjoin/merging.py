@@ -29,7 +29,7 @@ from conjoin.layers.fusing import fuse
 from conjoin.layers.kind import common
 from conjoin.layers.owner import Owner, lend, reclaim
 from conjoin.layers.releasing import release
-from conjoin.layers.view import View, wides
+from conjoin.layers.view import View, are_merged, wide_of, wides
 from conjoin.layers.wide import Wide
 from conjoin.legality import Reason, Refusal
 from conjoin.policy.cost import Layout
@@ -238,7 +238,7 @@ class Merger:
         for candidate in found:
             if candidate.refusal is None:
                 layers = [modules[name] for name in candidate.layers]
-                if not _are_merged(layers):
+                if not are_merged(layers):
                     for name in candidate.activations:
                         activation.listen(modules[name])
                     wide = self._merge(candidate.kind, layers, candidate.contiguous, together=True)
@@ -267,7 +267,7 @@ class Merger:
         Returns:
             The wide layer; None where they stay apart.
         """
-        if (known := _wide_of(layers)) is not None:
+        if (known := wide_of(layers)) is not None:
             return known
         if self.frozen or not self.may_merge(kind, layers, together=together):
             return None
@@ -301,7 +301,7 @@ class Merger:
             views: all its views, in the order of the parts.
             order: the positions of the parts, in the order that they are to have.
         """
-        wide = _wide_of(views)
+        wide = wide_of(views)
         if self.frozen or wide is None or wide.identity in self._ordered:
             return
         self._ordered.add(wide.identity)
@@ -398,23 +398,3 @@ def common_path(names: Sequence[str]) -> str:
     paths = [name.split(".")[:-1] for name in names]
     shared = itertools.takewhile(lambda level: len(set(level)) == 1, zip(*paths, strict=False))
     return ".".join(level[0] for level in shared)
-
-
-def _are_merged(layers: Sequence[nn.Module]) -> bool:
-    """Whether these layers are all the views of one wide layer, in any order."""
-    found = [layer for layer in layers if isinstance(layer, View)]
-    wides = {view.wide_layer for view in found}
-    return len(wides) == 1 and len(found) == len(layers) == len(found[0].wide_layer.widths)
-
-
-def _wide_of(layers: Sequence[nn.Module]) -> Wide | None:
-    """The wide layer of which these layers are all the views, in order."""
-    first = layers[0]
-    if not isinstance(first, View) or len(first.wide_layer.widths) != len(layers):
-        return None
-    wide = first.wide_layer
-    whole = all(
-        isinstance(layer, View) and layer.wide_layer is wide and layer.conjoin_index == index
-        for index, layer in enumerate(layers)
-    )
-    return wide if whole else None

@@ -16,7 +16,7 @@ from conjoin.launches import Launches
 from conjoin.layers import Kind
 from conjoin.legality import Reason
 from conjoin.memory import Memory
-from conjoin.policy.cost import Policy
+from conjoin.policy.figures import Policy
 from conjoin.reports.report import Group, Report
 from conjoin.tracing import graph_modules
 from conjoin.tracing.copies import Call

@@ -1,24 +1,12 @@
 """What forms take by the model, and which is chosen, on machines that are made up."""
 
 import dataclasses
-import itertools
-import random
 
 import pytest
+from choices import apart, names, whole
 from machines import MEGABYTE, STEADY
 
-from conjoin.policy.cost import (
-    MARGIN,
-    Figures,
-    Machine,
-    Setting,
-    Work,
-    choose,
-    likely,
-    pick,
-    seconds,
-)
-from conjoin.policy.forms import forms
+from conjoin.policy.cost import Machine, Setting, Work, choose, likely, seconds
 
 FORWARD = Setting(training=False)
 TRAINING = Setting(training=True)
@@ -30,18 +18,6 @@ FLAT = Machine(1.0, 0.5, 0.0, 1.0, 1.0, bandwidth=1e9, written=NONE, joined=NONE
 def linear(width, rows=2, features=8, **changes):
     size, weight = 4 * rows * width, 4 * features * width
     return Work(4 * rows * features, size, weight, weight, 0, **changes)
-
-
-def names(count):
-    return [f"blocks.{i}.proj" for i in range(count)]
-
-
-def apart(count):
-    return tuple((i,) for i in range(count))
-
-
-def whole(count):
-    return (tuple(range(count)),)
 
 
 def test_new_bytes_are_interpolated_and_go_on_beyond():
@@ -104,45 +80,6 @@ def test_a_bias_on_some_is_laid_out():
     assert seconds(FLAT, [works], FORWARD) == pytest.approx(seconds(FLAT, [same], FORWARD) + 1)
 
 
-def test_forms_go_from_one_layer_to_all_apart():
-    found = list(forms([320] * 22, names(22)))
-    assert found[0] == whole(22)
-    assert found[-1] == apart(22)
-    assert [len(form) for form in found] == [1, 2, 3, 4, 6, 8, 11, 22]
-    for form in found:
-        assert sorted(itertools.chain(*form)) == list(range(22))
-
-
-def test_forms_of_few():
-    assert list(forms([3, 5], names(2))) == [whole(2), apart(2)]
-    assert list(forms([3, 5, 4], names(3))) == [whole(3), apart(3)]
-    assert list(forms([1], names(1))) == [whole(1)]
-    assert list(forms([0, 0], names(2))) == [whole(2), apart(2)]
-
-
-def test_no_form_leaves_a_layer_alone_beside_wide_ones():
-    draw = random.Random(0)
-    for _ in range(50):
-        count = draw.randint(2, 12)
-        for form in forms([draw.randint(1, 9) for _ in range(count)], names(count)):
-            alone = sum(len(run) == 1 for run in form)
-            assert alone in (0, count)
-
-
-def test_the_order_of_declarations_decides_nothing():
-    draw = random.Random(0)
-    layers = list(zip((32, 32, 64, 64, 8, 8, 16, 16), names(8), strict=True))
-    expected = None
-    for _ in range(20):
-        draw.shuffle(layers)
-        widths, called = zip(*layers, strict=True)
-        found = [
-            {frozenset(called[i] for i in run) for run in form} for form in forms(widths, called)
-        ]
-        expected = expected or found
-        assert found == expected
-
-
 def test_small_layers_become_one():
     works = [linear(4, rows=64, biased=True) for _ in range(8)]
     for setting in (FORWARD, TRAINING):
@@ -169,9 +106,6 @@ def test_a_group_is_not_divided_for_a_small_gain():
     form, figures = choose(STEADY, works, names(22), TRAINING)
     assert form == apart(22)
     assert figures.apart < figures.whole
-    taken = {whole(4): 2.0, ((0, 1), (2, 3)): 0.9, apart(4): 1.0}
-    assert pick(taken, measured=False, training=True)[0] == apart(4)
-    assert pick(taken, measured=True, training=True)[0] == ((0, 1), (2, 3))
 
 
 def test_what_only_costs_stays_apart():
@@ -198,24 +132,6 @@ def test_a_wide_output_leaves_the_cache_before_it_is_read():
     assert seconds(cached, [two], uncut) == seconds(written, [two], uncut)
 
 
-def test_near_the_edge_one_layer_is_taken():
-    pairs = ((0, 1), (2, 3))
-    taken = {whole(4): 1.0 + 0.9 * MARGIN, pairs: 1.01, apart(4): 1.0}
-    form, figures = pick(taken, measured=True, training=True)
-    assert form == whole(4)
-    assert figures.measured
-    taken[whole(4)] = 1.0 + 1.1 * MARGIN
-    assert pick(taken, measured=True, training=True)[0] == pairs
-    taken[pairs] = 1.0 + 1.1 * MARGIN
-    assert pick(taken, measured=True, training=True)[0] == apart(4)
-
-
-def test_of_several_divisions_near_the_edge_the_narrowest_is_taken():
-    found = list(forms([320] * 22, names(22)))
-    taken = dict.fromkeys(found, 1.0) | {found[0]: 2.0, found[-2]: 1.1, found[-3]: 1.01}
-    assert pick(taken, measured=True, training=True)[0] == found[-3]
-
-
 def test_forms_for_a_race():
     works = [linear(320, features=1280) for _ in range(22)]
     unknown = likely(None, works, names(22), TRAINING)
@@ -226,27 +142,6 @@ def test_forms_for_a_race():
     slow = dataclasses.replace(STEADY, step=1e-3)
     assert choose(slow, works, names(22), TRAINING)[0] in likely(slow, works, names(22), TRAINING)
     assert likely(None, works[:2], names(2), TRAINING) == (whole(2), apart(2))
-
-
-@pytest.mark.parametrize(
-    ("figures", "words"),
-    [
-        (
-            Figures(4.1e-5, 6.3e-5, 4.1e-5, 2, False, False),
-            "estimate: 41 us apart, 63 us as one layer, forward",
-        ),
-        (
-            Figures(0.0418, 0.063, 0.0333, 3, True, True),
-            "measured: 41.8 ms apart, 63 ms as one layer, 33.3 ms as 3, a training step",
-        ),
-        (
-            Figures(2.0, 1.5, 1.5, 1, True, False),
-            "measured: 2 s apart, 1.5 s as one layer, forward",
-        ),
-    ],
-)
-def test_figures_in_words(figures, words):
-    assert str(figures) == words
 
 
 @pytest.mark.parametrize("few", [True, False])

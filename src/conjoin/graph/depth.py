@@ -17,7 +17,8 @@ from typing import Any
 from torch import fx, nn
 
 from conjoin.graph import channelwise
-from conjoin.graph.separation import Parts, Separation, all_modules, separable
+from conjoin.graph.parts import Parts
+from conjoin.graph.separation import Separation, all_modules, separable
 from conjoin.launches import LaunchCounter
 from conjoin.layers.view import View
 from conjoin.layers.wide import Wide

@@ -16,7 +16,6 @@ import copy
 import dataclasses
 import operator
 from collections.abc import Callable, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
 import torch
@@ -27,50 +26,11 @@ from torch.nn import functional as F
 from conjoin.graph import channelwise, edit, elementwise, hazards, samplewise
 from conjoin.graph.bundles import CASTS, batched, beside, columns, rejoined
 from conjoin.graph.epochs import epochs_of
+from conjoin.graph.parts import Parts
+from conjoin.graph.twins import twin_of
 from conjoin.layers.embedding import unstack
 from conjoin.layers.view import wides
 from conjoin.layers.wide import Wide
-
-
-@dataclass(frozen=True, slots=True)
-class Parts:
-    """A wide value as its parts.
-
-    Attributes:
-        nodes: the node of each part, in order.
-        dim: the dimension that they lie along; counted from the end where side by side.
-        stacked: whether they are stacked along a dimension of their own, or lie side by side.
-        sizes: their sizes along `dim`; None where they are equal and not known.
-        names: the layer that each part comes from last; none where that is not known.
-        root: the call of the wide layer that the parts came from first.
-        branches: which of the parts of the root they are.
-        path: the operations from the root on, in the graph with the wide values.
-    """
-
-    nodes: tuple[fx.Node, ...]
-    dim: int
-    stacked: bool
-    sizes: tuple[int, ...] | None
-    names: tuple[str, ...]
-    root: fx.Node | None
-    branches: tuple[int, ...]
-    path: tuple[fx.Node, ...]
-
-    @property
-    def equal(self) -> bool:
-        """Whether all parts have one size."""
-        return self.sizes is None or len(set(self.sizes)) == 1
-
-    def some(self, start: int, stop: int) -> Parts:
-        """The parts from `start` to `stop`."""
-        return dataclasses.replace(
-            self,
-            nodes=self.nodes[start:stop],
-            sizes=self.sizes and self.sizes[start:stop],
-            names=self.names[start:stop],
-            branches=self.branches[start:stop],
-        )
-
 
 Value = fx.Node | Parts | tuple["fx.Node | Parts", ...]
 """What becomes of a node: another node, parts, or a split's items."""
@@ -167,15 +127,16 @@ class Separation:
             self._contiguous |= {nodes[i] for i in wide.contiguous}
         root = node if before is None or before.root is None else before.root
         self.replaced[node] = root
+        sizes: Any = (1,) * len(nodes) if stacked else node.kwargs.get("sizes") or wide.widths
         parts = Parts(
-            nodes,
-            dim,
-            stacked,
-            (1,) * len(nodes) if stacked else tuple(node.kwargs.get("sizes") or wide.widths),  # type: ignore[arg-type]
-            tuple(names),
-            root,
-            tuple(range(len(nodes))) if before is None else before.branches,
-            (node,) if before is None else (*before.path, node),
+            nodes=nodes,
+            dim=dim,
+            stacked=stacked,
+            sizes=tuple(sizes),
+            names=tuple(names),
+            root=root,
+            branches=tuple(range(len(nodes))) if before is None else before.branches,
+            path=(node,) if before is None else (*before.path, node),
         )
         self.found.append(parts)
         return parts
@@ -241,9 +202,16 @@ class Separation:
         if any(self._epochs[user] != self._epochs[node] for user in node.users):
             return None
         self.replaced[node] = None
-        ones = (1,) * len(items)
-        nodes = tuple(self._whole(item) for item in items)
-        return Parts(nodes, 0, True, ones, (), None, tuple(range(len(items))), ())
+        return Parts(
+            nodes=tuple(self._whole(item) for item in items),
+            dim=0,
+            stacked=True,
+            sizes=(1,) * len(items),
+            names=(),
+            root=None,
+            branches=tuple(range(len(items))),
+            path=(),
+        )
 
     def _item(self, node: fx.Node, items: tuple[fx.Node | Parts, ...]) -> fx.Node | Parts:
         """One item of a split."""
@@ -274,23 +242,7 @@ class Separation:
         if node.target is not torch.unsafe_split_with_sizes or len(node.args) != 3:
             return None
         sizes: Any = node.args[1]
-        if node.args[2] != held.dim:
-            return None
-        if held.sizes is None:
-            alike = len(sizes) == len(held.nodes) and len(set(sizes)) == 1
-            return held.nodes if alike else None
-        items: list[fx.Node | Parts] = []
-        start = 0
-        for size in sizes:
-            stop = start
-            while stop < len(held.sizes) and sum(held.sizes[start:stop]) < size:
-                stop += 1
-            if sum(held.sizes[start:stop]) != size or (start == stop and not held.stacked):
-                return None
-            alone = stop - start == 1 and not held.stacked
-            items.append(held.nodes[start] if alone else held.some(start, stop))
-            start = stop
-        return tuple(items) if start == len(held.nodes) else None
+        return held.cut(sizes) if node.args[2] == held.dim else None
 
     def _moved(self, node: fx.Node, held: Parts) -> Parts | fx.Node | None:
         """The same parts, lying in another way; or joined, where the rank decides how they lie."""
@@ -324,61 +276,56 @@ class Separation:
         source = node.all_input_nodes[0]
         if self._uses[source] > 1 and hazards.shares_memory(node, self._modules):
             return None  # What is done to one of them is done to the other.
+        nodes = self._operations(node, source, held)
+        if nodes is None:
+            return None
+        if held.root is not None:
+            self.made.update(dict.fromkeys(nodes, held.root))
+        parts = dataclasses.replace(held, nodes=nodes, path=(*held.path, node))
+        self.found.append(parts)
+        return parts
+
+    def _operations(
+        self, node: fx.Node, source: fx.Node, held: Parts
+    ) -> tuple[fx.Node, ...] | None:
+        """What does on each part what a node does on all of `source`; None where nothing does."""
         dim = None if held.stacked else held.dim
-        if node.target is channelwise.softmax_of_parts:
-            _, along, logarithmic, count, lies_along = node.args
-            if (lies_along, count) != (dim, len(held.nodes)) or (held.stacked and held.dim != 0):
-                return None
-            function = torch.log_softmax if logarithmic else torch.softmax
-            nodes = [self._graph.call_function(function, (part, along)) for part in held.nodes]
-        elif samplewise.key(node, source, self._modules) is not None:
-            if not held.stacked:
-                return None
-            nodes = [self._copy(node, part) for part in held.nodes]
-        elif node.target is channelwise.layer_norm_of_parts:
-            _, shape, eps, root_only, count, lies_along = node.args
-            if (lies_along, count) != (dim, len(held.nodes)) or (held.stacked and held.dim != 0):
-                return None
-            normalize = F.rms_norm if root_only else F.layer_norm
-            nodes = [
-                self._graph.call_function(normalize, (part, shape), {"eps": eps})
-                for part in held.nodes
-            ]
-        elif (
+        if node.target in (channelwise.softmax_of_parts, channelwise.layer_norm_of_parts):
+            return self._of_parts(node, held, dim)
+        if samplewise.key(node, source, self._modules) is not None:
+            return self._copies(node, held) if held.stacked else None
+        if (
             elementwise.key(node, source, self._modules) is None
             and channelwise.key(node, source, dim, self._modules) is None
         ):
             return None
+        nodes = self._copies(node, held)
+        if node.op == "call_module":
+            for index, made in enumerate(nodes):
+                made.target = twin_of(str(node.target), held.names, index, self._modules)
+        return nodes
+
+    def _of_parts(self, node: fx.Node, held: Parts, dim: int | None) -> tuple[fx.Node, ...] | None:
+        """A softmax or a normalization of each part, for the call that does all of them."""
+        *given, count, along = node.args[1:]
+        if (along, count) != (dim, len(held.nodes)) or (held.stacked and held.dim != 0):
+            return None
+        function: Callable[..., Any]
+        settings: dict[str, Any]
+        if node.target is channelwise.softmax_of_parts:
+            over, logarithmic = given
+            function, settings = torch.log_softmax if logarithmic else torch.softmax, {}
         else:
-            nodes = [self._copy(node, part) for part in held.nodes]
-            if node.op == "call_module":
-                for index, made in enumerate(nodes):
-                    made.target = self._twin(str(node.target), held.names, index)
-        if held.root is not None:
-            self.made.update(dict.fromkeys(nodes, held.root))
-        parts = dataclasses.replace(held, nodes=tuple(nodes), path=(*held.path, node))
-        self.found.append(parts)
-        return parts
+            over, eps, root_only = given
+            function, settings = F.rms_norm if root_only else F.layer_norm, {"eps": eps}
+        call = self._graph.call_function
+        return tuple(call(function, (part, over), settings) for part in held.nodes)
 
-    def _copy(self, node: fx.Node, input: fx.Node) -> fx.Node:
-        """The operation of a node on another input."""
-        return self._graph.node_copy(node, lambda _: input)
-
-    def _twin(self, target: str, names: Sequence[str], index: int) -> str:
-        """The module of a branch that is what `target` is of the first one, where there is one."""
-        first, own = (names[i].split(".") if names else [] for i in (0, index))
-        start = _common(first, own)
-        end = _common(first[start:][::-1], own[start:][::-1])
-        inner, path = first[: len(first) - end], target.split(".")
-        if path[: len(inner)] != inner:
-            return target
-        name = ".".join([*own[: len(own) - end], *path[len(inner) :]])
-        module, twin = self._modules[target], self._modules.get(name)
-        same = type(twin) is type(module) and elementwise.is_plain(module)
-        if twin is None or not same or not elementwise.is_plain(twin):
-            return target
-        alike = elementwise.settings(twin) == elementwise.settings(module)
-        return name if alike and twin.training == module.training else target
+    def _copies(self, node: fx.Node, held: Parts) -> tuple[fx.Node, ...]:
+        """The operation of a node, on each part."""
+        given = node.all_input_nodes[0]
+        maps = [{given: part} for part in held.nodes]
+        return tuple(self._graph.node_copy(node, of.__getitem__) for of in maps)
 
     def _read(self, node: fx.Node) -> None:
         """Gives a node that stays what it reads."""
@@ -445,9 +392,3 @@ def _layout(wide: Wide, call: fx.Node) -> tuple[int, bool]:
 
 def _is_item(user: fx.Node) -> bool:
     return user.target is operator.getitem and isinstance(user.args[1], int)
-
-
-def _common(first: Sequence[str], second: Sequence[str]) -> int:
-    """How many items two lists begin with in common."""
-    pairs = list(zip(first, second, strict=False))
-    return next((i for i, (a, b) in enumerate(pairs) if a != b), len(pairs))

@@ -21,7 +21,7 @@ from conjoin.layers.kind import common
 from conjoin.layers.view import View, wides
 from conjoin.layers.wide import Wide
 from conjoin.legality import Reason, Refusal
-from conjoin.policy.cost import Cut, Figures
+from conjoin.policy.figures import Cut, Figures
 
 DIFFERENCE = {
     "dtype": Reason.DIFFERENT_DTYPE,

@@ -15,7 +15,7 @@ from __future__ import annotations
 
 import functools
 import operator
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 import torch
@@ -355,3 +355,23 @@ def wides(model: nn.Module) -> dict[Wide, list[tuple[str, View]]]:
     return {
         wide: sorted(members, key=lambda m: m[1].conjoin_index) for wide, members in found.items()
     }
+
+
+def are_merged(layers: Sequence[nn.Module]) -> bool:
+    """Whether these layers are all the views of one wide layer, in any order."""
+    found = [layer for layer in layers if isinstance(layer, View)]
+    wides = {view.wide_layer for view in found}
+    return len(wides) == 1 and len(found) == len(layers) == len(found[0].wide_layer.widths)
+
+
+def wide_of(layers: Sequence[nn.Module]) -> Wide | None:
+    """The wide layer of which these layers are all the views, in order."""
+    first = layers[0]
+    if not isinstance(first, View) or len(first.wide_layer.widths) != len(layers):
+        return None
+    wide = first.wide_layer
+    whole = all(
+        isinstance(layer, View) and layer.wide_layer is wide and layer.conjoin_index == index
+        for index, layer in enumerate(layers)
+    )
+    return wide if whole else None

@@ -21,7 +21,8 @@ from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
 from conjoin.legality import Reason, Refusal
 from conjoin.policy import machine, race
-from conjoin.policy.cost import Cut, Figures, Machine, Policy, choose, likely, pick
+from conjoin.policy.cost import Machine, choose, likely
+from conjoin.policy.figures import Cut, Figures, Policy, pick
 from conjoin.policy.forms import Form
 from conjoin.policy.workload import Workload, trains, workload_of
 

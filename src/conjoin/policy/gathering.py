@@ -18,7 +18,8 @@ from conjoin.graph.site import Shapes
 from conjoin.layers import Kind
 from conjoin.layers.checks import tensors
 from conjoin.policy import machine
-from conjoin.policy.cost import LEAST_GAIN, Figures, Machine, Setting, Work, seconds
+from conjoin.policy.cost import Machine, Setting, Work, seconds
+from conjoin.policy.figures import LEAST_GAIN, Figures
 
 NUMBER = 8
 """Bytes of a row number."""

@@ -20,7 +20,8 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conjoin.policy.cost import MARGIN, Machine, Setting, Work, seconds
+from conjoin.policy.cost import Machine, Setting, Work, seconds
+from conjoin.policy.figures import MARGIN
 
 LEAST_GAIN = 0.2
 """What share of the time it must save, by the estimate, to join weights at each call.

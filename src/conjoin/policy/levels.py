@@ -10,7 +10,8 @@ from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Sightings
 from conjoin.layers import Kind
 from conjoin.policy import gathering, machine
-from conjoin.policy.cost import Figures, Layout, Policy, level
+from conjoin.policy.cost import Layout, level
+from conjoin.policy.figures import Figures, Policy
 from conjoin.policy.workload import trains, workload_of
 
 

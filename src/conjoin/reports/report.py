@@ -16,7 +16,7 @@ from conjoin.graph.site import Untraced
 from conjoin.launches import Launches
 from conjoin.legality import Reason
 from conjoin.memory import UNPREDICTED, Memory, in_words
-from conjoin.policy.cost import Figures
+from conjoin.policy.figures import Figures
 from conjoin.reports.folding import fold
 from conjoin.reports.layout import HEADERS, Row, code, escape, fill, github_table, listing, table
 
