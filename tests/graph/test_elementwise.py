@@ -104,9 +104,14 @@ def test_unequal(script):
 
 
 def test_settings_can_be_compared_whatever_they_are():
-    module = nn.ReLU()
-    module.odd, module.tensor, module.some = {1}, torch.ones(2), [1, {2}]
-    hash(elementwise.module_key(module))
+    def key(**settings):
+        module = nn.ReLU()
+        vars(module).update(settings)
+        return elementwise.module_key(module)
+
+    assert len({key(odd={1: 2, "a": [3.0]}), key(odd={1: 2, "a": [3.0]}), key(odd={1: 2})}) == 2
+    for unknown in ({1}, torch.ones(2), [1, {2}]):
+        assert len({key(odd=unknown), key(odd=unknown)}) == 2
 
 
 @pytest.mark.parametrize("training", [True, False])

@@ -118,8 +118,7 @@ def key(
         known &= node.kwargs.get("use_input_stats", True) is True
     else:
         known = node.target is F.interpolate and dim < -1
-    frozen = elementwise.frozen
-    return (node.target, frozen(node.args, part), frozen(node.kwargs, part)) if known else None
+    return (node.target, *elementwise.arguments_key(node, part)) if known else None
 
 
 def softmax_key(

@@ -207,7 +207,13 @@ def _kept_by(index: Any, sort: type | None) -> Any:
 
 def _module_key(module: nn.Module) -> Hashable | None:
     if isinstance(module, Wide):
-        return Wide, module.kind, repr(module.settings), tuple(module.widths), module.weight.dtype
+        return (
+            Wide,
+            module.kind,
+            elementwise.comparable(module.settings),
+            tuple(module.widths),
+            module.weight.dtype,
+        )
     if not elementwise.is_plain(module):
         return None
     cls = plain_class(module)
@@ -217,7 +223,7 @@ def _module_key(module: nn.Module) -> Hashable | None:
         return None
     weight = module.weight if layer else None
     types = (weight.dtype, weight.device) if isinstance(weight, Tensor) else None
-    return cls, repr(elementwise.settings(module)), types
+    return cls, elementwise.settings(module), types
 
 
 def _tensor_key(node: fx.Node) -> Hashable | None:

@@ -129,7 +129,7 @@ def key(node: fx.Node, input: fx.Node, modules: Mapping[str, nn.Module]) -> Hash
     known = node.target in OPERATORS or name.removesuffix("_") in NAMES
     if not known or (node.op == "call_function" and not hazards.of_torch(node.target)):
         return None
-    return node.op, node.target, frozen(node.args, input), frozen(node.kwargs, input)
+    return node.op, node.target, *arguments_key(node, input)
 
 
 def module_key(module: nn.Module) -> Hashable | None:
@@ -158,12 +158,16 @@ def settings(module: nn.Module) -> tuple[tuple[str, Hashable], ...]:
     )
 
 
-def frozen(value: Any, input: fx.Node) -> Hashable:
-    """Arguments as a value that can be compared, `input` as a placeholder.
+def arguments_key(node: fx.Node, input: fx.Node) -> tuple[Hashable, Hashable]:
+    """The arguments of a node as they can be compared, with a placeholder for `input`.
 
-    A node beside it makes the value equal to no other.
+    A node beside it makes them equal to no others.
     """
-    return comparable(value, lambda node: "input" if node is input else object())
+
+    def named(each: fx.Node) -> Hashable:
+        return "input" if each is input else object()
+
+    return comparable(node.args, named), comparable(node.kwargs, named)
 
 
 def comparable(value: Any, named: Callable[[fx.Node], Hashable] = lambda _: object()) -> Hashable:
@@ -176,7 +180,7 @@ def comparable(value: Any, named: Callable[[fx.Node], Hashable] = lambda _: obje
     if isinstance(value, fx.Node):
         return fx.Node, named(value)
     if isinstance(value, dict):
-        return dict, tuple((name, comparable(item, named)) for name, item in sorted(value.items()))
+        return dict, frozenset((comparable(at), comparable(v, named)) for at, v in value.items())
     if isinstance(value, (tuple, list)):  # As an index, the two are not the same.
         kind = list if isinstance(value, list) else tuple
         return kind, tuple(comparable(item, named) for item in value)
