@@ -1,8 +1,8 @@
 """`Wide`: the wide layer, and what it knows of the siblings that are its parts.
 
-It owns the siblings' weights as contiguous blocks, and `running.py` is how it lends them running
-buffers. `view.py` is what becomes of a sibling, `part.py` what stands for its Parameters, and
-`fusing.py` and `releasing.py` are the way there and back.
+It owns the siblings' weights as contiguous blocks, and `running_statistics.py` is how it lends them
+running buffers. `view.py` is what becomes of a sibling, `part.py` what stands for its Parameters,
+and `fusing.py` and `releasing.py` are the way there and back.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from torch import Tensor, fx, nn
 from conjoin.layers.checks import TENSORS, tensors
 from conjoin.layers.enclosing import encloses
 from conjoin.layers.kind import Kind, memory_format
-from conjoin.layers.running import Lender
+from conjoin.layers.running_statistics import Lender
 
 if TYPE_CHECKING:
     from conjoin.layers.part import Part

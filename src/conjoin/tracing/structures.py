@@ -45,7 +45,7 @@ class Observed:
     alike: Alike = ()
     ranks: tuple[int, ...] = ()
 
-    def and_of(self, tensors: Sequence[Tensor]) -> Observed:
+    def with_call(self, tensors: Sequence[Tensor]) -> Observed:
         """The same with one call more."""
         ranks = tuple(tensor.ndim for tensor in tensors)
         if self.ranks:

@@ -182,7 +182,7 @@ class Watch(TorchFunctionMode):
         with torch._C.DisableTorchFunction():
             found = structure_of(args, kwargs)
             if found is not None and (found[0] in seen or len(seen) < MOST_STRUCTURES):
-                seen[found[0]] = seen.get(found[0], Observed()).and_of(found[1])
+                seen[found[0]] = seen.get(found[0], Observed()).with_call(found[1])
         return forward(*args, **kwargs)
 
     def _called(
