@@ -4,6 +4,7 @@ from conjoin import checkpoints, nn
 from conjoin.api import optimize, report, unfuse
 from conjoin.layers import KINDS, Kind
 from conjoin.legality import Reason, Refusal
+from conjoin.memory import MemoryBudgetWarning
 from conjoin.reports.report import Group, Report
 from conjoin.verifying.verification import Difference, Verification
 from conjoin.verifying.verify import verify
@@ -14,6 +15,7 @@ __all__ = [
     "Difference",
     "Group",
     "Kind",
+    "MemoryBudgetWarning",
     "Reason",
     "Refusal",
     "Report",

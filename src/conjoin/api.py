@@ -74,7 +74,7 @@ def optimize(
             gradients are on, backward: bytes as an `int`, or a fraction of the memory of the
             model's device as a `float`. Groups that are predicted to need more, and more than the
             model as it is, become several wide layers, or stay apart. Where the budget is not met
-            all the same, a `MemoryBudgetWarning` of `conjoin.memory` says so, and a report.
+            all the same, a `conjoin.MemoryBudgetWarning` says so, and a report.
             `conjoin.memory` tells what is counted.
 
     Returns:

@@ -1,6 +1,7 @@
 """What a kind looks at before layers are merged: each layer by itself, and what they share."""
 
 import copy
+import inspect
 
 import pytest
 import torch
@@ -9,6 +10,7 @@ from families import EVERY_KIND, Family, fused
 from torch import nn
 from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 
+import conjoin
 from conjoin.layers import KINDS, kind_of
 from conjoin.layers.checks import tensors
 from conjoin.layers.kind import common
@@ -19,6 +21,10 @@ every_kind = pytest.mark.parametrize("case", EVERY_KIND.values(), ids=EVERY_KIND
 
 def test_every_kind_has_a_case():
     assert [kind.name for kind in KINDS] == list(EVERY_KIND)
+
+
+def test_a_kind_is_told_by_its_name_in_signatures():
+    assert "(Linear(), Conv1d(), Conv2d()," in str(inspect.signature(conjoin.optimize))
 
 
 @every_kind

@@ -10,7 +10,7 @@ from torch import nn
 import conjoin
 from conjoin import decision
 from conjoin.legality import Reason
-from conjoin.memory import Memory, MemoryBudgetWarning
+from conjoin.memory import Memory
 
 
 def fused_to(budget, model, x):
@@ -165,7 +165,9 @@ def test_products_with_raw_parameters_stay_within_the_budget():
 def test_a_budget_that_is_not_met_is_said(model, x):
     with torch.no_grad():
         plain = conjoin.report(model, (x,)).memory.before
-        with pytest.warns(MemoryBudgetWarning, match="memory_budget of 1000 bytes is not met"):
+        with pytest.warns(
+            conjoin.MemoryBudgetWarning, match="memory_budget of 1000 bytes is not met"
+        ):
             conjoin.optimize(model, (x,), memory_budget=1000)
         told = conjoin.report(model, (x,), memory_budget=1000)
         assert told.memory == Memory(plain, plain, 1000)

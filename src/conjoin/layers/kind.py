@@ -130,6 +130,9 @@ class Kind(ABC):
     def __hash__(self) -> int:
         return hash(type(self))
 
+    def __repr__(self) -> str:
+        return f"{type(self).__name__}()"  # As it is in signatures, `kinds` among them.
+
     @property
     def name(self) -> str:
         """The name that reports show."""
