@@ -110,6 +110,7 @@ def test_settings_can_be_compared_whatever_they_are():
         return elementwise.module_key(module)
 
     assert len({key(odd={1: 2, "a": [3.0]}), key(odd={1: 2, "a": [3.0]}), key(odd={1: 2})}) == 2
+    assert key(a=1, b=2) == key(b=2, a=1)
     for unknown in ({1}, torch.ones(2), [1, {2}]):
         assert len({key(odd=unknown), key(odd=unknown)}) == 2
 

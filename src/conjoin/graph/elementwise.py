@@ -82,6 +82,8 @@ OPERATORS: frozenset[Any] = frozenset(
 )
 """Python's operators that do so too, where the other operand is a number."""
 
+NO_SETTINGS = ("training", "conjoin_index", "conjoin_leads")
+"""Plain attributes of modules that are no settings: the mode, and where a view has its part."""
 
 SAVED = frozenset("relu sigmoid tanh exp exp2 expm1 reciprocal rsqrt sqrt tan".split())
 """Those that keep their output for backward, in place or not."""
@@ -149,13 +151,18 @@ def is_plain(module: nn.Module) -> bool:
     return not is_hooked(module) and "forward" not in vars(module)
 
 
-def settings(module: nn.Module) -> tuple[tuple[str, Hashable], ...]:
-    """The plain attributes of a module, but for the mode."""
-    return tuple(
-        (name, comparable(value))
+def plain_attributes(module: nn.Module) -> dict[str, Any]:
+    """The settings of a module: its attributes but for what it registers, and the mode."""
+    return {
+        name: value
         for name, value in vars(module).items()
-        if not name.startswith("_") and name not in ("training", "conjoin_index", "conjoin_leads")
-    )
+        if not name.startswith("_") and name not in NO_SETTINGS
+    }
+
+
+def settings(module: nn.Module) -> Hashable:
+    """The settings of a module as they can be compared."""
+    return comparable(plain_attributes(module))
 
 
 def arguments_key(node: fx.Node, input: fx.Node) -> tuple[Hashable, Hashable]:

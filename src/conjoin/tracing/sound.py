@@ -286,8 +286,8 @@ def _watch_leaf(sandbox: Sandbox, path: str, module: nn.Module) -> None:
     if "inplace" in own:
         sandbox.attributes[path, "__dict__", "inplace"] = own["inplace"]
     if type(module) in SUNK:
-        for name, _ in elementwise.settings(module):
-            sandbox.attributes[path, "__dict__", name] = own[name]
+        for name, value in elementwise.plain_attributes(module).items():
+            sandbox.attributes[path, "__dict__", name] = value
     if isinstance(module, View) and module.wide_layer.running:
         sandbox.modes[path] = module.training
     for inner in () if isinstance(module, View) else module.modules():
