@@ -25,7 +25,8 @@ from conjoin.files.writing import placing
 from conjoin.foreign import SavedError, foreign, quiet
 from conjoin.tracing.copies import Call
 from conjoin.tracing.exported import arguments_by_schema
-from conjoin.tracing.undisturbed import KeepingTensors, start_streams, undisturbed
+from conjoin.tracing.keeping import KeepingTensors
+from conjoin.tracing.undisturbed import start_streams, undisturbed
 from conjoin.verifying import outcome
 from conjoin.verifying.unlike import first_unlike, tolerance_of
 

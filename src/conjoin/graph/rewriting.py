@@ -19,7 +19,7 @@ from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
 from conjoin.graph.meta import VALUE
 from conjoin.layers.view import views
-from conjoin.tracing.undisturbed import KeepingTensors
+from conjoin.tracing.keeping import KeepingTensors
 
 VALUES = frozenset(
     "val tensor_meta example_value type tensor_dict unbacked_bindings original_aten from_node "

@@ -20,8 +20,9 @@ from torch.utils import _pytree as pytree
 from conjoin.foreign import quieter, quote
 from conjoin.launches import StepCount, count_layers
 from conjoin.tracing import graph_modules, regions
+from conjoin.tracing.keeping import KeepingTensors
 from conjoin.tracing.repeating import RepeatingFakeTensorMode
-from conjoin.tracing.undisturbed import KeepingTensors, letting_go, start_streams
+from conjoin.tracing.undisturbed import letting_go, start_streams
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of one call of the model."""

@@ -23,8 +23,6 @@ from typing import Any
 
 import torch
 from torch import nn
-from torch._ops import OpOverload
-from torch.utils._python_dispatch import TorchDispatchMode
 
 from conjoin.reachable import (
     CONTAINERS,
@@ -42,13 +40,9 @@ from conjoin.reachable import (
     slots,
     words,
 )
-from conjoin.tracing.repeating import device_of
 
 MODES = ("cpu", "cuda", "mps", "xpu")
 """Types of device with an autocast mode of their own."""
-
-PLAIN = (torch.Tensor, nn.Parameter)
-"""Types of tensors that are what they seem."""
 
 Undo = Callable[[], object]
 
@@ -136,66 +130,6 @@ def _modes() -> Iterator[None]:
             torch.use_deterministic_algorithms(deterministic, warn_only=warns)
         while torch._C._len_torch_function_stack() > functions:
             torch._C._pop_torch_function_stack()
-
-
-class KeepingTensors(TorchDispatchMode):
-    """Puts back the values of tensors beside a model that its code changes in place.
-
-    Also within a mode for fake tensors, where an operation on real ones alone runs for real.
-    """
-
-    # One that runs code, such as `torch.cond`, runs as it is, and has no schema.
-    supports_higher_order_operators = True
-
-    def __init__(self, own: frozenset[int]) -> None:
-        """Knows the ids of the tensors of the model itself, which may change."""
-        super().__init__()  # type: ignore[no-untyped-call]
-        self._own = own
-        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
-
-    def __torch_dispatch__(
-        self,
-        func: Any,
-        types: Any,
-        args: tuple[Any, ...] = (),
-        kwargs: dict[str, Any] | None = None,
-    ) -> Any:
-        """Notes the values of what the operation is about to change."""
-        if (device := device_of(func, args)) is not None:
-            return device
-        kwargs = kwargs or {}
-        for value in _written(func, args, kwargs):
-            known = id(value) in self._own or id(value) in self._kept
-            if isinstance(value, torch.Tensor) and type(value) in PLAIN and not known:
-                with torch._C._DisableTorchDispatch():
-                    self._kept[id(value)] = value, value.detach().clone()
-        return func(*args, **kwargs)
-
-    def __exit__(self, *error: Any) -> None:
-        """Puts them back."""
-        super().__exit__(*error)  # type: ignore[no-untyped-call]
-        with torch._C._DisableTorchDispatch():
-            for value, before in reversed(self._kept.values()):  # A view was noted after others.
-                value.detach().copy_(before)
-
-
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[object]:
-    """The arguments that an operation changes in place."""
-    for position, name in _writes(func):
-        value = kwargs[name] if name in kwargs else args[position : position + 1]
-        yield from value if isinstance(value, (tuple, list)) else (value,)
-
-
-@functools.cache
-def _writes(func: Any) -> tuple[tuple[int, str], ...]:
-    """The positions and names of the arguments that an operation changes in place."""
-    if not isinstance(func, OpOverload):
-        return ()
-    return tuple(
-        (position, argument.name)
-        for position, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
-    )
 
 
 @contextlib.contextmanager
