@@ -574,6 +574,8 @@ READ = {
     "contiguous": (lambda y: y.contiguous().view(-1).sin(), 2),
     "leaves": (lambda y: y.view(-1, 2, 3), 2),
     "asked": (lambda y: y.view(-1, 2, 3).exp() * y.stride(0), 0),
+    "strides that are given": (lambda y: y.as_strided((2, 3), (6, 1)).sin(), 2),
+    "an offset that is given": (lambda y: y.as_strided((2, 3), (3, 1), 1).sin(), 2),
     "strides that go on": (lambda y: y.view(-1, 2, 3).transpose(0, 1) + 1, 0),
 }
 """What reads a part, and how many copies are needed."""
