@@ -75,7 +75,7 @@ def groups(graph_module: fx.GraphModule) -> list[Joinable]:
     epochs = functional.epochs(graph, modules)
     found: dict[Hashable, list[ParameterProduct]] = {}
     for node in graph.nodes:
-        if _is_plain(node) and (product := _product(node, modules)) is not None:
+        if _is_plain(node) and (product := product_of(node, modules)) is not None:
             key = functional.settings(node), epochs[node], _alike(product)
             found.setdefault(key, []).append(product)
     return [_group(products) for products in found.values() if len(products) > 1]
@@ -85,7 +85,7 @@ def _is_plain(node: fx.Node) -> bool:
     return functional.is_product(node) and not functional.is_grouped(node)
 
 
-def _product(node: fx.Node, modules: Mapping[str, nn.Module]) -> ParameterProduct | None:
+def product_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> ParameterProduct | None:
     """A node as a product with parameters; None where it is none."""
     given, dim = functional.arguments(node), functional.weight_dim(node)
     weight, bias = given["weight"], given.get("bias")
@@ -126,12 +126,12 @@ def _group(products: Sequence[ParameterProduct]) -> Joinable:
     known = machine.constants(weight.device, weight.dtype)
     if known is None or not isinstance(read, Tensor) or not elements(read):
         return Joinable(tuple(products), None)
-    works = [_work(product, read) for product in products]
+    works = [work_of(product, read) for product in products]
     setting = Setting(made.requires_grad, passed_on=read.requires_grad)
     return Joinable(tuple(products), joining.estimate(known, works, setting))
 
 
-def _work(product: ParameterProduct, read: Tensor) -> Work:
+def work_of(product: ParameterProduct, read: Tensor) -> Work:
     """What a product does for the sizes that the graph was captured with."""
     weight, outputs = product.weight.meta[EXAMPLE], elements(product.node.meta[EXAMPLE])
     width = weight.shape[functional.weight_dim(product.node)]

@@ -1,7 +1,9 @@
 """`torch.compile(backend="conjoin")`: the wide layers are back in the graph that is compiled."""
 
 import copy
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import conjoin
-from conjoin.compiling import PreGradPass
+from conjoin.compiling import PreGradPass, sources
 from conjoin.graph import functional, hazards
 from conjoin.layers.fusing import fuse
 
@@ -368,6 +370,15 @@ def test_stock_inductor_runs_the_pass_and_its_cache_knows_it():
         assert_same_steps(model, fused, torch.compile(fused), (x,))
     assert graphs == [2]
     assert pre_grad.uuid() == PreGradPass().uuid() != ""
+
+
+def test_the_cache_knows_every_file_of_the_library():
+    known = {
+        name: module for name, module in sys.modules.items() if name.split(".")[0] == "conjoin"
+    }
+    files = {str(Path(module.__file__).resolve()) for module in known.values()}
+    assert "conjoin.passes.cancel" in known
+    assert files <= {*sources()}
 
 
 class ChangesAnInput(nn.Module):

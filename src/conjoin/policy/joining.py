@@ -21,7 +21,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conjoin.policy.cost import MARGIN, Machine, Setting, Work, seconds
+from conjoin.policy.cost import MARGIN, Lie, Machine, Setting, Work, level, seconds
 
 LEAST_GAIN = 0.2
 """What share of the time it must save, by the estimate, to join weights at each call.
@@ -80,3 +80,18 @@ def estimate(machine: Machine, works: Sequence[Work], setting: Setting) -> Joini
         joined=seconds(machine, [works], joined) + copies,
         whole=seconds(machine, [works], setting),
     )
+
+
+def estimate_level(machine: Machine, works: Sequence[Work], setting: Setting, lie: Lie) -> Joining:
+    """The same for layers that read the parts of one tensor, which are a batched product as one.
+
+    Args:
+        machine: what is measured of the device.
+        works: what each layer does.
+        setting: what they have in common.
+        lie: how the parts lie.
+    """
+    figures = level(machine, works, dataclasses.replace(setting, stacked=True), lie)
+    copies = (1 + any(work.biased for work in works)) * machine.call
+    joined = figures.whole + copies + machine.copy(sum(work.weight for work in works))
+    return Joining(setting.training, figures.apart, joined, figures.whole)
