@@ -227,8 +227,9 @@ def takes_out(
         return False
     if bundle.dim is not None and joint.target in joints.CATS:
         return joints.is_one(bundle.dim, dim, joint)
-    steps = joints.steps(joint, dim, bundle)
-    return bundle.equal and joints.otherwise(joint, steps, bundle, modules) is not None
+    sizes = {bundle.sizes[bundle.parts.index(nodes[0])] for nodes in branches}
+    steps = joints.steps(joint, bundle.dim)
+    return len(sizes) == 1 and joints.otherwise(joint, steps, bundle.dim, modules) is not None
 
 
 def _whole(
@@ -257,8 +258,8 @@ def _whole(
         return graph.call_function(bundles.rejoined, (source, split.args[1], along, dim))
     if bundle is None or not bundle.equal:
         return None
-    steps = joints.steps(joint, dim, bundle)
-    changed = joints.otherwise(joint, steps, bundle, modules)
+    steps = joints.steps(joint, bundle.dim)
+    changed = joints.otherwise(joint, steps, bundle.dim, modules)
     if changed is None:
         return None
     for node, moved in changed.items():

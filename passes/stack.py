@@ -73,7 +73,9 @@ def _climb(
         inner = bundles.carve(graph, bundle, positions.start, positions.stop)
         for _ in ways[bundle.parts[positions.start]][0]:
             (split, *_) = sink.move(graph, inner, range(len(inner.parts)), modules)
-            inner = bundles.bundle_at(split) or inner
+            moved = bundles.bundle_at(split)
+            assert moved is not None  # it was cut just now
+            inner = moved
         return _stack(graph, inner, products)
     return []
 

@@ -169,6 +169,17 @@ def test_neighbours_that_are_joined_beside_others_that_are_not():
     assert inner.count("cat") == {0, 1}, "it would be a slice"
 
 
+def test_experts_beside_their_gate():
+    def end(made, x):
+        *experts, gate = made
+        stack = torch.stack([each.relu() for each in experts], 1)
+        return (gate.softmax(-1).unsqueeze(1) @ stack).squeeze(1)
+
+    inner = check(linears(4, 4, 4, 3), end, rows())
+    assert inner.count("stack") == {0}
+    assert inner.count("relu") == {0, 1}
+
+
 def test_joined_with_others():
     def end(made, x):
         return torch.cat([x, *(each.relu() for each in made), x], -1) * 2

@@ -201,9 +201,12 @@ class InPlace(Experts):
         return [*made, made[0].view(-1)]
 
 
-def test_in_place_and_leaving():
+@pytest.mark.parametrize("name", ["eager", "aot_eager"])
+def test_in_place_and_leaving(name):
     plain = InPlace().double()
-    assert_same_compiled(optimized(plain, batches(6)[0]), batches(6), plain=plain)
+    fused = optimized(plain, batches(6)[0])
+    inner = assert_same_compiled(fused, batches(6), plain=plain, inner=Inner(name))
+    assert inner.count("baddbmm") == {0, 1}
 
 
 class Placed(Experts):

@@ -12,7 +12,7 @@ import torch
 from torch import Tensor, fx, nn
 
 from conjoin.graph import edit, functional, strides
-from conjoin.graph.bundles import Bundle, batched
+from conjoin.graph.bundles import batched
 from conjoin.graph.meta import EXAMPLE
 
 CATS: frozenset[Any] = frozenset({torch.cat, torch.concat, torch.concatenate})
@@ -68,21 +68,27 @@ def _only_reader(node: fx.Node) -> fx.Node | None:
     return next(iter(node.users)) if len(node.users) == 1 else None
 
 
-def steps(joint: fx.Node, dim: int, bundle: Bundle) -> Steps:
-    """The methods that make what a joint gives of the tensor whose parts it joins."""
+def steps(joint: fx.Node, along: int | None) -> Steps:
+    """The methods that make what a joint gives of the tensor whose parts, of one size, it joins.
+
+    Args:
+        joint: the joint.
+        along: the dimension that the parts lie along, counted from the end; None where stacked.
+    """
+    parts, dim = joined(joint)
+    assert isinstance(dim, int)  # whoever asks has seen that
     if joint.target in CATS:
         # Of parts (..., c, *rest), along c: (..., n, c, *rest), and then (..., n * c, *rest).
         outer = dim if dim >= 0 else dim - 1
         return [("movedim", (0, outer)), ("flatten", (outer, outer + 1))]
-    if bundle.dim is None:
+    if along is None:
         return [("movedim", (0, dim))] if dim else []
     # Of parts (..., c, *rest), along c: (..., n, c, *rest), and then n to its place.
-    count = len(bundle.parts)
-    return [("unflatten", (bundle.dim, (count, -1))), ("movedim", (bundle.dim - 1, dim))]
+    return [("unflatten", (along, (len(parts), -1))), ("movedim", (along - 1, dim))]
 
 
 def otherwise(
-    joint: fx.Node, made_by: Steps, bundle: Bundle, modules: Mapping[str, nn.Module]
+    joint: fx.Node, made_by: Steps, along: int | None, modules: Mapping[str, nn.Module]
 ) -> Mapping[fx.Node, Any] | None:
     """The values that lie in another way once these steps stand for a joint, where that is known.
 
@@ -95,7 +101,7 @@ def otherwise(
         return None
     with strides.quietly(value), torch.no_grad():
         values = [part.meta[EXAMPLE] for part in parts]
-        made = torch.stack(values) if bundle.dim is None else torch.cat(values, bundle.dim)
+        made = torch.stack(values) if along is None else torch.cat(values, along)
         for method, given in made_by:
             made = getattr(made, method)(*given)
         return strides.followed(joint.graph, {joint: made}, modules)
