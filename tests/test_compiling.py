@@ -338,10 +338,18 @@ def graphs_made(model, x, backend, dynamic):
 
 @pytest.mark.parametrize(
     ("name", "dynamic"),
-    [("attention", None), ("attention", True), ("pyramid", None), ("pyramid", False)],
+    [
+        ("attention", None),
+        ("attention", True),
+        ("pyramid", None),
+        ("pyramid", False),
+        ("experts", None),
+        ("experts", True),
+    ],
 )
 def test_no_recompilation_that_the_plain_model_would_not_have(name, dynamic):
-    make, shape = {"attention": (Attention, (2, 5, 8)), "pyramid": (Pyramid, (2, 8))}[name]
+    shapes = {"attention": (Attention, (2, 5, 8)), "pyramid": (Pyramid, (2, 8))}
+    make, shape = {**shapes, "experts": (Experts, (2, 6))}[name]
     model = make().double()
     x = torch.randn(shape).double()
     fused = optimized(model, (x,))
@@ -456,6 +464,21 @@ class Pyramid(nn.Module):
         return [
             second(F.relu(first(x))) for first, second in zip(self.first, self.second, strict=True)
         ]
+
+
+class Experts(nn.Module):
+    """Many small experts behind a graph break, so that nothing traces; their outputs are joined."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU()) for _ in range(16)
+        )
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            raise ValueError("too large")
+        return torch.stack([expert(x) for expert in self.experts], 1).softmax(1).sum(1)
 
 
 def kept_for_backward(model, x):

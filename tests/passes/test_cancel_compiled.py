@@ -8,6 +8,7 @@ from compiled import Inner, assert_same_compiled
 from torch import nn
 from torch.nn import functional as F
 
+from conjoin.compiling import PreGradPass
 from conjoin.layers import kind_of
 from conjoin.layers.fusing import fuse
 
@@ -209,6 +210,24 @@ def test_nothing_moves_past_a_change():
 @pytest.mark.parametrize("mode", [torch.inference_mode, lambda: torch.autocast("cpu")])
 def test_modes(mode):
     check(linears(4, 2), joined(F.gelu), rows(), mode=mode)
+
+
+def test_the_pass_for_stock_inductor():
+    inner = Inner()
+
+    def backend(graph_module, inputs):
+        PreGradPass()(graph_module.graph)
+        graph_module.recompile()
+        return inner(graph_module, inputs)
+
+    plain = Branches(linears(4, 2), joined(F.gelu))
+    fused = copy.deepcopy(plain)
+    fuse(kind_of(fused.layers[0]), [*fused.layers], fused)
+    x = torch.randn(3, 6)
+    torch.compiler.reset()
+    torch.testing.assert_close(torch.compile(fused, backend=backend)(x), plain(x))
+    assert inner.count("cat", "getitem") == {0}
+    assert inner.count("linear") == {0, 1}
 
 
 def test_through_aot_autograd():

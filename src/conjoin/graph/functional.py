@@ -182,15 +182,16 @@ def memory_format(node: fx.Node) -> torch.memory_format | None:
     if not isinstance(value, Tensor):
         return None
     ranks = {torch.channels_last: 4, torch.channels_last_3d: 5}
-    return next(
-        (
-            memory_format
-            for memory_format in MEMORY_FORMATS
-            if ranks.get(memory_format, value.dim()) == value.dim()
-            and value.is_contiguous(memory_format=memory_format)
-        ),
-        None,
-    )
+    with strides.quietly(value):
+        return next(
+            (
+                memory_format
+                for memory_format in MEMORY_FORMATS
+                if ranks.get(memory_format, value.dim()) == value.dim()
+                and value.is_contiguous(memory_format=memory_format)
+            ),
+            None,
+        )
 
 
 def _as_slices(
