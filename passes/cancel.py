@@ -117,10 +117,18 @@ def _cancel(graph: fx.Graph, joint: fx.Node, modules: Mapping[str, nn.Module]) -
     epochs = functional.epochs(graph, modules)
     if epochs[split] != epochs[joint]:
         return False
+    bundle = bundles.bundle_at(split)
+    changed: Mapping[fx.Node, Any] | None = {}
+    if bundle is not None and (bundle.dim is None or joint.target in joints.STACKS):
+        changed = joints.otherwise(joint, bundle.dim, modules)
+    if changed is None:
+        return False
     with graph.inserting_before(joint):
-        whole = _whole(graph, joint, split, dim, modules)
+        whole = _whole(graph, joint, split, dim)
     if whole is None:
         return False
+    for node, moved in changed.items():
+        node.meta[EXAMPLE] = moved
     bundles.substitute(graph, [joint], [whole])
     for node in (*parts, split):
         graph.erase_node(node)
@@ -143,7 +151,7 @@ def _cancel_among_others(graph: fx.Graph, joint: fx.Node, modules: Mapping[str, 
     if (split.target in SPLITS) is is_stack or epochs[split] != epochs[joint]:
         return False
     with graph.inserting_before(joint):
-        whole = _whole(graph, joint, split, dim, modules)
+        whole = _whole(graph, joint, split, dim)
         if whole is None:
             return False
         if is_stack:
@@ -228,17 +236,10 @@ def takes_out(
     if bundle.dim is not None and joint.target in joints.CATS:
         return joints.is_one(bundle.dim, dim, joint)
     sizes = {bundle.sizes[bundle.parts.index(nodes[0])] for nodes in branches}
-    steps = joints.steps(joint, bundle.dim)
-    return len(sizes) == 1 and joints.otherwise(joint, steps, bundle.dim, modules) is not None
+    return len(sizes) == 1 and joints.otherwise(joint, bundle.dim, modules) is not None
 
 
-def _whole(
-    graph: fx.Graph,
-    joint: fx.Node,
-    split: fx.Node,
-    dim: int,
-    modules: Mapping[str, nn.Module],
-) -> fx.Node | None:
+def _whole(graph: fx.Graph, joint: fx.Node, split: fx.Node, dim: int) -> fx.Node | None:
     """What the joint gives, made of the tensor that was cut; None where it is not the same."""
     source = split.args[0]
     if not isinstance(source, fx.Node):
@@ -258,16 +259,10 @@ def _whole(
         return graph.call_function(bundles.rejoined, (source, split.args[1], along, dim))
     if bundle is None or not bundle.equal:
         return None
-    steps = joints.steps(joint, bundle.dim)
-    changed = joints.otherwise(joint, steps, bundle.dim, modules)
-    if changed is None:
-        return None
-    for node, moved in changed.items():
-        node.meta[EXAMPLE] = moved
     if bundle.dim is not None and value is None:
         arguments = (source, list(bundle.sizes), bundle.dim, bundle.dim)
         source = graph.call_function(bundles.rejoined, arguments)
-    for method, given in steps:
+    for method, given in joints.steps(joint, bundle.dim):
         source = graph.call_method(method, (source, *given))
     return source
 

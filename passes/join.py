@@ -126,12 +126,12 @@ def _group(products: Sequence[ParameterProduct]) -> Joinable:
     known = machine.constants(weight.device, weight.dtype)
     if known is None or not isinstance(read, Tensor) or not elements(read):
         return Joinable(tuple(products), None)
-    works = [work_of(product, read) for product in products]
+    works = [_work(product, read) for product in products]
     setting = Setting(made.requires_grad, passed_on=read.requires_grad)
     return Joinable(tuple(products), joining.estimate(known, works, setting))
 
 
-def work_of(product: ParameterProduct, read: Tensor) -> Work:
+def _work(product: ParameterProduct, read: Tensor) -> Work:
     """What a product does for the sizes that the graph was captured with."""
     weight, outputs = product.weight.meta[EXAMPLE], elements(product.node.meta[EXAMPLE])
     width = weight.shape[functional.weight_dim(product.node)]

@@ -10,6 +10,8 @@ from torch import nn
 from torch.nn import functional as F
 
 import conjoin
+from conjoin.layers import kind_of
+from conjoin.layers.fusing import fuse
 from conjoin.passes import Stack
 
 EXPERTS = 16
@@ -117,6 +119,38 @@ def test_they_stay_apart_where_gradients_come_back():
         inner = assert_same_compiled(fused, calls, plain=plain, grad=True)
         assert inner.count("linear") == {0, 1 + EXPERTS}
         assert inner.count("relu") == {0, 2 * EXPERTS}, "nothing is moved for its own sake"
+
+
+def merged(plain):
+    """A model of which both levels were merged, and whose forward is not rewritten."""
+    fused = copy.deepcopy(plain)
+    for level in range(2):
+        layers = [expert[level] for expert in fused.experts]
+        fuse(kind_of(layers[0]), layers, fused)
+    return fused
+
+
+@pytest.mark.parametrize("name", ["eager", "aot_eager"])
+@pytest.mark.parametrize("bias", [True, False])
+def test_what_was_merged_is_a_stack_as_it_is_with_gradients_too(bias, name):
+    plain = Gated(bias=bias).double()
+    for grad in (True, False):
+        calls = batches(6, grad=grad)
+        inner = assert_same_compiled(
+            merged(plain), calls, plain=plain, grad=grad, inner=Inner(name)
+        )
+        assert inner.count(*PRODUCTS) == {0, 3}, "the gate is no sibling here"
+        assert inner.count("stack", "cat") == {0}
+
+
+def test_slices_in_another_order_stay_apart():
+    plain = Experts().double()
+    fused = copy.deepcopy(plain)
+    for level, step in ((0, 1), (1, -1)):
+        layers = [expert[level] for expert in fused.experts][::step]
+        fuse(kind_of(layers[0]), layers, fused)
+    inner = assert_same_compiled(fused, batches(6), plain=plain)
+    assert inner.count("linear") == {0, 1 + EXPERTS}
 
 
 def test_large_weights_and_few_experts_stay_apart():

@@ -88,9 +88,9 @@ def steps(joint: fx.Node, along: int | None) -> Steps:
 
 
 def otherwise(
-    joint: fx.Node, made_by: Steps, along: int | None, modules: Mapping[str, nn.Module]
+    joint: fx.Node, along: int | None, modules: Mapping[str, nn.Module]
 ) -> Mapping[fx.Node, Any] | None:
-    """The values that lie in another way once these steps stand for a joint, where that is known.
+    """The values that lie in another way once its `steps` stand for a joint, where that is known.
 
     None where somebody could tell.
     """
@@ -102,7 +102,7 @@ def otherwise(
     with strides.quietly(value), torch.no_grad():
         values = [part.meta[EXAMPLE] for part in parts]
         made = torch.stack(values) if along is None else torch.cat(values, along)
-        for method, given in made_by:
+        for method, given in steps(joint, along):
             made = getattr(made, method)(*given)
         return strides.followed(joint.graph, {joint: made}, modules)
 

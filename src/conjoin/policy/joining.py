@@ -54,6 +54,11 @@ class Joining:
         return not self.training and self.joined <= self.apart * (1 - LEAST_GAIN)
 
     @property
+    def pays_whole(self) -> bool:
+        """Whether one layer pays whose weights are one as they are."""
+        return self.whole <= self.apart * (1 - LEAST_GAIN)
+
+    @property
     def now(self) -> float:
         """What the group takes when that is decided."""
         return self.joined if self.pays else self.apart
