@@ -19,16 +19,17 @@ from conjoin.passes.rejoin import Rejoin
 from conjoin.passes.separate import Separate
 from conjoin.passes.share import Share
 from conjoin.passes.sink import Sink
+from conjoin.passes.stack import Stack
 from conjoin.passes.towers import Towers
 from conjoin.passes.widen import Widen
 
 PIPELINE: tuple[PassBase, ...] = (Share(), Batch(), Widen(), Sink(), Towers(), Cancel())
 """The passes in their order."""
 
-COMPILED: tuple[PassBase, ...] = (Share(), Rejoin())
+COMPILED: tuple[PassBase, ...] = (Share(), Rejoin(), Sink(), Cancel())
 """Those for graphs of `torch.compile`, in which layers are functions already."""
 
-AT_EACH_CALL: tuple[PassBase, ...] = (Join(),)
+AT_EACH_CALL: tuple[PassBase, ...] = (Join(), Stack(), Sink(), Cancel())
 """Those that come after them, for what `optimize` has not merged."""
 
 
@@ -90,6 +91,7 @@ __all__ = [
     "Separate",
     "Share",
     "Sink",
+    "Stack",
     "Towers",
     "Widen",
     "rewrite",

@@ -30,11 +30,11 @@ would be as many, and in half precision it would be rounded before the product, 
 from __future__ import annotations
 
 import operator
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from typing import Any
 
 import torch
-from torch import fx, nn
+from torch import Tensor, fx, nn
 from torch.fx.passes.infra.pass_base import PassResult
 
 from conjoin.graph import (
@@ -43,11 +43,14 @@ from conjoin.graph import (
     congruence,
     edit,
     elementwise,
+    functional,
     hazards,
     joints,
     strides,
 )
-from conjoin.graph.epochs import epochs_of
+from conjoin.graph.bundles import Bundle
+from conjoin.graph.epochs import Epochs
+from conjoin.graph.meta import EXAMPLE
 from conjoin.graph.rewriting import Rewrite
 from conjoin.layers.wide import Wide
 
@@ -111,13 +114,21 @@ def _cancel(graph: fx.Graph, joint: fx.Node, modules: Mapping[str, nn.Module]) -
         return False
     if not _may_stand_for(split, joint, modules):
         return False
-    epochs = epochs_of(graph, modules)
+    epochs = functional.epochs(graph, modules)
     if epochs[split] != epochs[joint]:
         return False
+    bundle = bundles.bundle_at(split)
+    changed: Mapping[fx.Node, Any] | None = {}
+    if bundle is not None and (bundle.dim is None or joint.target in joints.STACKS):
+        changed = joints.otherwise(joint, bundle.dim, modules)
+    if changed is None:
+        return False
     with graph.inserting_before(joint):
-        whole = _whole(graph, joint, split, dim, modules)
+        whole = _whole(graph, joint, split, dim)
     if whole is None:
         return False
+    for node, moved in changed.items():
+        node.meta[EXAMPLE] = moved
     bundles.substitute(graph, [joint], [whole])
     for node in (*parts, split):
         graph.erase_node(node)
@@ -135,12 +146,12 @@ def _cancel_among_others(graph: fx.Graph, joint: fx.Node, modules: Mapping[str, 
     start, split = found
     stop = start + len(split.users)
     before, taken, after = parts[:start], parts[start:stop], parts[stop:]
-    is_stack, epochs = joint.target in joints.STACKS, epochs_of(graph, modules)
+    is_stack, epochs = joint.target in joints.STACKS, functional.epochs(graph, modules)
     # A stack of tensors side by side is a joint of many small pieces in any case.
     if (split.target in SPLITS) is is_stack or epochs[split] != epochs[joint]:
         return False
     with graph.inserting_before(joint):
-        whole = _whole(graph, joint, split, dim, modules)
+        whole = _whole(graph, joint, split, dim)
         if whole is None:
             return False
         if is_stack:
@@ -194,44 +205,66 @@ def _recut(split: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     return True
 
 
-def _whole(
-    graph: fx.Graph,
+def takes_out(
     joint: fx.Node,
-    split: fx.Node,
-    dim: int,
+    bundle: Bundle,
+    branches: Sequence[Sequence[fx.Node]],
     modules: Mapping[str, nn.Module],
-) -> fx.Node | None:
+    epochs: Epochs,
+) -> bool:
+    """Whether a joint of Dynamo's goes, once the split of what it joins stands right before it.
+
+    Args:
+        joint: what reads the branches.
+        bundle: the tensor that is cut.
+        branches: for neighbouring parts the node of each, and of what comes of it, up to the joint.
+        modules: the modules that the graph calls, by target.
+        epochs: the epochs of the nodes.
+    """
+    if not joints.is_joint(joint) or epochs[joint] != epochs[bundle.split]:
+        return False
+    parts, dim = joints.joined(joint)
+    if parts != [nodes[-1] for nodes in branches] or not isinstance(dim, int):
+        return False
+    if any(len(part.users) != 1 for part in parts):
+        return False
+    between = branches[0][1:]
+    if len(parts) < len(bundle.parts) and not _allocates(between, modules):
+        return False  # It would be a slice.
+    if not _may_stand_for(bundle.split, joint, modules, between):
+        return False
+    if bundle.dim is not None and joint.target in joints.CATS:
+        return joints.is_one(bundle.dim, dim, joint)
+    sizes = {bundle.sizes[bundle.parts.index(nodes[0])] for nodes in branches}
+    return len(sizes) == 1 and joints.otherwise(joint, bundle.dim, modules) is not None
+
+
+def _whole(graph: fx.Graph, joint: fx.Node, split: fx.Node, dim: int) -> fx.Node | None:
     """What the joint gives, made of the tensor that was cut; None where it is not the same."""
     source = split.args[0]
     if not isinstance(source, fx.Node):
         return None
-    bundle = bundles.bundle_at(split)
-    if bundle is not None and bundle.dim is None and joint.target in joints.CATS:
-        if strides.reads_strides(joint, modules, escapes=True):
-            return None
-        # Of parts (..., c, *rest), along c: (..., n, c, *rest), and then (..., n * c, *rest).
-        outer = dim if dim >= 0 else dim - 1
-        source = graph.call_method("movedim", (source, 0, outer))
-        return graph.call_method("flatten", (source, outer, outer + 1))
-    if joint.target not in joints.STACKS:
+    bundle, value = bundles.bundle_at(split), joint.meta.get(EXAMPLE)
+    if joint.target in joints.CATS and (bundle is None or bundle.dim is not None):
         given = split.args[2:] or (*split.kwargs.values(),)
         if split.target not in SPLITS or len(given) != 1 or not {*split.kwargs} <= {"dim"}:
             return None
         along = given[0]
-        if not isinstance(along, int) or not (along == dim or _may_be_one(along, dim)):
+        if not isinstance(along, int):
+            return None
+        if isinstance(value, Tensor):
+            return source if joints.is_one(along, dim, joint) else None
+        if not (along == dim or _may_be_one(along, dim)):
             return None
         return graph.call_function(bundles.rejoined, (source, split.args[1], along, dim))
-    if bundle is None or strides.reads_strides(joint, modules, escapes=True):
+    if bundle is None or not bundle.equal:
         return None
-    if bundle.dim is None:
-        return source if dim == 0 else graph.call_method("movedim", (source, 0, dim))
-    if not bundle.equal:
-        return None
-    # Of parts (..., c, *rest), along c: (..., n, c, *rest), and then n to its place.
-    arguments = (source, list(bundle.sizes), bundle.dim, bundle.dim)
-    source = graph.call_function(bundles.rejoined, arguments)
-    parts = graph.call_method("unflatten", (source, bundle.dim, (len(bundle.parts), -1)))
-    return graph.call_method("movedim", (parts, bundle.dim - 1, dim))
+    if bundle.dim is not None and value is None:
+        arguments = (source, list(bundle.sizes), bundle.dim, bundle.dim)
+        source = graph.call_function(bundles.rejoined, arguments)
+    for method, given in joints.steps(joint, bundle.dim):
+        source = graph.call_method(method, (source, *given))
+    return source
 
 
 def _may_be_one(along: int, dim: int) -> bool:
@@ -242,27 +275,51 @@ def _may_be_one(along: int, dim: int) -> bool:
     return along < 0 < dim and (along == -1 or dim == 1)
 
 
-def _may_stand_for(split: fx.Node, joint: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+def _may_stand_for(
+    split: fx.Node,
+    joint: fx.Node,
+    modules: Mapping[str, nn.Module],
+    between: Sequence[fx.Node] = (),
+) -> bool:
     """Whether nobody could tell the tensor that is cut from a new one that holds its parts.
 
     It must have memory that nothing else has, not be kept for backward where the joint may be
-    changed, and lie as a new tensor would where that matters.
+    changed, and lie as a new tensor would where that matters. So must what comes of it, where
+    something is done to each part in between.
     """
     source = split.args[0]
     if not isinstance(source, fx.Node) or not all(
         user is split or _reads_shape(user) for user in source.users
     ):
         return False
-    saved = False
-    node = source
-    while (step := _step(node, modules)) is not None:
-        saved |= elementwise.saves_output(node, modules)
+    value = joint.meta.get(EXAMPLE)
+    trained = not isinstance(value, Tensor) or value.requires_grad
+    chain, node = [*between], source
+    while (step := _step(node, modules) or _cut_from(node, chain, modules)) is not None:
+        chain.append(node)
         if hazards.shares_memory(node, modules) and len(step.users) != 1:
             return False
         node = step
+    saved = trained and any(elementwise.saves_output(each, modules) for each in chain)
     if saved and hazards.is_seen(joint, modules):
         return False
     return _is_new(node, modules)
+
+
+def _allocates(nodes: Sequence[fx.Node], modules: Mapping[str, nn.Module]) -> bool:
+    """Whether what nodes make of one another lies in memory of its own."""
+    return any(not hazards.shares_memory(node, modules) for node in nodes)
+
+
+def _cut_from(
+    node: fx.Node, behind: Sequence[fx.Node], modules: Mapping[str, nn.Module]
+) -> fx.Node | None:
+    """What a node is cut from, as products are in Dynamo's graphs, if what it gives is copied."""
+    split = node.args[0] if node.target is operator.getitem else None
+    if not isinstance(split, fx.Node) or not _allocates(behind, modules):
+        return None
+    bundle = bundles.bundle_at(split)
+    return None if bundle is None or bundle.dim is None else bundle.whole
 
 
 def _step(node: fx.Node, modules: Mapping[str, nn.Module]) -> fx.Node | None:
@@ -289,7 +346,7 @@ def _is_norm(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
 def _is_new(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
     """Whether a layer gave the node's value, in memory of its own, in the usual order."""
     if node.op != "call_module":
-        return False
+        return functional.is_product(node) or functional.is_batched(node)
     if _is_norm(node, modules):  # Of what was laid side by side for it, see `_step`.
         return True
     module = modules[str(node.target)]

@@ -75,7 +75,7 @@ def groups(graph_module: fx.GraphModule) -> list[Joinable]:
     epochs = functional.epochs(graph, modules)
     found: dict[Hashable, list[ParameterProduct]] = {}
     for node in graph.nodes:
-        if _is_plain(node) and (product := _product(node, modules)) is not None:
+        if _is_plain(node) and (product := product_of(node, modules)) is not None:
             key = functional.settings(node), epochs[node], _alike(product)
             found.setdefault(key, []).append(product)
     return [_group(products) for products in found.values() if len(products) > 1]
@@ -85,7 +85,7 @@ def _is_plain(node: fx.Node) -> bool:
     return functional.is_product(node) and not functional.is_grouped(node)
 
 
-def _product(node: fx.Node, modules: Mapping[str, nn.Module]) -> ParameterProduct | None:
+def product_of(node: fx.Node, modules: Mapping[str, nn.Module]) -> ParameterProduct | None:
     """A node as a product with parameters; None where it is none."""
     given, dim = functional.arguments(node), functional.weight_dim(node)
     weight, bias = given["weight"], given.get("bias")

@@ -111,7 +111,7 @@ def _product(
     if not functional.is_product(node):
         return None
     given, dim = functional.arguments(node), functional.weight_dim(node)
-    weight, bias = _slice(given["weight"]), _slice(given.get("bias"))
+    weight, bias = slice_of(given["weight"]), slice_of(given.get("bias"))
     if weight is None or (weight.shape is None) != (dim == 0):
         return None
     if given.get("bias") is not None and (bias is None or bias.shape is not None):
@@ -130,7 +130,7 @@ def _lookup(node: fx.Node) -> tuple[Hashable, SliceProduct] | None:
     if node.op != "call_function" or node.target is not F.embedding:
         return None
     given = edit.arguments(node, OF_EMBEDDING)
-    weight, padding = _slice(given.pop("weight")), given.get("padding_idx")
+    weight, padding = slice_of(given.pop("weight")), given.get("padding_idx")
     if weight is None or weight.shape is None or len(weight.shape) != 2:
         return None
     if any(given.get(name) for name in ON_THE_TABLE) or (padding is not None and padding < 0):
@@ -139,12 +139,12 @@ def _lookup(node: fx.Node) -> tuple[Hashable, SliceProduct] | None:
     return key, SliceProduct(functional.Piece(node, 1, None), weight, None)
 
 
-def _slice(node: object) -> Slice | None:
+def slice_of(node: object) -> Slice | None:
     """The rows that a node takes of a tensor; None where it is something else."""
     if not isinstance(node, fx.Node) or node.op != "call_method" or node.kwargs:
         return None
     if node.target == "view" and isinstance(node.args[0], fx.Node):
-        rows, shape = _slice(node.args[0]), node.args[1:]
+        rows, shape = slice_of(node.args[0]), node.args[1:]
         given = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
         sizes = tuple(size for size in given if type(size) is int and size >= 0)
         if rows is None or rows.shape is not None or len(sizes) < len(given):
@@ -198,10 +198,10 @@ def _join(graph: fx.Graph, run: Sequence[SliceProduct], modules: Mapping[str, nn
     biases = [product.bias for product in run if product.bias is not None]
 
     def joined() -> tuple[fx.Node, fx.Node | None]:
-        weight = _rows(graph, weights)
+        weight = rows(graph, weights)
         if weights[0].shape is not None:
             weight = _blocks(graph, weight, weights)
-        return weight, _rows(graph, biases) if biases else None
+        return weight, rows(graph, biases) if biases else None
 
     if run[0].part.node.target is F.embedding:
         _read(graph, run)
@@ -210,7 +210,7 @@ def _join(graph: fx.Graph, run: Sequence[SliceProduct], modules: Mapping[str, nn
     edit.erase_unread(graph, [node for slice in (*weights, *biases) for node in slice.nodes])
 
 
-def _rows(graph: fx.Graph, slices: Sequence[Slice]) -> fx.Node:
+def rows(graph: fx.Graph, slices: Sequence[Slice]) -> fx.Node:
     """The rows of slices that follow on one another; the tensor itself where that is all of it."""
     whole, start = slices[0].whole, slices[0].start
     size = sum(each.size for each in slices)
@@ -239,7 +239,7 @@ def _read(graph: fx.Graph, run: Sequence[SliceProduct]) -> None:
     given = edit.arguments(first, OF_EMBEDDING)
     with graph.inserting_before(first):
         shape = len(run), *(slices[0].shape or ())
-        stack = graph.call_method("view", (_rows(graph, slices), shape))
+        stack = graph.call_method("view", (rows(graph, slices), shape))
         read = (stack, given["input"], given.get("padding_idx"))
         whole = graph.call_function(read_stack, read)
         parts = bundles.cut(graph, whole, [1] * len(run), None)

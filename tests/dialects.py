@@ -51,26 +51,12 @@ class Siblings(Layers):
         return self.run(self.a, x).sin(), self.run(self.b, x).cos()
 
 
-class Activated(Layers):
-    """Two layers, and the same on what each gives."""
-
-    def forward(self, x):
-        return torch.sin(self.run(self.a, x)) * torch.sin(self.run(self.b, x))
-
-
 class Towers(Layers):
     """Two branches of two layers."""
 
     def forward(self, x):
         first, second = torch.relu(self.run(self.a, x)), torch.relu(self.run(self.b, x))
         return self.run(self.c, first).sin(), self.run(self.d, second).cos()
-
-
-class Joined(Layers):
-    """Two layers, whose outputs are joined."""
-
-    def forward(self, x):
-        return torch.cat([self.run(self.a, x), self.run(self.b, x)], -1) * 2
 
 
 class Repeated(Layers):
@@ -85,10 +71,36 @@ class Many(Layers):
 
     def __init__(self, *, functional: bool = False) -> None:
         super().__init__(functional=functional)
-        self.layers = nn.ModuleList(nn.Linear(6, 2) for _ in range(8)).requires_grad_(False)
+        self.layers = nn.ModuleList(nn.Linear(6, 2) for _ in range(16)).requires_grad_(False)
 
     def forward(self, x):
         return sum(self.run(layer, x).sin() for layer in self.layers)
+
+
+class Joined(Many):
+    """Many small layers, whose outputs are joined."""
+
+    def forward(self, x):
+        return torch.cat([self.run(layer, x) for layer in self.layers], -1) * 2
+
+
+class Activated(Many):
+    """The same, with an activation of each before."""
+
+    def forward(self, x):
+        return torch.cat([torch.sin(self.run(layer, x)) for layer in self.layers], -1) * 2
+
+
+class Experts(Many):
+    """Many small layers, and another behind each."""
+
+    def __init__(self, *, functional: bool = False) -> None:
+        super().__init__(functional=functional)
+        self.behind = nn.ModuleList(nn.Linear(2, 2) for _ in self.layers).requires_grad_(False)
+
+    def forward(self, x):
+        both = zip(self.layers, self.behind, strict=True)
+        return sum(self.run(last, self.run(first, x)).sin() for first, last in both)
 
 
 class Sliced(Layers):
@@ -164,12 +176,13 @@ CASES: Mapping[str, Case] = {
     "Share": Case(Equal, passes.Share()),
     "Batch": Case(Repeated, passes.Batch()),
     "Widen": Case(Siblings, passes.Widen()),
-    "Sink": Case(Activated, passes.Sink(), (passes.Widen(),)),
+    "Sink": Case(Activated, passes.Sink(), (passes.Widen(), passes.Join())),
     "Towers": Case(Towers, passes.Towers(), (passes.Widen(), passes.Sink())),
-    "Cancel": Case(Joined, passes.Cancel(), (passes.Widen(),)),
+    "Cancel": Case(Joined, passes.Cancel(), (passes.Widen(), passes.Join())),
     "Separate": Case(Siblings, passes.Separate(), (passes.Widen(),)),
     "Rejoin": Case(Sliced, passes.Rejoin()),
     "Join": Case(Many, passes.Join()),
+    "Stack": Case(Experts, passes.Stack(), (passes.Join(),)),
 }
 
 
@@ -177,13 +190,14 @@ class Outcome(Enum):
     """What a pass does in a dialect."""
 
     WORKS = "yes"
+    PARTLY = "where it pays"
     LIFTED = "after `Lift`"
     NOT = "no"
 
 
 @dataclass(frozen=True)
 class Cell:
-    """What a pass does in a dialect, and why it does nothing where it does not."""
+    """What a pass does in a dialect, and why it does nothing, or less, where that is so."""
 
     outcome: Outcome
     why: str = ""
@@ -194,9 +208,13 @@ CALLED = Cell(Outcome.NOT, "layers are called as layers already")
 INPUTS = Cell(
     Outcome.NOT,
     "weights are inputs of the graph and belong to no layer: `conjoin.optimize` the model before "
-    "`torch.compile`, and `Rejoin` makes its products wide there; what is behind them Inductor "
-    "fuses itself, and second layers of branches that were not merged would have to join weights "
-    "in each call",
+    "`torch.compile`, and `Rejoin` makes its products wide there; for others, `Join` and `Stack` "
+    "join weights at each call, where that pays",
+)
+TO_JOINTS = Cell(
+    Outcome.PARTLY,
+    "a split moves to a joint that `Cancel` takes out with it; elsewhere a compiler gains nothing "
+    "by it, since it launches nothing for what acts on elements",
 )
 CONSTANTS = Cell(
     Outcome.NOT,
@@ -207,18 +225,20 @@ OPERATIONS = Cell(
     Outcome.NOT, "it knows slices and products as functions of `torch`, as Dynamo writes them"
 )
 JOINED = Cell(Outcome.NOT, "what is joined once costs nothing at each call: `Widen` does that")
+STACKED = Cell(Outcome.NOT, "what is stacked once costs nothing at each call: `Towers` does that")
 
 CELLS: Mapping[str, tuple[Cell, ...]] = {
     "Lift": (CALLED, WORKS, INPUTS, WORKS, WORKS),
     "Share": (WORKS, WORKS, WORKS, WORKS, WORKS),
     "Batch": (WORKS, LIFTED, INPUTS, LIFTED, CONSTANTS),
     "Widen": (WORKS, WORKS, INPUTS, LIFTED, LIFTED),
-    "Sink": (WORKS, WORKS, INPUTS, LIFTED, LIFTED),
+    "Sink": (WORKS, WORKS, TO_JOINTS, LIFTED, LIFTED),
     "Towers": (WORKS, LIFTED, INPUTS, LIFTED, CONSTANTS),
-    "Cancel": (WORKS, WORKS, INPUTS, LIFTED, LIFTED),
+    "Cancel": (WORKS, WORKS, WORKS, LIFTED, LIFTED),
     "Separate": (WORKS, WORKS, INPUTS, LIFTED, LIFTED),
     "Rejoin": (WORKS, WORKS, WORKS, OPERATIONS, OPERATIONS),
     "Join": (JOINED, JOINED, WORKS, JOINED, JOINED),
+    "Stack": (STACKED, STACKED, WORKS, STACKED, STACKED),
 }
 """For each pass the cells, in the order of `DIALECTS`."""
 

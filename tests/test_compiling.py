@@ -1,7 +1,9 @@
 """`torch.compile(backend="conjoin")`: the wide layers are back in the graph that is compiled."""
 
 import copy
+import sys
 import warnings
+from pathlib import Path
 
 import pytest
 import torch
@@ -16,7 +18,7 @@ from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
 
 import conjoin
-from conjoin.compiling import PreGradPass
+from conjoin.compiling import PreGradPass, sources
 from conjoin.graph import functional, hazards
 from conjoin.layers.fusing import fuse
 
@@ -336,10 +338,18 @@ def graphs_made(model, x, backend, dynamic):
 
 @pytest.mark.parametrize(
     ("name", "dynamic"),
-    [("attention", None), ("attention", True), ("pyramid", None), ("pyramid", False)],
+    [
+        ("attention", None),
+        ("attention", True),
+        ("pyramid", None),
+        ("pyramid", False),
+        ("experts", None),
+        ("experts", True),
+    ],
 )
 def test_no_recompilation_that_the_plain_model_would_not_have(name, dynamic):
-    make, shape = {"attention": (Attention, (2, 5, 8)), "pyramid": (Pyramid, (2, 8))}[name]
+    shapes = {"attention": (Attention, (2, 5, 8)), "pyramid": (Pyramid, (2, 8))}
+    make, shape = {**shapes, "experts": (Experts, (2, 6))}[name]
     model = make().double()
     x = torch.randn(shape).double()
     fused = optimized(model, (x,))
@@ -368,6 +378,15 @@ def test_stock_inductor_runs_the_pass_and_its_cache_knows_it():
         assert_same_steps(model, fused, torch.compile(fused), (x,))
     assert graphs == [2]
     assert pre_grad.uuid() == PreGradPass().uuid() != ""
+
+
+def test_the_cache_knows_every_file_of_the_library():
+    known = {
+        name: module for name, module in sys.modules.items() if name.split(".")[0] == "conjoin"
+    }
+    files = {str(Path(module.__file__).resolve()) for module in known.values()}
+    assert "conjoin.passes.cancel" in known
+    assert files <= {*sources()}
 
 
 class ChangesAnInput(nn.Module):
@@ -445,6 +464,21 @@ class Pyramid(nn.Module):
         return [
             second(F.relu(first(x))) for first, second in zip(self.first, self.second, strict=True)
         ]
+
+
+class Experts(nn.Module):
+    """Many small experts behind a graph break, so that nothing traces; their outputs are joined."""
+
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(6, 4), nn.ReLU(), nn.Linear(4, 4), nn.ReLU()) for _ in range(16)
+        )
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            raise ValueError("too large")
+        return torch.stack([expert(x) for expert in self.experts], 1).softmax(1).sum(1)
 
 
 def kept_for_backward(model, x):
@@ -574,6 +608,8 @@ READ = {
     "contiguous": (lambda y: y.contiguous().view(-1).sin(), 2),
     "leaves": (lambda y: y.view(-1, 2, 3), 2),
     "asked": (lambda y: y.view(-1, 2, 3).exp() * y.stride(0), 0),
+    "strides that are given": (lambda y: y.as_strided((2, 3), (6, 1)).sin(), 2),
+    "an offset that is given": (lambda y: y.as_strided((2, 3), (3, 1), 1).sin(), 2),
     "strides that go on": (lambda y: y.view(-1, 2, 3).transpose(0, 1) + 1, 0),
 }
 """What reads a part, and how many copies are needed."""

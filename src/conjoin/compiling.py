@@ -5,6 +5,7 @@ from __future__ import annotations
 import functools
 import warnings
 from collections.abc import Callable, Sequence
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -12,10 +13,9 @@ from torch import fx, nn
 from torch._inductor.custom_graph_pass import CustomGraphPass, get_hash_for_files
 from torch.utils.weak import WeakIdKeyDictionary
 
-from conjoin.graph import bundles, edit, elementwise, functional, hazards, strides
-from conjoin.layers import conv, embedding, kind
-from conjoin.passes import AT_EACH_CALL, COMPILED, join, rejoin, run_all, share
-from conjoin.policy import cost, figures, joining, machine
+import conjoin
+from conjoin import passes
+from conjoin.passes import AT_EACH_CALL, COMPILED, join, run_all
 
 BACKEND = "backend"
 """The option that names what compiles the rewritten graph."""
@@ -84,14 +84,15 @@ class PreGradPass(CustomGraphPass):
 
     def uuid(self) -> str:
         """What Inductor's cache knows this version of the pass by."""
-        return str(get_hash_for_files(tuple(module.__file__ for module in SOURCES)))
+        return str(get_hash_for_files(sources()))
 
 
-SOURCES = (
-    *(bundles, conv, cost, edit, elementwise, embedding, figures, functional, hazards, join),
-    *(joining, kind, machine, rejoin, share, strides),
-)
-"""The modules that decide what becomes of a graph."""
+@functools.cache
+def sources() -> tuple[str, ...]:
+    """The files that decide what becomes of a graph: all of this library's, to miss none."""
+    folders = {Path(str(package.__file__)).resolve().parent for package in (conjoin, passes)}
+    files = {file.resolve() for folder in folders for file in folder.rglob("*.py")}
+    return tuple(sorted(map(str, files)))
 
 
 _told: WeakIdKeyDictionary = WeakIdKeyDictionary()

@@ -4,7 +4,7 @@ import pytest
 from machines import STEADY
 
 from conjoin.policy.cost import Setting, Work
-from conjoin.policy.joining import estimate
+from conjoin.policy.joining import estimate, estimate_level
 
 FORWARD = Setting(training=False)
 TRAINING = Setting(training=True)
@@ -43,6 +43,29 @@ def test_the_figures_are_in_order(setting):
 def test_biases_are_one_more_copy():
     plain, biased = (
         estimate(STEADY, [linear(16, 32, 32, biased=biased)] * 8, FORWARD)
+        for biased in (False, True)
+    )
+    assert biased.joined - plain.joined == pytest.approx(STEADY.call)
+
+
+@pytest.mark.parametrize(
+    ("layers", "setting", "stacked", "whole"),
+    [
+        ([linear(16, 32, 16)] * 16, FORWARD, True, True),
+        ([linear(16, 32, 16)] * 16, TRAINING, False, True),
+        ([linear(512, 64, 512)] * 8, FORWARD, False, False),
+        ([linear(64, 256, 64)] * 2, FORWARD, False, False),
+    ],
+)
+def test_second_layers_are_stacked_where_there_are_many_small_ones(layers, setting, stacked, whole):
+    found = estimate_level(STEADY, layers, setting, "beside")
+    assert (found.pays, found.pays_whole) == (stacked, whole)
+    assert found.whole < found.joined
+
+
+def test_stacked_biases_are_one_more_copy():
+    plain, biased = (
+        estimate_level(STEADY, [linear(16, 32, 32, biased=biased)] * 8, FORWARD, "stack")
         for biased in (False, True)
     )
     assert biased.joined - plain.joined == pytest.approx(STEADY.call)

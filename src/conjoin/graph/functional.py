@@ -37,6 +37,9 @@ PRODUCTS: Mapping[Callable[..., Any], int] = {
 TRANSPOSED = frozenset({torch.conv_transpose1d, torch.conv_transpose2d, torch.conv_transpose3d})
 """Those of them whose weight has the output channels along dimension 1, not 0."""
 
+BATCHED = frozenset({torch.bmm, torch.baddbmm})
+"""Functions that multiply stacks of matrices."""
+
 PARAMETERS = ("input", "weight", "bias", "stride", "padding", "dilation", "groups")
 """The parameters of these functions, in order."""
 
@@ -72,6 +75,13 @@ def is_product(node: fx.Node) -> bool:
     return node.target not in TRANSPOSED or not is_grouped(node)
 
 
+def is_batched(node: fx.Node) -> bool:
+    """Whether a node is a batched product, or the rows of one in their shape."""
+    if (node.op, node.target) == ("call_method", "unflatten"):
+        node = node.all_input_nodes[0]
+    return node.op == "call_function" and node.target in BATCHED
+
+
 def is_grouped(node: fx.Node) -> bool:
     """Whether a product has groups, so that a wide one reads its input once for each part."""
     return bool(arguments(node).get("groups", 1) != 1)
@@ -97,7 +107,7 @@ def piece(node: fx.Node, size: int, modules: Mapping[str, nn.Module]) -> Piece |
     """A product as a part; None where it must be copied and it is not known how it lies."""
     if not strides.reads_strides(node, modules, escapes=True):
         return Piece(node, size, None)
-    copied = _memory_format(node)
+    copied = memory_format(node)
     return None if copied is None else Piece(node, size, copied)
 
 
@@ -166,21 +176,22 @@ def _storage(node: fx.Node) -> int | None:
     return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
 
 
-def _memory_format(node: fx.Node) -> torch.memory_format | None:
+def memory_format(node: fx.Node) -> torch.memory_format | None:
     """How the value of a node lies in memory; None where that is not known."""
     value = node.meta.get(EXAMPLE)
     if not isinstance(value, Tensor):
         return None
     ranks = {torch.channels_last: 4, torch.channels_last_3d: 5}
-    return next(
-        (
-            memory_format
-            for memory_format in MEMORY_FORMATS
-            if ranks.get(memory_format, value.dim()) == value.dim()
-            and value.is_contiguous(memory_format=memory_format)
-        ),
-        None,
-    )
+    with strides.quietly(value):
+        return next(
+            (
+                memory_format
+                for memory_format in MEMORY_FORMATS
+                if ranks.get(memory_format, value.dim()) == value.dim()
+                and value.is_contiguous(memory_format=memory_format)
+            ),
+            None,
+        )
 
 
 def _as_slices(

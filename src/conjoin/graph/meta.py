@@ -1,7 +1,14 @@
 """Where a node's `meta` holds its value, as a fake tensor."""
 
+from torch import fx
+
 VALUE = "val"
 """In graphs of `torch.export` and `make_fx`."""
 
 EXAMPLE = "example_value"
 """In those of Dynamo."""
+
+
+def is_of_dynamo(graph: fx.Graph) -> bool:
+    """Whether a graph is one of Dynamo's, by what its inputs tell."""
+    return any(EXAMPLE in node.meta for node in graph.find_nodes(op="placeholder"))

@@ -17,7 +17,7 @@ from torch._subclasses.fake_tensor import FakeTensor
 from torch.fx.passes.fake_tensor_prop import FakeTensorProp
 from torch.fx.passes.infra.pass_base import PassBase, PassResult
 
-from conjoin.graph.meta import VALUE
+from conjoin.graph.meta import EXAMPLE, VALUE, is_of_dynamo
 from conjoin.layers.view import views
 from conjoin.tracing.keeping import KeepingTensors
 
@@ -98,8 +98,10 @@ def finish(graph_module: fx.GraphModule, before: Collection[fx.Node]) -> None:
     """
     graph = graph_module.graph
     new = [node for node in graph.nodes if node not in before]
+    # Passes that know Dynamo's graphs leave no value but that of a node that another stands for.
+    untrue = VALUES - {EXAMPLE} if is_of_dynamo(graph) else VALUES
     for node in new:
-        node.meta = {key: value for key, value in node.meta.items() if key not in VALUES}
+        node.meta = {key: value for key, value in node.meta.items() if key not in untrue}
     for node in reversed(new):
         reader = next((user for user in node.users if user.op != "output"), node)
         told = {key: value for key, value in reader.meta.items() if key not in VALUES}

@@ -36,6 +36,10 @@ STRIDE_METHODS = RANDOM_FILLS | frozenset(
 )
 """Methods whose result depends on the strides, also in whether it shares memory."""
 
+ABSOLUTE = frozenset("as_strided as_strided_scatter storage_offset".split())
+"""Those that count from where the memory begins, or in numbers that are given, so that they give
+what is alike and holds something else."""
+
 VIEWS = frozenset("view _unsafe_view reshape flatten".split())
 """Those that share memory wherever the shapes alone let them."""
 
@@ -64,15 +68,26 @@ def followed(
             return None
         if node.op == "call_function" and not hazards.of_torch(node.target):
             return None
+        if hazards.called(node) in ABSOLUTE:
+            return None
         value = _computed(node, found)
-        if value is None or not _is_alike(value, _held(node)):
+        if value is None or not _is_alike(value, held(node)):
             return None
         shared = _aliases(value, found, inputs)
-        if shared != _aliases(_held(node), {}, inputs):
+        if shared != _aliases(held(node), {}, inputs):
             return None
-        if any(shared) or _layout(value) != _layout(_held(node)):
+        if any(shared) or _layout(value) != _layout(held(node)):
             found[node] = value
     return found
+
+
+def reads_memory(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
+    """Whether something counts in the memory in which a node's value lies."""
+    return any(
+        hazards.called(user) in ABSOLUTE
+        or (hazards.shares_memory(user, modules) and reads_memory(user, modules))
+        for user in node.users
+    )
 
 
 def unnoticed(
@@ -87,7 +102,7 @@ def unnoticed(
     """
     moved: dict[fx.Node, Tensor] = {}
     for node, dim in dims.items():
-        value = _held(node)
+        value = held(node)
         if not isinstance(value, FakeTensor) or value.dim() + dim < 0:
             return False
         with quietly(value), torch.no_grad():
@@ -100,7 +115,7 @@ def unnoticed(
         return followed(graph, moved, modules) is not None
 
 
-def _held(node: fx.Node) -> Any:
+def held(node: fx.Node) -> Any:
     """The value of a node; None where the graph does not tell."""
     return node.meta.get(EXAMPLE, node.meta.get(VALUE))
 
@@ -119,9 +134,9 @@ def quietly(value: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _computed(node: fx.Node, found: Mapping[fx.Node, Any]) -> Any:
     """What a node gives for the values as they lie now; None where that is not known."""
-    if any(_held(each) is None for each in (node, *node.all_input_nodes)):
+    if any(held(each) is None for each in (node, *node.all_input_nodes)):
         return None
-    args, kwargs = map_arg((node.args, node.kwargs), lambda input: found.get(input, _held(input)))
+    args, kwargs = map_arg((node.args, node.kwargs), lambda input: found.get(input, held(input)))
     try:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -148,12 +163,12 @@ def _layout(value: Any) -> list[str]:
 
 def _aliases(value: Any, found: Mapping[fx.Node, Any], inputs: list[fx.Node]) -> list[bool]:
     """Which tensors of a value lie in the memory of an input."""
-    held = {
+    memory = {
         tensor.untyped_storage()._cdata
         for input in inputs
-        for tensor in _tensors(found.get(input, _held(input)))
+        for tensor in _tensors(found.get(input, held(input)))
     }
-    return [tensor.untyped_storage()._cdata in held for tensor in _tensors(value)]
+    return [tensor.untyped_storage()._cdata in memory for tensor in _tensors(value)]
 
 
 def reads_strides(

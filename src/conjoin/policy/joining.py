@@ -20,7 +20,7 @@ import dataclasses
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from conjoin.policy.cost import Machine, Setting, Work, seconds
+from conjoin.policy.cost import Layout, Machine, Setting, Work, level, seconds
 from conjoin.policy.figures import MARGIN
 
 LEAST_GAIN = 0.2
@@ -52,6 +52,11 @@ class Joining:
         return not self.training and self.joined <= self.apart * (1 - LEAST_GAIN)
 
     @property
+    def pays_whole(self) -> bool:
+        """Whether one layer pays whose weights are one as they are."""
+        return self.whole <= self.apart * (1 - LEAST_GAIN)
+
+    @property
     def now(self) -> float:
         """What the group takes when that is decided."""
         return self.joined if self.pays else self.apart
@@ -78,3 +83,18 @@ def estimate(machine: Machine, works: Sequence[Work], setting: Setting) -> Joini
         joined=seconds(machine, [works], joined) + copies,
         whole=seconds(machine, [works], setting),
     )
+
+
+def estimate_level(machine: Machine, works: Sequence[Work], setting: Setting, lie: Lie) -> Joining:
+    """The same for layers that read the parts of one tensor, which are a batched product as one.
+
+    Args:
+        machine: what is measured of the device.
+        works: what each layer does.
+        setting: what they have in common.
+        lie: how the parts lie.
+    """
+    figures = level(machine, works, dataclasses.replace(setting, stacked=True), lie)
+    copies = (1 + any(work.biased for work in works)) * machine.call
+    joined = figures.whole + copies + machine.copy(sum(work.weight for work in works))
+    return Joining(setting.training, figures.apart, joined, figures.whole)
