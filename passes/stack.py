@@ -33,11 +33,11 @@ from conjoin.graph.bundles import Bundle
 from conjoin.graph.epochs import Epochs
 from conjoin.graph.meta import EXAMPLE, is_of_dynamo
 from conjoin.graph.rewriting import Rewrite
+from conjoin.layers.kind import elements
 from conjoin.passes import join, rejoin, sink
 from conjoin.passes.rejoin import Slice
 from conjoin.policy import joining, machine
-from conjoin.policy.cost import Lie, Setting, Work
-from conjoin.programs.fakes import elements
+from conjoin.policy.cost import Layout, Setting, Work
 
 
 class Stack(Rewrite):
@@ -133,7 +133,7 @@ def _slice_of_input(node: object, dtype: torch.dtype) -> Slice | None:
     return found if isinstance(value, Tensor) and value.dtype == dtype else None
 
 
-def _pays(members: Sequence[Member], lie: Lie) -> bool:
+def _pays(members: Sequence[Member], layout: Layout) -> bool:
     """Whether it costs less than it saves."""
     made = members[0].node.meta[EXAMPLE]
     read = functional.arguments(members[0].node)["input"].meta[EXAMPLE]
@@ -143,7 +143,7 @@ def _pays(members: Sequence[Member], lie: Lie) -> bool:
     if known is None or (sliced and not all(_follow(*two) for two in zip(*slices, strict=True))):
         return False
     setting = Setting(made.requires_grad, passed_on=read.requires_grad)
-    figures = joining.estimate_level(known, [*map(_work, members)], setting, lie)
+    figures = joining.estimate_level(known, [*map(_work, members)], setting, layout)
     return figures.pays_whole if sliced else figures.pays
 
 

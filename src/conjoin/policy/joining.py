@@ -85,16 +85,18 @@ def estimate(machine: Machine, works: Sequence[Work], setting: Setting) -> Joini
     )
 
 
-def estimate_level(machine: Machine, works: Sequence[Work], setting: Setting, lie: Lie) -> Joining:
+def estimate_level(
+    machine: Machine, works: Sequence[Work], setting: Setting, layout: Layout
+) -> Joining:
     """The same for layers that read the parts of one tensor, which are a batched product as one.
 
     Args:
         machine: what is measured of the device.
         works: what each layer does.
         setting: what they have in common.
-        lie: how the parts lie.
+        layout: how the parts lie.
     """
-    figures = level(machine, works, dataclasses.replace(setting, stacked=True), lie)
+    figures = level(machine, works, dataclasses.replace(setting, stacked=True), layout)
     copies = (1 + any(work.biased for work in works)) * machine.call
     joined = figures.whole + copies + machine.copy(sum(work.weight for work in works))
     return Joining(setting.training, figures.apart, joined, figures.whole)
