@@ -35,11 +35,12 @@ from conjoin.layers import KINDS, Kind
 from conjoin.layers.view import wides
 from conjoin.legality import Reason, Refusal
 from conjoin.merging import MERGER, Merger
-from conjoin.passes import rewrite_traced
+from conjoin.passes import COMPILED, rewrite_traced, run_all
 from conjoin.programs import borders, fakes, record
 from conjoin.programs.lowering import Lowering, LoweringError, Slice, called_apart, slices
 from conjoin.programs.raised import HELD, ROOT, Raised, aliases, held, look_through, raised
 from conjoin.programs.record import RECORD, Restoration, UnrecordableError
+from conjoin.tracing.exported import raise_
 
 Value = TypeVar("Value")
 
@@ -60,7 +61,7 @@ def optimize(program: ExportedProgram, kinds: tuple[Kind, ...] = KINDS) -> Expor
     if is_current(program):
         program = unfuse(program)
     apart = {f"{ROOT}.{name}".rpartition(".")[0] for name in _changed(program)}
-    batches = True
+    batches = rejoins = True
     while True:
         found = raised(program)
         look_through(found)
@@ -69,7 +70,8 @@ def optimize(program: ExportedProgram, kinds: tuple[Kind, ...] = KINDS) -> Expor
         found.module.meta[MERGER] = Merger(
             found.module, kinds, Sightings((), {}), [_refused(apart)]
         )
-        if not rewrite_traced(found.module):
+        rejoined = rejoins and _rejoin(found)
+        if not rewrite_traced(found.module) and not rejoined:
             return _copied(program)
         why = "layers that were merged are also called one by one, or from several modules"
         groups = [[name for name, _ in members] for members in wides(found.module).values()]
@@ -82,10 +84,11 @@ def optimize(program: ExportedProgram, kinds: tuple[Kind, ...] = KINDS) -> Expor
                 return _lowered(program, found)
             except (LoweringError, UnrecordableError) as error:
                 left, why = {*getattr(error, "layers", ())}, str(error)
-        if left <= apart and not batches:
+        if left <= apart and not batches and not rejoined:
             warnings.warn(f"the exported program stays as it is: {why}", stacklevel=3)
             return _copied(program)
-        batches &= not left <= apart
+        if left <= apart:  # No layer is named that it was due to.
+            batches = rejoins = False
         apart |= left
 
 
@@ -121,6 +124,14 @@ def unfuse(program: ExportedProgram) -> ExportedProgram:
         ) from error
     custom = {k: v for k, v in program.graph_module.meta[CUSTOM].items() if k != RECORD}
     return _built(program, restored.graph, restored.specs, state, custom)
+
+
+def _rejoin(found: Raised) -> bool:
+    """Makes layers of products with slices of one tensor, as an optimized model's views run."""
+    if not run_all(found.module, COMPILED):
+        return False
+    raise_(found.module)
+    return True
 
 
 def _lowered(program: ExportedProgram, found: Raised) -> ExportedProgram:

@@ -76,7 +76,7 @@ def _linear(node: fx.Node) -> LayerCall | None:
     *bias, input, turned = node.args
     if node.kwargs or not isinstance(turned, fx.Node) or len(turned.users) != 1:
         return None
-    if not products.turns(turned):
+    if not products.transposes(turned):
         return None
     given = {"input": input, "weight": turned.args[0], "bias": bias[0] if bias else None}
     return LayerCall(aten.linear, given, (turned, node))

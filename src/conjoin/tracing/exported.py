@@ -163,17 +163,20 @@ def raise_(module: fx.GraphModule, *, fixed: bool = True) -> Origins:
         written = _written(node)
         if not fixed and written.operation in OF_A_MODE:
             continue
+        gone = written.nodes
         with module.graph.inserting_before(node):
             if name := _called_layer(module, written, calls, counts):
                 made = module.graph.call_module(name, (_input(written.arguments),))
+            elif _is_turned(written):
+                made = module.graph.call_function(F.linear, (*written.arguments.values(),))
             elif found := _function(node):
-                made = module.graph.call_function(*found)
+                made, gone = module.graph.call_function(*found), (node,)
             else:
                 continue
         made.meta = dict(node.meta)
         node.replace_all_uses_with(made)
         counting = counts[name].pop(0) if name and _trains(node) else None
-        origins[made] = (*(written.nodes if name else (node,)),)
+        origins[made] = gone
         if counting is not None:  # The next call counts from there.
             counting.replace_all_uses_with(counting.all_input_nodes[0])
             origins[made] = (counting, *origins[made])
@@ -192,6 +195,15 @@ def _written(node: fx.Node) -> LayerCall:
     return LayerCall(operation, arguments_by_schema(node) if known else {}, (node,))
 
 
+def _is_turned(written: LayerCall) -> bool:
+    """Whether operations are a product with a weight that was computed, such as a slice."""
+    given = written.arguments
+    if written.operation is not aten.linear or len(written.nodes) == 1:
+        return False
+    one_row = given["bias"] is None or _rank(given["bias"]) == 1
+    return one_row and not _reads(given["weight"], "")
+
+
 def _function(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
     """The function that the passes know an operation as, and its arguments."""
     if node.target in OPERATORS:
@@ -202,6 +214,11 @@ def _function(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[
             return None
         function = F.layer_norm if "bias" in given else F.rms_norm
         return function, (given["input"], given["normalized_shape"]), {"eps": given["eps"]}
+    if node.target is aten.embedding.default:
+        given = arguments_by_schema(node)
+        padding = given.pop("padding_idx")
+        inputs = given.pop("indices"), given.pop("weight")
+        return F.embedding, inputs, {"padding_idx": None if padding < 0 else padding, **given}
     if node.target in FUNCTIONS:
         return FUNCTIONS[node.target], node.args, dict(node.kwargs)
     found = decomposed.function(node, arguments_by_schema)
