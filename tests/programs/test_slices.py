@@ -146,3 +146,14 @@ def test_what_is_behind_them_is_merged_too() -> None:
     assert called.count("aten.linear.default") == 1
     assert_close(run(wide, more)[0], [*apart(more)])
     assert_to_and_fro(program, wide, [(x,), (more,)])
+
+
+def test_what_is_computed_of_parameters_is_known_to_be_of_a_module() -> None:
+    plain, x = Siblings(LINEAR, read_otherwise, (2, 3, 1, 2)), LINEAR.input()
+    plain.made = lambda x, a, b, c, d: [a(x).sin(), b(x * 2), c(x).cos(), d(x).exp()]
+    wide = conjoin.optimize(strict(plain, x))
+    assert products(wide) == 3
+    for node in wide.graph.nodes:
+        assert node.op != "call_function" or node.meta.get("nn_module_stack"), node
+    unflattened = torch.export.unflatten(wide)
+    assert_close([*unflattened(x)], [*plain(x)])

@@ -61,7 +61,8 @@ def optimize(program: ExportedProgram, kinds: tuple[Kind, ...] = KINDS) -> Expor
     if is_current(program):
         program = unfuse(program)
     apart = {f"{ROOT}.{name}".rpartition(".")[0] for name in _changed(program)}
-    batches = rejoins = True
+    # What is a product with a slice at a border would be computed on one side of it.
+    batches, rejoins = True, not borders.preserved(program)
     while True:
         found = raised(program)
         look_through(found)
