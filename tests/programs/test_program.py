@@ -197,6 +197,32 @@ def test_modules_with_two_names_are_merged_at_both() -> None:
         assert plain.state_dict[name] is other
 
 
+class SecondName(nn.Module):
+    """A sibling that has another name, under which a program reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.again = self.q
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x).sin() + self.k(x).cos()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_programs_of_modules_with_two_names_are_verified_from_files(strict: bool) -> None:
+    program = file_of(exported(SecondName().double(), torch.randn(4, 8).double(), strict=strict))
+    fused = conjoin.optimize(program)
+    assert len(fused.state_dict) < 4
+    found = conjoin.verify(program, fused)
+    assert found, found
+    assert_same(program, conjoin.unfuse(fused))
+    for name in program.graph_signature.parameters:
+        other = copy.deepcopy(program)
+        other.state_dict[name].data.add_(1)
+        assert not conjoin.verify(other, fused)
+
+
 def test_gradients_are_those_of_the_parts(heads: ExportedProgram) -> None:
     fused = conjoin.optimize(heads)
     result = conjoin.verify(heads, fused)
