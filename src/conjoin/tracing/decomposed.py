@@ -25,6 +25,12 @@ aten = torch.ops.aten
 ATTRIBUTES: Mapping[Any, str] = {aten.numpy_T.default: "T", aten.mT.default: "mT"}
 """Operations that transpose a tensor, by the attributes that Python has for them."""
 
+SOFTMAXES: Mapping[Any, Callable[..., Any]] = {
+    aten._softmax.default: torch.softmax,
+    aten._log_softmax.default: torch.log_softmax,
+}
+"""Operations on a tensor and a dimension that may give another type, and the functions."""
+
 CONVOLVED = ("stride", "padding", "dilation", "groups")
 """The settings of a convolution."""
 
@@ -112,7 +118,7 @@ def _norm(item: fx.Node, arguments: Callable[[fx.Node], dict[str, Any]]) -> Laye
 def function(
     node: fx.Node, arguments: Callable[[fx.Node], dict[str, Any]]
 ) -> tuple[Callable[..., Any], tuple[Any, ...]] | None:
-    """The function of a product with tensors that belong to no layer, and its arguments.
+    """The function behind an operation that is no layer, and its arguments.
 
     Args:
         node: the node.
@@ -123,6 +129,8 @@ def function(
         if found is None:
             return None
         return CONVOLUTIONS[found.operation.__name__], (*found.arguments.values(),)
+    if node.target in SOFTMAXES and node.args[2] is False:
+        return SOFTMAXES[node.target], node.args[:2]
     if node.target in ATTRIBUTES:
         return getattr, (node.args[0], ATTRIBUTES[node.target])
     if node.target is aten.permute.default and [*node.args[1]] == [1, 0]:  # type: ignore[misc]
