@@ -53,6 +53,9 @@ DECOMPOSED = {
     "concurrent": (6, 3),
     "retinanet_norm": (12, 8),
     "by_hand": (3, 3),
+    "mmoe_dict": (20, 7),
+    "two_branches": (6, 4),
+    "yolox": (16, 10),
     "twins_td3": (6, 3),
     "head_norms": (9, 6),
 }

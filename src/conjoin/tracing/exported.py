@@ -110,6 +110,14 @@ FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
 }
 """The passes' name for an operation with the same arguments."""
 
+COMPOSED: Mapping[Any, Callable[..., Any]] = {
+    aten.linear: F.linear,
+    aten.max_pool2d: F.max_pool2d,
+    aten.max_pool3d: F.max_pool3d,
+    aten.silu: F.silu,
+}
+"""The passes' name for what may be written as several operations."""
+
 OPERATORS: Mapping[Any, Callable[..., Any]] = {
     aten.add.Tensor: operator.add,
     aten.sub.Tensor: operator.sub,
@@ -167,8 +175,8 @@ def raise_(module: fx.GraphModule, *, fixed: bool = True) -> Origins:
         with module.graph.inserting_before(node):
             if name := _called_layer(module, written, calls, counts):
                 made = module.graph.call_module(name, (_input(written.arguments),))
-            elif _is_turned(written):
-                made = module.graph.call_function(F.linear, (*written.arguments.values(),))
+            elif function := _composed(written):
+                made = module.graph.call_function(function, (*written.arguments.values(),))
             elif found := _function(node):
                 made, gone = module.graph.call_function(*found), (node,)
             else:
@@ -195,13 +203,17 @@ def _written(node: fx.Node) -> LayerCall:
     return LayerCall(operation, arguments_by_schema(node) if known else {}, (node,))
 
 
-def _is_turned(written: LayerCall) -> bool:
-    """Whether operations are a product with a weight that was computed, such as a slice."""
-    given = written.arguments
-    if written.operation is not aten.linear or len(written.nodes) == 1:
-        return False
-    one_row = given["bias"] is None or _rank(given["bias"]) == 1
-    return one_row and not _reads(given["weight"], "")
+def _composed(written: LayerCall) -> Callable[..., Any] | None:
+    """The function that several operations are; None where they are none, or a layer's.
+
+    A product is no layer's where its weight was computed, such as a slice.
+    """
+    if len(written.nodes) == 1 or written.operation not in COMPOSED:
+        return None
+    weight, bias = (written.arguments.get(name) for name in TENSORS)
+    if _reads(weight, "") or (isinstance(bias, fx.Node) and _rank(bias) != 1):
+        return None
+    return COMPOSED[written.operation]
 
 
 def _function(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
@@ -290,11 +302,12 @@ def _counts_one(node: fx.Node, counter: fx.Node) -> bool:
 
 
 def arguments_by_schema(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operation by name, with the defaults of its schema."""
+    """The arguments of an operation by name, with the defaults of its schema, in its order."""
     schema = OF_TORCH.get(node.target, node.target)._schema
     given = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)}
     defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    return {**defaults, **given, **node.kwargs}
+    known = {**defaults, **given, **node.kwargs}
+    return {a.name: known[a.name] for a in schema.arguments if a.name in known}
 
 
 def _input(arguments: Mapping[str, Any]) -> fx.Node:
