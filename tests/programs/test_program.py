@@ -563,6 +563,39 @@ def test_equal_paddings_hide_no_siblings() -> None:
     assert bool(conjoin.verify(program, fused))
 
 
+class Depthwise(nn.Module):
+    """Separable convolutions, each with a norm between its two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+                nn.BatchNorm2d(8),
+                nn.ReLU6(),
+                nn.Conv2d(8, 4, 1),
+            )
+            for _ in range(3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        return torch.cat([branch(x) for branch in self.branches], 1).sin()
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["one size", "any batch"])
+@pytest.mark.parametrize(("size", "products"), [(6, 3), (96, 7)], ids=["small", "large"])
+def test_groups_run_at_once_where_the_example_is_small(
+    size: int, products: int, dynamic: bool
+) -> None:
+    model, x = Depthwise().double().eval(), torch.randn(2, 3, size, size).double()
+    program = exported(model, x, dynamic=dynamic)
+    fused = conjoin.optimize(program)
+    assert count(Unmoded(fused), (x,)).products == products
+    assert_to_and_fro(program, fused, [(x,), (torch.cat([x, x]) if dynamic else x,)])
+
+
 class Attention(nn.Module):
     """Queries, keys and values that are viewed as heads."""
 

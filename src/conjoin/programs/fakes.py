@@ -215,8 +215,12 @@ def elements(value: Any) -> int:
     """The number of elements of a tensor, for the sizes of the example inputs."""
     if not isinstance(value, Tensor):
         return 0
-    number: Any = value.numel()
-    return int(number.node.hint or 0) if isinstance(number, torch.SymInt) else number
+    return hint(value.numel())
+
+
+def hint(size: Any) -> int:
+    """A size of the example inputs, where it is open; 0 where it depends on values."""
+    return int(size.node.hint or 0) if isinstance(size, torch.SymInt) else size
 
 
 def _number(size: Any) -> Hashable:

@@ -30,12 +30,13 @@ from conjoin.graph import edit
 from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.meta import VALUE
 from conjoin.graph.siblings import Candidate
-from conjoin.graph.site import Sightings
-from conjoin.layers import KINDS, Kind
+from conjoin.graph.site import Shapes, Sightings
+from conjoin.layers import KINDS, Kind, kind_of
 from conjoin.layers.view import wides
 from conjoin.legality import Reason, Refusal
 from conjoin.merging import MERGER, Merger
 from conjoin.passes import COMPILED, rewrite_traced, run_all
+from conjoin.policy.levels import Levels
 from conjoin.programs import borders, fakes, record
 from conjoin.programs.lowering import Lowering, LoweringError, Slice, called_apart, slices
 from conjoin.programs.raised import HELD, ROOT, Raised, aliases, held, look_through, raised
@@ -68,9 +69,9 @@ def optimize(program: ExportedProgram, kinds: tuple[Kind, ...] = KINDS) -> Expor
         look_through(found)
         inputs = _inputs(found.module.graph) if batches else None
         found.module.meta[INPUTS] = inputs
-        found.module.meta[MERGER] = Merger(
-            found.module, kinds, Sightings((), {}), [_refused(apart)]
-        )
+        seen, asked = _varying(found, kinds), Levels(found.module, Sightings((), {}))
+        left_alone = [_refused(apart)]
+        found.module.meta[MERGER] = Merger(found.module, kinds, seen, left_alone, asked=asked)
         rejoined = rejoins and _rejoin(found)
         if not rewrite_traced(found.module) and not rejoined:
             return _copied(program)
@@ -292,6 +293,26 @@ def _inputs(graph: fx.Graph) -> Inputs:
         for node in given
     ]
     return Inputs(tuple(numbers.setdefault(key, len(numbers)) for key in keys))
+
+
+def _varying(found: Raised, kinds: tuple[Kind, ...]) -> Sightings:
+    """What layers read and gave in the example whose wide layer pays for small inputs only.
+
+    All others are merged without asking for sizes, as many of which a program may leave open.
+    """
+    modules = edit.called_modules(found.module)
+    shapes: dict[str, Shapes] = {}
+    for node in found.module.graph.nodes:
+        layer = modules[str(node.target)] if node.op == "call_module" else None
+        kind = None if layer is None else kind_of(layer, kinds)
+        if kind is None or getattr(layer, "groups", 1) == 1:
+            continue
+        read, gave = node.args[0].meta.get(VALUE), node.meta.get(VALUE)
+        if isinstance(read, Tensor) and isinstance(gave, Tensor):
+            input, output = (tuple(map(fakes.hint, each.shape)) for each in (read, gave))
+            if all((*input, *output)):  # Otherwise nothing tells how large they were.
+                shapes[str(node.target)] = Shapes(input, output, read.dtype, read.requires_grad)
+    return Sightings((), {}, shapes=shapes)
 
 
 def _elements(found: Raised) -> int:
