@@ -101,10 +101,11 @@ def _linear(node: fx.Node) -> LayerCall | None:
 
 def _silu(node: fx.Node) -> LayerCall | None:
     """A product of a tensor with its own sigmoid, which rounds as SiLU does in these types."""
-    for input, gate in (node.args, node.args[::-1]):
+    pairs = (node.args, node.args[::-1]) if len(node.args) == 2 and not node.kwargs else ()
+    for input, gate in pairs:
         if isinstance(gate, fx.Node) and gate.target is aten.sigmoid.default:
             known = getattr(gate.meta.get(VALUE), "dtype", None) in (torch.float32, torch.float64)
-            if known and gate.args == (input,) and len(gate.users) == 1 and not node.kwargs:
+            if known and gate.args == (input,) and len(gate.users) == 1:
                 return LayerCall(aten.silu, {"input": input}, (gate, node))
     return None
 
@@ -152,7 +153,7 @@ def function(
         if found is None:
             return None
         return CONVOLUTIONS[found.operation.__name__], (*found.arguments.values(),)
-    if node.target in SOFTMAXES and node.args[2] is False:
+    if node.target in SOFTMAXES and node.args[2:] == (False,):
         return SOFTMAXES[node.target], node.args[:2]
     if node.target in ATTRIBUTES:
         return getattr, (node.args[0], ATTRIBUTES[node.target])
