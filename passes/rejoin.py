@@ -24,16 +24,24 @@ from torch.fx.passes.infra.pass_base import PassResult
 from torch.nn import functional as F
 
 from conjoin.graph import bundles, edit, elementwise, functional, strides
-from conjoin.graph.meta import EXAMPLE
+from conjoin.graph.meta import value_of
 from conjoin.graph.rewriting import Rewrite
 from conjoin.layers.conv import REPEATED
 from conjoin.layers.embedding import read_stack
 from conjoin.layers.kind import elements, memory_format
 
+aten = torch.ops.aten
+
 OF_EMBEDDING = (
     *("input", "weight", "padding_idx", "max_norm", "norm_type", "scale_grad_by_freq", "sparse"),
 )
 """The parameters of `F.embedding`, in order."""
+
+VIEWING = frozenset({"view", aten.view.default})
+"""Methods and ATen operations that give a tensor another shape."""
+
+NARROWING = frozenset({"narrow", aten.narrow.default, aten.slice.Tensor})
+"""Those that take rows of one."""
 
 ON_THE_TABLE = ("max_norm", "scale_grad_by_freq", "sparse")
 """Those that act on a table as a whole."""
@@ -72,9 +80,14 @@ class Slice:
     size: int
     shape: tuple[int, ...] | None = None
 
+    @property
+    def source(self) -> Hashable:
+        """What is equal for slices of one tensor, which a graph may read by several nodes."""
+        return str(self.whole.target) if self.whole.op == "get_attr" else self.whole
+
     def precedes(self, other: Slice) -> bool:
         """Whether the other's rows follow on these."""
-        return self.whole is other.whole and self.start + self.size == other.start
+        return self.source == other.source and self.start + self.size == other.start
 
 
 class Rejoin(Rewrite):
@@ -98,7 +111,7 @@ def _siblings(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[lis
         found = _lookup(node) or _product(node, modules)
         if found is not None:
             key, product = found
-            key = key, product.weight.whole, product.bias and product.bias.whole, epochs[node]
+            key = key, product.weight.source, product.bias and product.bias.source, epochs[node]
             groups.setdefault(key, []).append(product)
     for products in groups.values():
         yield sorted(products, key=lambda product: product.weight.start)
@@ -117,6 +130,8 @@ def _product(
     if given.get("bias") is not None and (bias is None or bias.shape is not None):
         return None
     size = weight.size if weight.shape is None else weight.shape[dim]
+    if bias is not None and bias.size != size:
+        return None
     part = functional.piece(node, size, modules)
     if part is None:
         return None
@@ -141,22 +156,28 @@ def _lookup(node: fx.Node) -> tuple[Hashable, SliceProduct] | None:
 
 def slice_of(node: object) -> Slice | None:
     """The rows that a node takes of a tensor; None where it is something else."""
-    if not isinstance(node, fx.Node) or node.op != "call_method" or node.kwargs:
+    if not isinstance(node, fx.Node) or node.kwargs:
         return None
-    if node.target == "view" and isinstance(node.args[0], fx.Node):
-        rows, shape = slice_of(node.args[0]), node.args[1:]
+    arguments: tuple[Any, ...] = node.args
+    if node.target in VIEWING and arguments and isinstance(arguments[0], fx.Node):
+        rows, shape = slice_of(arguments[0]), arguments[1:]
         given = shape[0] if len(shape) == 1 and isinstance(shape[0], (tuple, list)) else shape
         sizes = tuple(size for size in given if type(size) is int and size >= 0)
         if rows is None or rows.shape is not None or len(sizes) < len(given):
             return None
         return Slice((node, *rows.nodes), rows.whole, rows.start, rows.size, sizes)
-    if node.target != "narrow" or len(node.args) != 4:
+    if node.target not in NARROWING or len(arguments) != 4:
         return None
-    whole, dim, start, size = node.args
+    whole, dim, start, given = arguments
     if not isinstance(whole, fx.Node) or dim != 0:
         return None
-    if not isinstance(start, int) or not isinstance(size, int) or start < 0:
+    if type(start) is not int or type(given) is not int or start < 0:
         return None
+    size = given
+    if node.target is aten.slice.Tensor:
+        size = given - start  # As far as there are as many rows.
+        if getattr(value_of(node), "shape", (None,))[0] != size:
+            return None
     return Slice((node,), whole, start, size)
 
 
@@ -184,7 +205,7 @@ def _pays(run: Sequence[SliceProduct]) -> bool:
     first = run[0].part.node
     if first.target is F.embedding or not functional.is_grouped(first):
         return True
-    read = functional.arguments(first)["input"].meta.get(EXAMPLE)
+    read = value_of(functional.arguments(first)["input"])
     if not isinstance(read, Tensor) or any(product.part.copied for product in run):
         return False
     with strides.quietly(read):
@@ -212,9 +233,9 @@ def _join(graph: fx.Graph, run: Sequence[SliceProduct], modules: Mapping[str, nn
 
 def rows(graph: fx.Graph, slices: Sequence[Slice]) -> fx.Node:
     """The rows of slices that follow on one another; the tensor itself where that is all of it."""
-    whole, start = slices[0].whole, slices[0].start
+    whole, start = min(each.whole for each in slices), slices[0].start
     size = sum(each.size for each in slices)
-    value = whole.meta.get(EXAMPLE)
+    value = value_of(whole)
     if isinstance(value, Tensor) and value.shape[0] == size:
         return whole
     return graph.call_method("narrow", (whole, 0, start, size))

@@ -221,9 +221,6 @@ CONSTANTS = Cell(
     "weights are constants of the graph and belong to no layer: `conjoin.optimize` the model "
     "before `make_fx`",
 )
-OPERATIONS = Cell(
-    Outcome.NOT, "it knows slices and products as functions of `torch`, as Dynamo writes them"
-)
 JOINED = Cell(Outcome.NOT, "what is joined once costs nothing at each call: `Widen` does that")
 STACKED = Cell(Outcome.NOT, "what is stacked once costs nothing at each call: `Towers` does that")
 
@@ -236,7 +233,7 @@ CELLS: Mapping[str, tuple[Cell, ...]] = {
     "Towers": (WORKS, LIFTED, INPUTS, LIFTED, CONSTANTS),
     "Cancel": (WORKS, WORKS, WORKS, LIFTED, LIFTED),
     "Separate": (WORKS, WORKS, INPUTS, LIFTED, LIFTED),
-    "Rejoin": (WORKS, WORKS, WORKS, OPERATIONS, OPERATIONS),
+    "Rejoin": (WORKS, WORKS, WORKS, LIFTED, LIFTED),
     "Join": (JOINED, JOINED, WORKS, JOINED, JOINED),
     "Stack": (STACKED, STACKED, WORKS, STACKED, STACKED),
 }

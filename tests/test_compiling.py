@@ -8,6 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 from equivalence import assert_close, gradients, tensors
+from families import merge
 from functorch.compile import make_boxed_func
 from torch import nn
 from torch._dynamo.backends.common import aot_autograd
@@ -233,6 +234,27 @@ def test_nothing_moves_past_a_change(between):
     y = torch.ones(1, dtype=torch.float64)
     changes = between(y) is not None
     assert sum(inner.products) == 1 + changes
+
+
+class Recounted(nn.Module):
+    """Looks rows up, of whose numbers some change in between."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(9, 4) for _ in range(3))
+
+    def forward(self, rows):
+        rows, (a, b, c) = rows.clone(), self.tables
+        first = a(rows).sin()
+        rows.add_(1)
+        return first, b(rows).cos(), c(rows).exp()
+
+
+def test_rows_are_looked_up_before_their_numbers_change():
+    plain, rows = Recounted().double(), torch.randint(8, (5,))
+    model = copy.deepcopy(plain)
+    merge(model.tables, enclosing=model)
+    assert_same_outputs(compiled_by(model, "eager")(rows), plain(rows))
 
 
 class Modes(nn.Module):

@@ -56,6 +56,31 @@ class Counts(Decides):
 
 def double():
     return Decides().double()
+
+class Experts(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.experts = nn.ModuleList(
+            nn.Sequential(nn.Linear(8, 6), nn.LayerNorm(6), nn.ReLU()) for _ in range(3)
+        )
+
+    def forward(self, x):
+        return torch.stack([expert(x) for expert in self.experts], 1)
+
+def experts():
+    torch.manual_seed(0)
+    model = Experts().double()
+    for expert in model.experts:
+        nn.init.normal_(expert[1].weight)
+        nn.init.normal_(expert[1].bias)
+    return model
+
+def convolution():
+    return nn.Conv1d(2, 3, 1).double()
+
+class Small(Decides):
+    def forward(self, x):
+        return self.layer(x) if x.shape[0] < 9 else x
 """
 
 
@@ -155,6 +180,37 @@ def test_onnx_of_inputs_by_name_and_of_integers(capsys: Capture, nets: str) -> N
     states, tokens = onnx("tagger.onnx", torch.ones(2, 5, dtype=torch.int64), torch.ones(2))
     assert states.shape == (2, 5, 8)
     assert torch.equal(tokens, torch.ones(2, 5, dtype=torch.int64))
+
+
+def test_onnx_of_merged_layer_norms_of_float64(capsys: Capture, nets: str) -> None:
+    options = ("--input", "3x8:float64", "--dynamic-batch", "--fused")
+    out = succeed(capsys, "export", f"{nets}:experts", "-o", "experts.onnx", *options)
+    assert "\nfused: 12 tensors of layers became 4\n" in out
+    succeed(capsys, "export", f"{nets}:experts", "-o", "experts.pt2", *options[:-1])
+    program, x = torch.export.load("experts.pt2"), torch.randn(5, 8, dtype=torch.float64)
+    torch.testing.assert_close(onnx("experts.onnx", x), [program.module()(x)])
+    torch.export.save(program.run_decompositions(), "decomposed.pt2")
+    out = succeed(capsys, "export", "decomposed.pt2", "-o", "again.onnx", "--fused")
+    assert "\nfused: 12 tensors of layers became 4\n" in out
+    torch.testing.assert_close(onnx("again.onnx", x), [program.module()(x)])
+
+
+def test_what_onnx_runtime_does_not_run(capsys: Capture, nets: str) -> None:
+    options = ("--input", "3x2x4:float64")
+    message = fail(capsys, "export", f"{nets}:convolution", "-o", "out.onnx", *options)
+    assert "Could not find an implementation for Conv" in message
+    assert "export the model in that, after model.float()" in message
+
+
+def test_batches_up_to_a_limit(capsys: Capture, nets: str) -> None:
+    options = "-o", "out.pt2", "--dynamic-batch", "--input"
+    out = succeed(capsys, "export", f"{nets}:Small", *options, "4x8")
+    assert "\nfor batches of 8 at most, which the model decides\n" in out
+    program = torch.export.load("out.pt2")
+    assert [program.module()(torch.randn(n, 8)).shape[0] for n in (1, 8)] == [1, 8]
+    message = fail(capsys, "export", f"{nets}:Small", *options, "5x8", "--force")
+    assert "for batches of 8 at most" in message
+    assert "give --input shapes of a batch of 4 or less" in message
 
 
 def test_an_exported_program_is_exported_again(

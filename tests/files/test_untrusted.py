@@ -112,6 +112,16 @@ def test_an_exported_program_holds_names_and_no_code(exported: Path, old: str, n
     assert "unusual text" in message
 
 
+def test_sizes_that_are_made_of_others_are_kept(tmp_path: Path) -> None:
+    half = torch.export.Dim("half", min=2, max=64)
+    x, shapes = torch.randn(2, 3, 8), ({2: 2 * half},)
+    program = torch.export.export(nn.Conv1d(3, 4, 3), (x,), dynamic_shapes=shapes)
+    path = tmp_path / "derived.pt2"
+    torch.export.save(program, path)
+    loaded = load(str(path)).model
+    assert loaded.module()(torch.randn(2, 3, 20)).shape == (2, 4, 18)
+
+
 @pytest.mark.parametrize(
     "guard",
     [

@@ -1,7 +1,6 @@
 """Exported programs: as few products as in the rewritten model, the same function, and back."""
 
 import copy
-import io
 import shutil
 from collections.abc import Callable
 
@@ -9,6 +8,14 @@ import pytest
 import torch
 from counting import count
 from depth import MODELS
+from programs_alike import (
+    Unmoded,
+    assert_close,
+    assert_same,
+    assert_to_and_fro,
+    exported,
+    file_of,
+)
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
 from torch.nn import functional as F
@@ -21,47 +28,6 @@ from conjoin.programs import fakes
 
 BATCHES = 4, 7
 """The batch that a program is exported with, and another one."""
-
-
-def file_of(program: ExportedProgram) -> ExportedProgram:
-    """The program after having been saved and loaded."""
-    buffer = io.BytesIO()
-    torch.export.save(program, buffer)
-    buffer.seek(0)
-    return torch.export.load(buffer)
-
-
-def exported(model: nn.Module, *args: torch.Tensor, dynamic: bool = True, **options: object):
-    shapes = pytree.tree_map(lambda arg: {0: Dim.DYNAMIC} if arg.dim() and dynamic else None, args)
-    return export(model, args, dynamic_shapes=shapes, **options)
-
-
-def run(program: ExportedProgram, *args: torch.Tensor) -> tuple[list[torch.Tensor], dict]:
-    """What a program gives and what its buffers are then, by their original names."""
-    module = copy.deepcopy(program).module()
-    torch.manual_seed(0)  # For Dropout.
-    outputs = pytree.tree_leaves(module(*copy.deepcopy(args)))
-    return outputs, dict(module.named_buffers())
-
-
-def assert_same(program: ExportedProgram, other: ExportedProgram) -> None:
-    """The same program to the bit, all that is known of its nodes included."""
-    assert str(other) == str(program)
-    assert list(other.state_dict) == list(program.state_dict)
-    for name, tensor in program.state_dict.items():
-        found = other.state_dict[name]
-        assert type(found) is type(tensor)
-        assert torch.equal(found, tensor)
-        assert (found.stride(), found.requires_grad) == (tensor.stride(), tensor.requires_grad)
-    for node, found in zip(program.graph.nodes, other.graph.nodes, strict=True):
-        for key in ("stack_trace", "nn_module_stack", "torch_fn", "custom"):
-            assert found.meta.get(key) == node.meta.get(key), (node, key)
-        assert str(found.meta.get("val")) == str(node.meta.get("val"))
-    assert other.range_constraints == program.range_constraints
-
-
-def assert_close(found: object, expected: object) -> None:
-    torch.testing.assert_close(found, expected, rtol=1e-9, atol=1e-11)
 
 
 DEEP = [
@@ -79,31 +45,17 @@ def test_as_few_products_and_the_same_function(name: str, training: bool) -> Non
     fused = conjoin.optimize(program)
     assert str(program) == before
     products = count(conjoin.optimize(model, inputs[0]), inputs[0], training=training).products
-    assert count(_Unmoded(fused), inputs[0]).products <= products
+    assert count(Unmoded(fused), inputs[0]).products <= products
     assert_to_and_fro(program, fused, inputs)
-
-
-def assert_to_and_fro(program: ExportedProgram, fused: ExportedProgram, inputs: list) -> None:
-    """The same function for each batch, in a file too, and the very program comes back."""
-    for args in inputs:
-        outputs, buffers = run(program, *args)
-        found, wide = run(fused, *args)
-        assert_close(found, outputs)
-        assert [t.stride() for t in found] == [t.stride() for t in outputs]
-        plain = {n: t for n, t in wide.items() if n in buffers}
-        assert_close(plain, {n: buffers[n] for n in plain})
-    assert bool(conjoin.verify(program, fused, inputs))
-    loaded = file_of(fused)
-    assert_close(run(loaded, *inputs[1])[0], run(program, *inputs[1])[0])
-    assert_same(program, conjoin.unfuse(fused))
-    # A file has nodes also for what an operation gives that nothing reads.
-    assert_same(file_of(program), file_of(conjoin.unfuse(loaded)))
 
 
 DECOMPOSED = {
     "concurrent": (6, 3),
     "retinanet_norm": (12, 8),
     "by_hand": (3, 3),
+    "mmoe_dict": (20, 7),
+    "two_branches": (6, 4),
+    "yolox": (16, 10),
     "twins_td3": (6, 3),
     "head_norms": (9, 6),
 }
@@ -119,22 +71,11 @@ def test_decomposed_programs_stay_decomposed(name: str, training: bool) -> None:
     fused = conjoin.optimize(program)
     assert fakes.is_decomposed(program.graph)
     assert fakes.is_decomposed(fused.graph)
-    before, after = (count(_Unmoded(each), inputs[0]).products for each in (program, fused))
+    before, after = (count(Unmoded(each), inputs[0]).products for each in (program, fused))
     if not training:  # In training BatchNorms give their buffers anew, and stay as they are.
         assert (before, after) == DECOMPOSED[name]
     assert after <= before
     assert_to_and_fro(program, fused, inputs)
-
-
-class _Unmoded(nn.Module):
-    """A program's module, which may not be told a mode."""
-
-    def __init__(self, program: ExportedProgram) -> None:
-        super().__init__()
-        self.run = [program.module()]
-
-    def forward(self, *args: torch.Tensor) -> object:
-        return self.run[0](*args)
 
 
 @pytest.mark.zoo
@@ -169,13 +110,13 @@ def test_public_models_that_were_optimized(name: str) -> None:
     assert products < count(model, args, kwargs).products
     program = export(fused, args, kwargs)
     for each in (program, conjoin.optimize(program)):
-        run = _Keywords(each)
-        assert count(run, args, kwargs).products <= products
-        found, expected = (pytree.tree_leaves(m(*args, **kwargs)) for m in (run, model))
+        keywords = _Keywords(each)
+        assert count(keywords, args, kwargs).products <= products
+        found, expected = (pytree.tree_leaves(m(*args, **kwargs)) for m in (keywords, model))
         assert_close(found, expected)
 
 
-class _Keywords(_Unmoded):
+class _Keywords(Unmoded):
     def forward(self, *args: object, **kwargs: object) -> object:
         return self.run[0](*args, **kwargs)
 
@@ -257,6 +198,32 @@ def test_modules_with_two_names_are_merged_at_both() -> None:
     for name in names[:4]:
         other = plain.state_dict[name.replace("first", "second")]
         assert plain.state_dict[name] is other
+
+
+class SecondName(nn.Module):
+    """A sibling that has another name, under which a program reads it."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.q, self.k = nn.Linear(8, 8), nn.Linear(8, 8)
+        self.again = self.q
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.q(x).sin() + self.k(x).cos()
+
+
+@pytest.mark.parametrize("strict", [False, True])
+def test_programs_of_modules_with_two_names_are_verified_from_files(strict: bool) -> None:
+    program = file_of(exported(SecondName().double(), torch.randn(4, 8).double(), strict=strict))
+    fused = conjoin.optimize(program)
+    assert len(fused.state_dict) < 4
+    found = conjoin.verify(program, fused)
+    assert found, found
+    assert_same(program, conjoin.unfuse(fused))
+    for name in program.graph_signature.parameters:
+        other = copy.deepcopy(program)
+        other.state_dict[name].data.add_(1)
+        assert not conjoin.verify(other, fused)
 
 
 def test_gradients_are_those_of_the_parts(heads: ExportedProgram) -> None:
@@ -345,7 +312,7 @@ def test_raw_products(decomposed: bool) -> None:
     program = exported(Raw().double(), *inputs[0])
     program = program.run_decompositions() if decomposed else program
     fused = conjoin.optimize(program)
-    assert [count(_Unmoded(each), inputs[0]).products for each in (program, fused)] == [9, 4]
+    assert [count(Unmoded(each), inputs[0]).products for each in (program, fused)] == [9, 4]
     assert sum(group.fused for group in conjoin.report(program).groups) == 4
     assert_to_and_fro(program, fused, inputs)
 
@@ -381,7 +348,7 @@ def test_weights_may_be_read_too(name: str, decomposed: bool) -> None:
     program = exported(ReadToo(use).double(), *inputs[0])
     program = program.run_decompositions() if decomposed else program
     fused = conjoin.optimize(program)
-    assert [count(_Unmoded(each), inputs[0]).products for each in (program, fused)] == [4, products]
+    assert [count(Unmoded(each), inputs[0]).products for each in (program, fused)] == [4, products]
     assert_to_and_fro(program, fused, inputs)
 
 
@@ -393,7 +360,7 @@ def test_weights_that_a_program_changes_stay_apart() -> None:
     x = torch.randn(4, 8, dtype=torch.float64)
     program = exported(ReadToo(double).double(), x)
     fused = conjoin.optimize(program)
-    assert count(_Unmoded(fused), (x,)).products == 3
+    assert count(Unmoded(fused), (x,)).products == 3
     modules = [copy.deepcopy(each).module() for each in (program, fused)]
     for _ in range(2):
         ours, theirs = (pytree.tree_leaves(module(x)) for module in modules)
@@ -441,7 +408,7 @@ def test_calls_that_are_preserved_are_there_when_it_is_unflattened(name: str) ->
     inputs = [(torch.randn(n, 8, dtype=torch.float64),) for n in BATCHES]
     program = exported(Blocks().double(), *inputs[0], preserve_module_call_signature=preserve)
     fused = conjoin.optimize(program)
-    assert [count(_Unmoded(each), inputs[0]).products for each in (program, fused)] == [7, products]
+    assert [count(Unmoded(each), inputs[0]).products for each in (program, fused)] == [7, products]
     assert_to_and_fro(program, fused, inputs)
     flat, wide = (torch.export.unflatten(each) for each in (program, fused))
     for args in inputs:
@@ -471,7 +438,7 @@ def test_effects_stay(decomposed: bool, capfd: pytest.CaptureFixture[str]) -> No
     fused = conjoin.optimize(program)
     kinds = [[s.kind for s in each.graph_signature.output_specs] for each in (program, fused)]
     assert kinds[0] == kinds[1]
-    assert [count(_Unmoded(each), inputs[0]).products for each in (program, fused)] == [2, 1]
+    assert [count(Unmoded(each), inputs[0]).products for each in (program, fused)] == [2, 1]
     capfd.readouterr()
     fused.module()(*inputs[0])
     assert capfd.readouterr().out.count("so far") == 1
@@ -594,6 +561,39 @@ def test_equal_paddings_hide_no_siblings() -> None:
     fused = conjoin.optimize(program)
     assert len(fused.state_dict) == 2
     assert bool(conjoin.verify(program, fused))
+
+
+class Depthwise(nn.Module):
+    """Separable convolutions, each with a norm between its two."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.stem = nn.Conv2d(3, 8, 1)
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Conv2d(8, 8, 3, padding=1, groups=8, bias=False),
+                nn.BatchNorm2d(8),
+                nn.ReLU6(),
+                nn.Conv2d(8, 4, 1),
+            )
+            for _ in range(3)
+        )
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        x = self.stem(x).relu()
+        return torch.cat([branch(x) for branch in self.branches], 1).sin()
+
+
+@pytest.mark.parametrize("dynamic", [False, True], ids=["one size", "any batch"])
+@pytest.mark.parametrize(("size", "products"), [(6, 3), (96, 7)], ids=["small", "large"])
+def test_groups_run_at_once_where_the_example_is_small(
+    size: int, products: int, dynamic: bool
+) -> None:
+    model, x = Depthwise().double().eval(), torch.randn(2, 3, size, size).double()
+    program = exported(model, x, dynamic=dynamic)
+    fused = conjoin.optimize(program)
+    assert count(Unmoded(fused), (x,)).products == products
+    assert_to_and_fro(program, fused, [(x,), (torch.cat([x, x]) if dynamic else x,)])
 
 
 class Attention(nn.Module):
@@ -824,7 +824,7 @@ def test_no_copies_of_what_may_lie_as_it_does(heads: Callable) -> None:
     program = exported(model, *inputs[0])
     fused = conjoin.optimize(program)
     assert len(fused.state_dict) == 2
-    before, after = (count(_Unmoded(each), inputs[0]) for each in (program, fused))
+    before, after = (count(Unmoded(each), inputs[0]) for each in (program, fused))
     assert before.copies == after.copies
     assert_to_and_fro(program, fused, inputs)
 

@@ -5,6 +5,7 @@ import copy
 import pytest
 import torch
 from torch import nn
+from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 
 import conjoin
@@ -200,3 +201,43 @@ def test_a_layer_keeps_what_its_module_holds_beside():
     torch.testing.assert_close(lifted(x), [*model.forward(x)])
     merged = {(group.layers, group.fused) for group in conjoin.report(program).groups}
     assert merged == {(("0", "1"), True)}
+
+
+class Composed(nn.Module):
+    """What is several operations in a decomposed graph."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.pool, self.act, self.table = nn.MaxPool2d(2), nn.SiLU(), nn.Embedding(5, 4)
+
+    def forward(self, x):
+        table = self.table.weight.narrow(0, 1, 3)
+        rows = torch.arange(3, device=x.device)
+        looked_up = nn.functional.embedding(rows, table)
+        return self.act(self.pool(x)).softmax(1), looked_up, x.flatten(1) @ (table * 2).reshape(-1)
+
+
+class Halves(nn.Module):
+    """What looks like it, and is read in the middle or rounds in another way."""
+
+    def forward(self, x):
+        values, places = nn.functional.max_pool2d(x, 2, return_indices=True)
+        gate, half = x.sigmoid(), x.bfloat16()
+        return values, places, x * gate, gate, half * half.sigmoid()
+
+
+FUNCTIONS = {F.max_pool2d, F.silu, F.embedding, torch.softmax}
+
+
+@pytest.mark.parametrize(
+    ("model", "known"),
+    [(Composed(), FUNCTIONS), (Halves(), set())],
+    ids=["composed", "halves"],
+)
+def test_what_was_decomposed_has_a_name_again(model, known):
+    model, x = model.double(), torch.randn(2, 1, 2, 6, dtype=torch.float64)
+    program = torch.export.export(model, (x,)).run_decompositions()
+    lifted = lift(program.module(check_guards=False))
+    assert {node.target for node in lifted.graph.nodes} & FUNCTIONS == known
+    for a, b in zip(lifted(x), model(x), strict=True):
+        torch.testing.assert_close(a, b, rtol=1e-12, atol=0)

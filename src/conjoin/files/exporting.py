@@ -22,7 +22,8 @@ from torch.utils import _pytree as pytree
 
 import conjoin
 from conjoin.files.writing import placing
-from conjoin.foreign import SavedError, foreign, quiet
+from conjoin.foreign import SavedError, foreign, quiet, quote
+from conjoin.graph.meta import VALUE
 from conjoin.tracing.copies import Call
 from conjoin.tracing.exported import arguments_by_schema
 from conjoin.tracing.keeping import KeepingTensors
@@ -102,6 +103,12 @@ def export(
         runs = model.module() if isinstance(model, ExportedProgram) else model.eval()
         expected = [_run(runs, each, runs) for each in calls]
     plain = _plain(model, call, batched)
+    most = _largest_batch(plain) if dynamic_batch else None
+    if most is not None and most < len(calls) * len(batched[0]):
+        raise SavedError(
+            f"the model is exported for batches of {most} at most, and what is exported is run on "
+            f"twice the batch of the inputs: give --input shapes of a batch of {most // 2} or less"
+        )
     program, merged = plain, ""
     if fused:
         # Not the model: where Python decides, its layers would be exported one by one.
@@ -118,9 +125,10 @@ def export(
         largest = _compared(actual, expected, _tolerance(runs, expected))
     count = len(expected[0])
     sizes = " and twice as large a batch" if dynamic_batch else ""
+    limit = "" if most is None else f"\nfor batches of {most} at most, which the model decides"
     return (
         f"equal: {count} output{'' if count == 1 else 's'} of {out} on the inputs{sizes}; "
-        f"largest difference {largest:.1e}{merged}"
+        f"largest difference {largest:.1e}{limit}{merged}"
     )
 
 
@@ -189,12 +197,21 @@ def _plain(
 
 def _program(model: nn.Module, call: Call, batched: Sequence[Tensor]) -> ExportedProgram:
     args, kwargs = call
-    shapes, batch = ShapesCollection(), Dim("batch")  # type: ignore[no-untyped-call]
+    shapes = ShapesCollection()  # type: ignore[no-untyped-call]
     for tensor in batched:
-        shapes[tensor] = {0: batch}
+        shapes[tensor] = {0: Dim.DYNAMIC}  # A `Dim` is for any size, or none.
     dynamic = shapes.dynamic_shapes(model, args, kwargs) if batched else None  # type: ignore[no-untyped-call]
     with torch.no_grad():
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic)
+
+
+def _largest_batch(program: ExportedProgram) -> int | None:
+    """The largest batch that a program is for; None where there is no limit."""
+    inputs = (n.meta.get(VALUE) for n in program.graph.nodes if n.op == "placeholder")
+    sizes: list[Any] = [v.shape[0] for v in inputs if isinstance(v, Tensor) and v.dim()]
+    symbols = {size.node.expr for size in sizes if isinstance(size, torch.SymInt)}
+    limits = [program.range_constraints[each].upper for each in symbols]
+    return min((int(limit) for limit in limits if limit.is_Integer), default=None)
 
 
 def _compared(actual: list[Outputs], expected: list[Outputs], tolerance: float) -> float:
@@ -231,8 +248,58 @@ def _open_pt2(path: Path) -> Callable[..., Any]:
     return torch.export.load(path).module()
 
 
+def _native_group_norm(
+    input: Tensor,
+    weight: Tensor | None,
+    bias: Tensor | None,
+    samples: int,
+    channels: int,
+    pixels: int,
+    groups: int,
+    eps: float,
+) -> tuple[Tensor, Tensor, Tensor]:
+    """`aten.native_group_norm` by operations that ONNX Runtime has for float64 as well."""
+    rows = input.reshape(samples, groups, -1)
+    mean = rows.mean(-1, keepdim=True)
+    centred = rows - mean
+    scale = 1 / (centred.square().mean(-1, keepdim=True) + eps).sqrt()
+    output, shape = (centred * scale).reshape(input.shape), (channels, *[1] * (input.dim() - 2))
+    output = output if weight is None else output * weight.reshape(shape)
+    output = output if bias is None else output + bias.reshape(shape)
+    return output, mean.squeeze(-1), scale.squeeze(-1)
+
+
+def _group_norm(
+    input: Tensor,
+    groups: int,
+    weight: Tensor | None = None,
+    bias: Tensor | None = None,
+    eps: float = 1e-5,
+    *_: bool,
+) -> Tensor:
+    """`aten.group_norm` likewise."""
+    samples, channels = input.shape[:2]
+    return _native_group_norm(input, weight, bias, samples, channels, 0, groups, eps)[0]
+
+
+GROUP_NORMS: dict[OpOverload, Callable[..., Any]] = {
+    torch.ops.aten.group_norm.default: _group_norm,
+    torch.ops.aten.native_group_norm.default: _native_group_norm,
+}
+"""Operations that merged LayerNorms become, which ONNX writes as one of float32 and float16."""
+
+
+def _without_group_norms(program: ExportedProgram) -> ExportedProgram:
+    """The program with other operations in the place of group norms of float64."""
+    values = (n.args[0].meta[VALUE] for n in program.graph.nodes if n.target in GROUP_NORMS)
+    if all(value.dtype is not torch.float64 for value in values):
+        return program
+    written: ExportedProgram = program.run_decompositions(GROUP_NORMS)
+    return written
+
+
 def _write_onnx(program: ExportedProgram, path: Path) -> None:
-    written = torch.onnx.export(program, dynamo=True, verbose=False)
+    written = torch.onnx.export(_without_group_norms(program), dynamo=True, verbose=False)
     assert written is not None  # dynamo=True gives a program
     written.save(path, external_data=False)
 
@@ -241,7 +308,13 @@ def _open_onnx(path: Path) -> Callable[..., Any]:
     onnxruntime = importlib.import_module("onnxruntime")
     options = onnxruntime.SessionOptions()
     options.log_severity_level = ERRORS_ONLY
-    session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    try:
+        session = onnxruntime.InferenceSession(path, options, providers=["CPUExecutionProvider"])
+    except onnxruntime.capi.onnxruntime_pybind11_state.NotImplemented as error:
+        raise SavedError(
+            f"ONNX Runtime does not run the model ({quote(error)}): of float64 and other types it "
+            "has fewer operations than of float32, so export the model in that, after model.float()"
+        ) from error
     names = [each.name for each in session.get_inputs()]
 
     def run(*args: Any, **kwargs: Any) -> Outputs:

@@ -30,6 +30,9 @@ _TEXTS = frozenset({"metadata", "as_string", "as_strings", "torch_version"})
 _NESTED = frozenset({"in_spec", "out_spec", "context"})
 _OPERATORS = ("torch.ops.", "_operator.", "math.", "torch.sym_")
 _WORD = re.compile(r"[\w.:#+/ -]*")
+# The key whose dictionary has sizes for keys, such as `2*s77`, which are only compared.
+_BY_SIZE = "range_constraints"
+_SIZE = re.compile(r"[\w.,:#+*/()% -]*")
 _SYMPY_CALLS = re.compile(
     "Symbol|Integer|Float|Rational|Add|Mul|Pow|Max|Min|Abs|And|Or|Not|Equality|Unequality|LessThan|"
     "GreaterThan|StrictLessThan|StrictGreaterThan|Piecewise|ExprCondPair|FloorDiv|ModularIndexing|"
@@ -119,8 +122,9 @@ def _check_payloads(source: str, reader: Any, name: str) -> None:
 def _check_strings(source: str, key: str, value: object) -> None:
     """Walk the JSON of a program: no string that reaches generated source is more than a name."""
     if isinstance(value, dict):
+        names = _SIZE if key == _BY_SIZE else _WORD
         for name, part in value.items():
-            _require(source, name, _WORD.fullmatch(name) is not None)
+            _require(source, name, names.fullmatch(name) is not None)
             if name not in _TEXTS:
                 _check_strings(source, name, part)
     elif isinstance(value, list):

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from conjoin.graph import bundles, edit, elementwise, strides
 from conjoin.graph.epochs import Epochs, epochs_of
-from conjoin.graph.meta import EXAMPLE
+from conjoin.graph.meta import EXAMPLE, VALUE, value_of
 from conjoin.layers.conv import repeated
 
 PRODUCTS: Mapping[Callable[..., Any], int] = {
@@ -114,11 +114,11 @@ def piece(node: fx.Node, size: int, modules: Mapping[str, nn.Module]) -> Piece |
 def epochs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Epochs:
     """The epochs of a graph's nodes, in which products of one epoch may trade places.
 
-    What changes nothing that a product reads does not count. Dynamo's example values lie in one
-    storage where the values do. On a later call inputs may lie in one that do not now; but not
-    whole numbers, such as a count of batches, and what is multiplied.
+    What changes nothing that a product or a lookup reads does not count. Dynamo's example values
+    lie in one storage where the values do. On a later call inputs may lie in one that do not now;
+    but not a count of batches, or the like, and what is multiplied or looked up.
     """
-    products = [node for node in graph.nodes if is_product(node)]
+    products = [node for node in graph.nodes if is_product(node) or node.target is F.embedding]
     read = {_storage(input) for node in products for input in node.all_input_nodes}
 
     def is_elsewhere(node: fx.Node) -> bool:
@@ -161,7 +161,7 @@ def join(
             output if part.copied is None else _copy(graph, output, part.copied)
             for output, part in zip(cut, parts, strict=True)
         ]
-    whole.meta = {key: value for key, value in first.meta.items() if key != EXAMPLE}
+    whole.meta = {k: value for k, value in first.meta.items() if k not in (EXAMPLE, VALUE)}
     bundles.substitute(graph, nodes, outputs)
 
 
@@ -178,7 +178,7 @@ def _storage(node: fx.Node) -> int | None:
 
 def memory_format(node: fx.Node) -> torch.memory_format | None:
     """How the value of a node lies in memory; None where that is not known."""
-    value = node.meta.get(EXAMPLE)
+    value = value_of(node)
     if not isinstance(value, Tensor):
         return None
     ranks = {torch.channels_last: 4, torch.channels_last_3d: 5}
@@ -199,7 +199,7 @@ def _as_slices(
 ) -> Sequence[Piece]:
     """The same products without copies, where nobody could tell a part from a tensor of its own."""
     formats = {part.copied for part in parts}
-    example = parts[0].node.meta.get(EXAMPLE)
+    example = value_of(parts[0].node)
     memory_format = parts[0].copied
     if len(formats) > 1 or memory_format is None or not isinstance(example, Tensor):
         return parts
@@ -215,5 +215,5 @@ def _as_slices(
     if found is None:
         return parts
     for node, value in found.items():
-        node.meta[EXAMPLE] = value
+        node.meta[EXAMPLE if EXAMPLE in node.meta else VALUE] = value
     return [dataclasses.replace(part, copied=None) for part in parts]

@@ -289,13 +289,13 @@ def _read(node: fx.Node) -> ProductCall | None:
 
 def turns(node: fx.Node) -> bool:
     """Whether a node is the transpose of a Parameter, which it is sure to be if it has two dims."""
+    return transposes(node) and _is_attribute(node.args[0])
+
+
+def transposes(node: fx.Node) -> bool:
+    """Whether a node is the transpose of a tensor, which it is sure to be if it has two dims."""
     known = node.op in ("call_function", "call_method") and node.target in TURNED
-    return (
-        known
-        and not node.kwargs
-        and _is_attribute(node.args[0])
-        and node.args[1:] in TURNED[node.target]
-    )
+    return known and not node.kwargs and node.args[1:] in TURNED[node.target]
 
 
 def _convolution(node: fx.Node) -> ProductCall | None:

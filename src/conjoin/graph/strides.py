@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from conjoin.graph import hazards
-from conjoin.graph.meta import EXAMPLE, VALUE
+from conjoin.graph.meta import VALUE, value_of
 
 RANDOM_FILLS = frozenset(
     "normal_ uniform_ random_ bernoulli_ exponential_ cauchy_ geometric_ log_normal_".split()
@@ -71,12 +71,12 @@ def followed(
         if hazards.called(node) in ABSOLUTE:
             return None
         value = _computed(node, found)
-        if value is None or not _is_alike(value, held(node)):
+        if value is None or not _is_alike(value, value_of(node)):
             return None
         shared = _aliases(value, found, inputs)
-        if shared != _aliases(held(node), {}, inputs):
+        if shared != _aliases(value_of(node), {}, inputs):
             return None
-        if any(shared) or _layout(value) != _layout(held(node)):
+        if any(shared) or _layout(value) != _layout(value_of(node)):
             found[node] = value
     return found
 
@@ -102,7 +102,7 @@ def unnoticed(
     """
     moved: dict[fx.Node, Tensor] = {}
     for node, dim in dims.items():
-        value = held(node)
+        value = value_of(node)
         if not isinstance(value, FakeTensor) or value.dim() + dim < 0:
             return False
         with quietly(value), torch.no_grad():
@@ -113,11 +113,6 @@ def unnoticed(
             moved[node] = value.new_empty(shape).narrow(dim, width, width)
     with quietly(next(iter(moved.values()))), torch.no_grad():
         return followed(graph, moved, modules) is not None
-
-
-def held(node: fx.Node) -> Any:
-    """The value of a node; None where the graph does not tell."""
-    return node.meta.get(EXAMPLE, node.meta.get(VALUE))
 
 
 def quietly(value: Tensor) -> contextlib.AbstractContextManager[Any]:
@@ -134,9 +129,11 @@ def quietly(value: Tensor) -> contextlib.AbstractContextManager[Any]:
 
 def _computed(node: fx.Node, found: Mapping[fx.Node, Any]) -> Any:
     """What a node gives for the values as they lie now; None where that is not known."""
-    if any(held(each) is None for each in (node, *node.all_input_nodes)):
+    if any(value_of(each) is None for each in (node, *node.all_input_nodes)):
         return None
-    args, kwargs = map_arg((node.args, node.kwargs), lambda input: found.get(input, held(input)))
+    args, kwargs = map_arg(
+        (node.args, node.kwargs), lambda input: found.get(input, value_of(input))
+    )
     try:
         if node.op == "call_method":
             return getattr(args[0], str(node.target))(*args[1:], **kwargs)
@@ -166,7 +163,7 @@ def _aliases(value: Any, found: Mapping[fx.Node, Any], inputs: list[fx.Node]) ->
     memory = {
         tensor.untyped_storage()._cdata
         for input in inputs
-        for tensor in _tensors(found.get(input, held(input)))
+        for tensor in _tensors(found.get(input, value_of(input)))
     }
     return [tensor.untyped_storage()._cdata in memory for tensor in _tensors(value)]
 

@@ -379,5 +379,9 @@ def memory_format(weight: Tensor) -> str:
 
 def elements(tensor: Tensor) -> int:
     """How many elements a tensor has; where sizes are symbols, as many as the example has."""
-    number: Any = tensor.numel()
-    return int(number.node.hint or 0) if isinstance(number, torch.SymInt) else number
+    return hint(tensor.numel())
+
+
+def hint(size: Any) -> int:
+    """A size, or that of the example where it is a symbol; 0 where it depends on values."""
+    return int(size.node.hint or 0) if isinstance(size, torch.SymInt) else size

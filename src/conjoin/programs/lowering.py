@@ -310,11 +310,14 @@ class Lowering:
 
     def _known_of(self, node: fx.Node) -> dict[str, Any]:
         """What is known of a node: for a wide layer, in the module that holds its siblings."""
-        known = dict(node.meta)
-        above = [node]
-        while "stack_trace" not in known and above[-1].all_input_nodes:
-            above.append(above[-1].all_input_nodes[0])
-            known = {**above[-1].meta, **known}
+        known, near = dict(node.meta), node
+        while "stack_trace" not in known and near.all_input_nodes:
+            near = near.all_input_nodes[0]
+            known = {**near.meta, **known}
+        near = node
+        while "nn_module_stack" not in known and near.users:  # Made of parameters only.
+            near = next(iter(near.users))
+            known = {**near.meta, **known}
         module = self._raised.module.get_submodule(str(node.target)) if _is_call(node) else None
         stack: dict[str, Any] | None = known.get("nn_module_stack")
         if isinstance(module, Wide) and stack:

@@ -30,17 +30,19 @@ from conjoin.graph import edit
 from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.graph.meta import VALUE
 from conjoin.graph.siblings import Candidate
-from conjoin.graph.site import Sightings
-from conjoin.layers import KINDS, Kind
-from conjoin.layers.kind import elements
+from conjoin.graph.site import Shapes, Sightings
+from conjoin.layers import KINDS, Kind, kind_of
+from conjoin.layers.kind import elements, hint
 from conjoin.layers.view import wides
 from conjoin.legality import Reason, Refusal
 from conjoin.merging import MERGER, Merger
-from conjoin.passes import rewrite_traced
+from conjoin.passes import COMPILED, rewrite_traced, run_all
+from conjoin.policy.levels import LevelPolicy
 from conjoin.programs import borders, fakes, record
 from conjoin.programs.lowering import Lowering, LoweringError, Slice, called_apart, slices
 from conjoin.programs.raised import HELD, ROOT, Raised, aliases, held, look_through, raised
 from conjoin.programs.record import RECORD, Restoration, UnrecordableError
+from conjoin.tracing.exported import raise_
 
 Value = TypeVar("Value")
 
@@ -61,16 +63,20 @@ def optimize(program: ExportedProgram, kinds: tuple[Kind, ...] = KINDS) -> Expor
     if is_current(program):
         program = unfuse(program)
     apart = {f"{ROOT}.{name}".rpartition(".")[0] for name in _changed(program)}
-    batches = True
+    # What is a product with a slice at a border would be computed on one side of it.
+    batches, rejoins = True, not borders.preserved(program)
     while True:
         found = raised(program)
         look_through(found)
         inputs = _inputs(found.module.graph) if batches else None
         found.module.meta[INPUTS] = inputs
+        seen, levels = _varying(found, kinds), LevelPolicy(found.module, Sightings((), {}))
+        left_alone = [_refused(apart)]
         found.module.meta[MERGER] = Merger(
-            found.module, kinds, Sightings((), {}), [_refused(apart)]
+            found.module, kinds, seen, left_alone, level_policy=levels
         )
-        if not rewrite_traced(found.module):
+        rejoined = rejoins and _rejoin(found)
+        if not rewrite_traced(found.module) and not rejoined:
             return _copied(program)
         why = "layers that were merged are also called one by one, or from several modules"
         groups = [[name for name, _ in members] for members in wides(found.module).values()]
@@ -83,10 +89,11 @@ def optimize(program: ExportedProgram, kinds: tuple[Kind, ...] = KINDS) -> Expor
                 return _lowered(program, found)
             except (LoweringError, UnrecordableError) as error:
                 left, why = {*getattr(error, "layers", ())}, str(error)
-        if left <= apart and not batches:
+        if left <= apart and not batches and not rejoined:
             warnings.warn(f"the exported program stays as it is: {why}", stacklevel=3)
             return _copied(program)
-        batches &= not left <= apart
+        if left <= apart:  # No layer is named that it was due to.
+            batches = rejoins = False
         apart |= left
 
 
@@ -122,6 +129,14 @@ def unfuse(program: ExportedProgram) -> ExportedProgram:
         ) from error
     custom = {k: v for k, v in program.graph_module.meta[CUSTOM].items() if k != RECORD}
     return _built(program, restored.graph, restored.specs, state, custom)
+
+
+def _rejoin(found: Raised) -> bool:
+    """Makes layers of products with slices of one tensor, as an optimized model's views run."""
+    if not run_all(found.module, COMPILED):
+        return False
+    raise_(found.module)
+    return True
 
 
 def _lowered(program: ExportedProgram, found: Raised) -> ExportedProgram:
@@ -281,6 +296,26 @@ def _inputs(graph: fx.Graph) -> Inputs:
         for node in given
     ]
     return Inputs(tuple(numbers.setdefault(key, len(numbers)) for key in keys))
+
+
+def _varying(found: Raised, kinds: tuple[Kind, ...]) -> Sightings:
+    """What layers read and gave in the example whose wide layer pays for small inputs only.
+
+    All others are merged without asking for sizes, as many of which a program may leave open.
+    """
+    modules = edit.called_modules(found.module)
+    shapes: dict[str, Shapes] = {}
+    for node in found.module.graph.nodes:
+        layer = modules[str(node.target)] if node.op == "call_module" else None
+        kind = None if layer is None else kind_of(layer, kinds)
+        if kind is None or getattr(layer, "groups", 1) == 1:
+            continue
+        read, gave = node.args[0].meta.get(VALUE), node.meta.get(VALUE)
+        if isinstance(read, Tensor) and isinstance(gave, Tensor):
+            input, output = (tuple(map(hint, each.shape)) for each in (read, gave))
+            if all((*input, *output)):  # Otherwise nothing tells how large they were.
+                shapes[str(node.target)] = Shapes(input, output, read.dtype, read.requires_grad)
+    return Sightings((), {}, shapes=shapes)
 
 
 def _elements(found: Raised) -> int:

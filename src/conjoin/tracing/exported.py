@@ -110,6 +110,14 @@ FUNCTIONS: Mapping[Any, Callable[..., Any]] = {
 }
 """The passes' name for an operation with the same arguments."""
 
+COMPOSED: Mapping[Any, Callable[..., Any]] = {
+    aten.linear: F.linear,
+    aten.max_pool2d: F.max_pool2d,
+    aten.max_pool3d: F.max_pool3d,
+    aten.silu: F.silu,
+}
+"""The passes' name for what may be written as several operations."""
+
 OPERATORS: Mapping[Any, Callable[..., Any]] = {
     aten.add.Tensor: operator.add,
     aten.sub.Tensor: operator.sub,
@@ -163,17 +171,20 @@ def raise_(module: fx.GraphModule, *, fixed: bool = True) -> Origins:
         written = _written(node)
         if not fixed and written.operation in OF_A_MODE:
             continue
+        gone = written.nodes
         with module.graph.inserting_before(node):
             if name := _called_layer(module, written, calls, counts):
                 made = module.graph.call_module(name, (_input(written.arguments),))
+            elif function := _composed(written):
+                made = module.graph.call_function(function, (*written.arguments.values(),))
             elif found := _function(node):
-                made = module.graph.call_function(*found)
+                made, gone = module.graph.call_function(*found), (node,)
             else:
                 continue
         made.meta = dict(node.meta)
         node.replace_all_uses_with(made)
         counting = counts[name].pop(0) if name and _trains(node) else None
-        origins[made] = (*(written.nodes if name else (node,)),)
+        origins[made] = gone
         if counting is not None:  # The next call counts from there.
             counting.replace_all_uses_with(counting.all_input_nodes[0])
             origins[made] = (counting, *origins[made])
@@ -192,6 +203,19 @@ def _written(node: fx.Node) -> LayerCall:
     return LayerCall(operation, arguments_by_schema(node) if known else {}, (node,))
 
 
+def _composed(written: LayerCall) -> Callable[..., Any] | None:
+    """The function that several operations are; None where they are none, or a layer's.
+
+    A product is no layer's where its weight was computed, such as a slice.
+    """
+    if len(written.nodes) == 1 or written.operation not in COMPOSED:
+        return None
+    weight, bias = (written.arguments.get(name) for name in TENSORS)
+    if _reads(weight, "") or (isinstance(bias, fx.Node) and _rank(bias) != 1):
+        return None
+    return COMPOSED[written.operation]
+
+
 def _function(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[str, Any]] | None:
     """The function that the passes know an operation as, and its arguments."""
     if node.target in OPERATORS:
@@ -202,6 +226,11 @@ def _function(node: fx.Node) -> tuple[Callable[..., Any], tuple[Any, ...], dict[
             return None
         function = F.layer_norm if "bias" in given else F.rms_norm
         return function, (given["input"], given["normalized_shape"]), {"eps": given["eps"]}
+    if node.target is aten.embedding.default:
+        given = arguments_by_schema(node)
+        padding = given.pop("padding_idx")
+        inputs = given.pop("indices"), given.pop("weight")
+        return F.embedding, inputs, {"padding_idx": None if padding < 0 else padding, **given}
     if node.target in FUNCTIONS:
         return FUNCTIONS[node.target], node.args, dict(node.kwargs)
     found = decomposed.function(node, arguments_by_schema)
@@ -273,11 +302,12 @@ def _counts_one(node: fx.Node, counter: fx.Node) -> bool:
 
 
 def arguments_by_schema(node: fx.Node) -> dict[str, Any]:
-    """The arguments of an operation by name, with the defaults of its schema."""
+    """The arguments of an operation by name, with the defaults of its schema, in its order."""
     schema = OF_TORCH.get(node.target, node.target)._schema
     given = {a.name: value for a, value in zip(schema.arguments, node.args, strict=False)}
     defaults = {a.name: a.default_value for a in schema.arguments if a.has_default_value()}
-    return {**defaults, **given, **node.kwargs}
+    known = {**defaults, **given, **node.kwargs}
+    return {a.name: known[a.name] for a in schema.arguments if a.name in known}
 
 
 def _input(arguments: Mapping[str, Any]) -> fx.Node:

@@ -15,6 +15,7 @@ from torch import Tensor, nn
 from torch.export import ExportedProgram
 
 from conjoin.programs.program import duplicate, record_of
+from conjoin.programs.raised import aliases
 from conjoin.programs.record import originals
 from conjoin.tracing.copies import Call
 from conjoin.tracing.undisturbed import start_streams, undisturbed
@@ -90,11 +91,16 @@ def _tensors(
     parts = originals(found, held) if found else {}
     part_gradients = originals(found, gradients) if found else {}
     wholes = {name: whole for name, (whole, *_) in found["tensors"].items()} if found else {}
-    own = {name: tensor for name, tensor in held.items() if name not in {*wholes.values()}}
-    first: dict[str, str] = {}  # Of several names of one tensor a module tells the first.
-    if found:
-        for name in found["order"]:
-            first.setdefault(found["also"].get(name, name), name)
+    also = aliases(program) | (found["also"] if found else {})
+    own: dict[str, Tensor] = {}
+    for name, tensor in held.items():
+        read = also.get(name, name)
+        # In a file's program each name has a Parameter, and the one that is read has gradients.
+        if name not in wholes.values() and (read not in own or own[read].grad is None):
+            own[read] = tensor
+    first: dict[str, str] = {}  # Of several names of one tensor the first is told.
+    for name in found["order"] if found else program.state_dict:
+        first.setdefault(also.get(name, name), name)
     for told, name in sorted((first.get(name, name), name) for name in {*own, *parts}):
         if name in own:
             yield told, own[name], own[name].grad, False
