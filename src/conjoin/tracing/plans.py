@@ -9,21 +9,22 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from torch import Tensor, is_grad_enabled, nn
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import assume_constant_result, is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.lockstep import in_transform
 from conjoin.layers.owner import Owner
 from conjoin.layers.view import View
-from conjoin.tracing.quick import Conditions
+from conjoin.tracing.inlined import BY_IDENTITY, RISES, finder_of
+from conjoin.tracing.quick import Conditions, at_path, holding
 from conjoin.tracing.sandbox.classes import plain_class
 from conjoin.tracing.sandbox.constants import frozen, snapshots
 from conjoin.tracing.sandbox.objects import held_at, holder_of
 from conjoin.tracing.sound import Traced
-from conjoin.tracing.spelled import check_of
 from conjoin.tracing.structures import Observed, Structure, is_plain, structure_of
 
 PLAN = "conjoin_plan"
@@ -40,7 +41,8 @@ class Variant:
     Attributes:
         traced: the forward, and what it takes for granted by path.
         conditions: what it takes for granted.
-        spelled: a function of the region by which Dynamo finds the same, but for the containers.
+        classes: classes and functions, the names of attributes, and their values, among that.
+        way: for Dynamo, whether the forward may run; see `inlined.py`.
         holds: whether the conditions hold; made when that is first asked.
         quick: the forward bound to the modules, and whether it may run as it is; made when the
             forward is first called.
@@ -48,7 +50,8 @@ class Variant:
 
     traced: Traced
     conditions: Conditions
-    spelled: Callable[[nn.Module], bool]
+    classes: tuple[tuple[Any, str, Any], ...]
+    way: Callable[[], int]
     holds: Callable[[], bool] | None = None
     quick: tuple[Callable[..., Any], Callable[[], bool]] | None = None
 
@@ -65,29 +68,28 @@ class Variant:
                 return False
         return sum([tensor.numel() for tensor in tensors]) <= self.traced.most
 
-    def compiled(self, region: nn.Module) -> Callable[..., Any] | None:
-        """The new forward for Dynamo; None where something makes it another function."""
-        if not (self.spelled(region) and self.conditions.contents_hold()):
-            return None
-        # Not where `torch.export` runs it, whose program is not for training.
-        trains = is_grad_enabled() and is_dynamo_compiling()
-        return self.traced.risen if trains else self.traced.function
+    def exported(self) -> Callable[..., Any] | None:
+        """The new forward for a graph of it; None where something makes it another function."""
+        return self.traced.function if self._holds() else None
 
     def function(self, region: nn.Module) -> Callable[..., Any] | None:
         """The new forward; None where something has happened that makes it another function."""
         if self.quick is not None and self.quick[1]():
             return self.quick[0]
-        if in_transform() or _has_any_global_hook():  # type: ignore[no-untyped-call]
-            return None
-        if self.holds is None:
-            self.holds = self.conditions.check()
-        if not self.holds():
+        if in_transform() or not self._holds():
             return None
         if self.quick is None:
             self.quick = self.traced.written.bound(region, self.conditions)
             return self.function(region)
         # Somebody follows the calls of the modules.
         return self.traced.function
+
+    def _holds(self) -> bool:
+        if _has_any_global_hook():  # type: ignore[no-untyped-call]
+            return False
+        if self.holds is None:
+            self.holds = self.conditions.check()
+        return self.holds()
 
 
 def _are_alike(tensor: Tensor, other: Tensor) -> bool:
@@ -106,10 +108,14 @@ class Plan:
     Attributes:
         cls: the class of the region; of a subclass of it, methods may be others.
         variants: by the structure of the call; of those for one structure, the first that holds.
+        finder: what finds a forward where Dynamo traces; see `inlined.py`.
+        holding: for that, what the variants take for granted.
     """
 
     cls: type[nn.Module]
     variants: dict[Structure, tuple[Variant, ...]]
+    finder: Callable[..., tuple[Callable[..., Any], tuple[Tensor, ...]] | None]
+    holding: tuple[Conditions, ...]
 
     def find(
         self, region: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -127,12 +133,11 @@ class Plan:
         variants = self.variants.get(structure)
         if variants is None:
             return None
-        compiling = is_compiling()
-        if compiling and _has_any_global_hook():  # type: ignore[no-untyped-call]
-            return None
+        # Not where Dynamo does, but where `torch.export` runs it.
+        exported = is_compiling()
         for variant in variants:
             if variant.fits(args):
-                function = variant.compiled(region) if compiling else variant.function(region)
+                function = variant.exported() if exported else variant.function(region)
                 if function is not None:
                     return function, args
         return None
@@ -199,12 +204,45 @@ def bind(region: nn.Module, cls: type[nn.Module], unbound: Unbound) -> Plan:
     at = dict(region.named_modules())
     variants: dict[Structure, tuple[Variant, ...]] = {}
     for traced, marks in unbound:
-        bound = _bound(at, traced, marks)
+        bound = _bound(at, traced, marks, cls)
         variants[traced.structure] = (*variants.get(traced.structure, ()), bound)
-    return Plan(cls, variants)
+    holding = tuple(each.conditions for found in variants.values() for each in found)
+    _regions.setdefault(cls, WeakValueDictionary())[id(region)] = region
+    return Plan(cls, variants, finder_of(at, variants), holding)
 
 
-def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -> Variant:
+_regions: WeakKeyDictionary[type[nn.Module], WeakValueDictionary[int, nn.Module]]
+_regions = WeakKeyDictionary()
+"""The regions that there are of each class."""
+
+FEW = 4
+"""Up to so many regions of a class Dynamo compiles each for itself, as quick as it can be.
+
+It compiles one function eight times at most, and blocks that are compiled one by one are more."""
+
+
+def _way_of(
+    at: dict[str, nn.Module], traced: Traced, conditions: Conditions, cls: type[nn.Module]
+) -> Callable[[], int]:
+    """What tells Dynamo whether a forward may run, and how it is guarded."""
+    region, called = at[""], (*traced.written.called, *traced.rising.called)
+    modules = [at_path(region, path) for _, path in called]
+
+    def way() -> int:
+        if type(region) is not cls or _has_any_global_hook():  # type: ignore[no-untyped-call]
+            return 0
+        # The first is of what was bound, and the second of what follows if that is as it was.
+        if not (conditions.check()() and holding(conditions, modules)()):
+            return 0
+        trains = RISES if is_grad_enabled() else 0
+        return 1 | trains | (BY_IDENTITY if len(_regions[cls]) <= FEW else 0)
+
+    return assume_constant_result(way)
+
+
+def _bound(
+    at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...], cls: type[nn.Module]
+) -> Variant:
     reached = [(at[path]._modules, name, at[path]._modules[name]) for path, name in traced.places]
     modules = [module for _, _, module in reached if module is not None]
     owners: dict[Any, type] = {
@@ -235,7 +273,7 @@ def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -
         (*classes, *enclosed),
         (*traced.shared, *_contents(at, traced)),
     )
-    return Variant(traced, conditions, check_of(traced, at, classes))
+    return Variant(traced, conditions, classes, _way_of(at, traced, conditions, cls))
 
 
 def _last_class(cls: Any, name: str, owners: Mapping[Any, type]) -> Any:

@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from conjoin.layers.owner import Owner, copies_itself, owner_class, raw_parameters
 from conjoin.layers.subclass import subclass
@@ -40,6 +41,7 @@ class Region(nn.Module):
     """A module with a rewritten forward; always together with its own class, see `region_class`."""
 
     conjoin_base: type[nn.Module]
+    conjoin_plan: Plan | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not the user's: a region is no new class of theirs."""
@@ -81,11 +83,15 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
 
     @functools.wraps(base.forward)
     def forward(self: Region, *args: Any, **kwargs: Any) -> Any:
-        own = vars(self)
-        # A replica of data parallelism has the plan, and with it the buffers, of the module itself.
-        plan = None if "_is_replica" in own else own.get(PLAN)
-        # A copy that was made past `__setstate__` has one that is bound to nothing.
-        found = plan.find(self, args, kwargs) if type(plan) is Plan else None
+        # A copy that was made past `__setstate__` has a plan that is bound to nothing.
+        if is_dynamo_compiling():
+            plan = self.conjoin_plan
+            found = plan.finder(self, args, kwargs) if plan.__class__ is Plan else None
+        else:
+            own = vars(self)
+            # A replica of data parallelism has the plan, and with it the buffers, of the module.
+            plan = None if "_is_replica" in own else own.get(PLAN)
+            found = plan.find(self, args, kwargs) if type(plan) is Plan else None
         if found is None:
             return base.forward(self, *args, **kwargs)
         return found[0](self, *found[1])
