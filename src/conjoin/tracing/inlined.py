@@ -23,11 +23,12 @@ from conjoin.layers.checks import TENSORS
 from conjoin.layers.embedding import unstack
 from conjoin.layers.wide import Wide
 from conjoin.tracing.quick import CALL, Names, Written, calls_forward, code
-from conjoin.tracing.spelled import check_of, module_at
+from conjoin.tracing.spelled import CELL, condition_of, module_at
 from conjoin.tracing.structures import Structure, structure_of
 
 if TYPE_CHECKING:
     from conjoin.tracing.plans import Variant
+    from conjoin.tracing.sound import Traced
 
 RISES, BY_IDENTITY = 2, 4
 """Bits of what `Variant.way` tells, which is 0 where the forward may not run.
@@ -45,6 +46,9 @@ OPERATIONS: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] = {
 }
 """What modules do that hold no tensor, where they do not do it in place."""
 
+TOLD = (bool, int, float, complex, str, bytes, dict, torch.dtype, torch.device)
+"""Types of values that are equal where they are written alike."""
+
 STRING = r"'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\""
 """A string in source."""
 
@@ -61,18 +65,23 @@ def finder_of(
         variants: its rewritten forwards, by the structure of the call.
     """
     names = Names()
-    numbers = itertools.count()
-    functions, of_tensors, of_others = "", "", ""
+    of_tensors, of_others, functions, enclosed = "", "", "", []
     for position, (structure, found) in enumerate(variants.items()):
         attempts = ""
-        for number, variant in zip(numbers, found):
-            functions += _functions(number, variant, at, names)
-            attempts += _attempt(number, variant, names)
+        for variant in found:
+            number = variant.number
+            condition = condition_of(variant.traced, at, variant.classes, number, names)
+            if variant.traced.cells:
+                functions += _check(number, condition, len(variant.traced.cells))
+                enclosed.append((f"check_{number}", variant.traced))
+                condition = f"check_{number}(self, known)"
+            functions += _forwards(number, variant.traced, at, names)
+            attempts += _attempt(number, variant, condition)
+        of_others += f"if number == {position}:\n" + _within(attempts)
         if isinstance(structure, int) and structure:
             plain = " and ".join(_is_plain(f"args[{n}]", names) for n in range(structure))
             of_tensors += f"if not kwargs and args[{structure - 1}:] and not args[{structure}:]:\n"
             of_tensors += _within(f"if {plain}:\n" + _within(f"{attempts}return None\n"))
-        of_others += f"if number == {position}:\n" + _within(attempts)
     known = names.name({structure: position for position, structure in enumerate(variants)})
     body = (
         f"if '_is_replica' in self.__dict__: return None\n{of_tensors}"
@@ -80,16 +89,37 @@ def finder_of(
         f"if found is None: return None\nnumber, args = {known}.get(found[0]), found[1]\n"
         f"{of_others}return None\n"
     )
-    held = dict(names)
-    exec(code(f"{functions}def find(self, args, kwargs):\n{_within(body)}"), held)
-    for number, variant in enumerate(itertools.chain(*variants.values())):
-        cells = {f"_cell_{n}": cell for n, (cell, _) in enumerate(variant.traced.cells)}
-        if cells:
-            enclosing = cast(FunctionType, held.pop(f"check_{number}"))
-            inner = next(c for c in enclosing.__code__.co_consts if isinstance(c, CodeType))
-            closure = tuple(cells[name] for name in inner.co_freevars)
-            held[f"check_{number}"] = FunctionType(inner, held, "check", None, closure)
+    every = itertools.chain(*variants.values())
+    held = {**names, **{f"way_{each.number}": each.way for each in every}}
+    source = f"{functions}def find(self, args, kwargs):\n{_within(body)}{_legend(names)}"
+    exec(code(source), held)
+    for name, traced in enclosed:
+        held[name] = _enclosed(held[name], traced)
     return cast("Callable[..., Any]", held.pop("find"))
+
+
+def _legend(names: Names) -> str:
+    """What the names stand for, as a comment.
+
+    Dynamo takes regions of one source for one function, which they are if that is the same too.
+    """
+    told = (repr(value) if type(value) in TOLD else str(id(value)) for value in names.values())
+    return "".join(f"# {each}\n" for each in told)
+
+
+def _check(number: int, condition: str, count: int) -> str:
+    """A function for a condition that is of variables of enclosing functions."""
+    cells = "".join(f"{CELL}{n} = None\n" for n in range(count))
+    body = f"def check(self, known):\n    return {condition}\nreturn check\n"
+    return f"def check_{number}():\n{_within(cells + body)}"
+
+
+def _enclosed(enclosing: Any, traced: Traced) -> FunctionType:
+    """The function within another, with the variables that a forward found around it."""
+    cells = {f"{CELL}{number}": cell for number, (cell, _) in enumerate(traced.cells)}
+    inner = next(each for each in enclosing.__code__.co_consts if isinstance(each, CodeType))
+    held = tuple(cells[name] for name in inner.co_freevars)
+    return FunctionType(inner, enclosing.__globals__, "check", None, held)
 
 
 def _within(source: str) -> str:
@@ -101,13 +131,12 @@ def _is_plain(tensor: str, names: Names) -> str:
     return f"{tensor}.__class__ is {names.name(Tensor)} and not {tensor}.is_nested"
 
 
-def _attempt(number: int, variant: Variant, names: Names) -> str:
+def _attempt(number: int, variant: Variant, condition: str) -> str:
     """What returns the forward of a variant, if it may run."""
-    way = names.name(variant.way)
-    fits = "".join(f"{fact} and " for fact in _fitting(variant))
+    fits = " and ".join(("True", *_fitting(variant)))
     return (
-        f"way = {fits}{way}()\n"
-        f"if way and check_{number}(self, way & {BY_IDENTITY}):\n"
+        f"way = way_{number}() if {fits} else 0\nknown = way & {BY_IDENTITY}\n"
+        f"if way and {condition}:\n"
         f"    return (risen_{number} if way & {RISES} else forward_{number}), args\n"
     )
 
@@ -127,17 +156,15 @@ def _fitting(variant: Variant) -> list[str]:
     return [*facts, f"{elements} <= {traced.most}"]
 
 
-def _functions(number: int, variant: Variant, at: Mapping[str, nn.Module], names: Names) -> str:
-    """The source of the check and of the forwards of a variant."""
-    traced = variant.traced
-    check = check_of(traced, at, variant.classes, number, names)
+def _forwards(number: int, traced: Traced, at: Mapping[str, nn.Module], names: Names) -> str:
+    """The source of both forwards of a variant."""
     if traced.written.restores or traced.written.stored:  # They are functions around the source.
         names[f"forward_{number}"], names[f"risen_{number}"] = traced.function, traced.risen
-        return check
+        return ""
     forward = _forward(traced.written, f"forward_{number}", at, names)
     if traced.rising is traced.written:
-        return f"{check}{forward}risen_{number} = forward_{number}\n"
-    return check + forward + _forward(traced.rising, f"risen_{number}", at, names)
+        return f"{forward}risen_{number} = forward_{number}\n"
+    return forward + _forward(traced.rising, f"risen_{number}", at, names)
 
 
 def _forward(written: Written, name: str, at: Mapping[str, nn.Module], names: Names) -> str:
@@ -150,6 +177,11 @@ def _forward(written: Written, name: str, at: Mapping[str, nn.Module], names: Na
     found = "".join(f"    {each} = {module_at(path)}\n" for each, path in written.called)
     body = CALLED.sub(lambda call: _call(call, modules[call[1]], names), body)
     return f"{head}\n{found}{body}\n"
+
+
+def has_tensors(module: nn.Module) -> bool:
+    """Whether a module has the Parameters that the source takes from it."""
+    return type(module) is not nn.Linear or all(name in module._parameters for name in TENSORS)
 
 
 def _parts(stack: str, names: Names) -> str:

@@ -9,7 +9,7 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
-from weakref import WeakKeyDictionary, WeakValueDictionary
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import assume_constant_result, is_compiling
@@ -19,7 +19,7 @@ from conjoin.graph.hazards import CALL_HOOKS
 from conjoin.layers.lockstep import in_transform
 from conjoin.layers.owner import Owner
 from conjoin.layers.view import View
-from conjoin.tracing.inlined import BY_IDENTITY, RISES, finder_of
+from conjoin.tracing.inlined import BY_IDENTITY, RISES, finder_of, has_tensors
 from conjoin.tracing.quick import Conditions, at_path, holding
 from conjoin.tracing.sandbox.classes import plain_class
 from conjoin.tracing.sandbox.constants import frozen, snapshots
@@ -40,6 +40,7 @@ class Variant:
 
     Attributes:
         traced: the forward, and what it takes for granted by path.
+        number: its number in the plan.
         conditions: what it takes for granted.
         classes: classes and functions, the names of attributes, and their values, among that.
         way: for Dynamo, whether the forward may run; see `inlined.py`.
@@ -49,6 +50,7 @@ class Variant:
     """
 
     traced: Traced
+    number: int
     conditions: Conditions
     classes: tuple[tuple[Any, str, Any], ...]
     way: Callable[[], int]
@@ -109,7 +111,7 @@ class Plan:
         cls: the class of the region; of a subclass of it, methods may be others.
         variants: by the structure of the call; of those for one structure, the first that holds.
         finder: what finds a forward where Dynamo traces; see `inlined.py`.
-        holding: for that, what the variants take for granted.
+        holding: for that, what the variants take for granted, by their numbers.
     """
 
     cls: type[nn.Module]
@@ -144,9 +146,9 @@ class Plan:
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unbound:
         """The forwards unbound; the copied region binds them to its own modules."""
-        return self.unbound()
+        return Unbound(self.unbound())
 
-    def unbound(self) -> Unbound:
+    def unbound(self) -> list[tuple[Traced, tuple[_Mark, ...]]]:
         """The forwards, for other modules than those that they are bound to.
 
         Not those that are over, since a module that they call has another class by now: a copy
@@ -165,16 +167,30 @@ class Plan:
         return _traced_anew, (calls,)
 
 
-def _traced_anew(structures: dict[Structure, Observed]) -> dict[Structure, Observed]:
+def _traced_anew(structures: dict[Structure, Observed]) -> Unbound:
     """What a pickle holds: the structures of the calls, and what was seen of them."""
-    return structures
+    return Unbound(None, structures)
 
 
 _Mark = tuple[type, int, int]
 """The class of a module; for a view also which wide layer it has, and which part of it it is."""
 
-Unbound = list[tuple[Traced, tuple[_Mark, ...]]]
-"""What was traced, and what it found of the modules that it reached."""
+
+@dataclass(frozen=True, slots=True)
+class Unbound:
+    """What a copy of a region has of its plan until it is bound, by which nothing is found.
+
+    Attributes:
+        traced: what was traced, and what it found of the modules that it reached; None where it is
+            traced anew.
+        calls: what was seen of the calls, by structure.
+    """
+
+    traced: list[tuple[Traced, tuple[_Mark, ...]]] | None
+    calls: Mapping[Structure, Observed] | None = None
+
+    def finder(self, *args: Any) -> None:
+        """No forward."""
 
 
 def _marks(modules: Sequence[nn.Module]) -> tuple[_Mark, ...]:
@@ -190,7 +206,11 @@ def _marks(modules: Sequence[nn.Module]) -> tuple[_Mark, ...]:
     return tuple(marks)
 
 
-def bind(region: nn.Module, cls: type[nn.Module], unbound: Unbound) -> Plan:
+def bind(
+    region: nn.Module,
+    cls: type[nn.Module],
+    unbound: Sequence[tuple[Traced, tuple[_Mark, ...]]],
+) -> Plan:
     """The plan of a region for what was traced of it, or of the module that it is a copy of.
 
     Args:
@@ -203,10 +223,11 @@ def bind(region: nn.Module, cls: type[nn.Module], unbound: Unbound) -> Plan:
     """
     at = dict(region.named_modules())
     variants: dict[Structure, tuple[Variant, ...]] = {}
-    for traced, marks in unbound:
-        bound = _bound(at, traced, marks, cls)
+    holding: tuple[Conditions, ...] = ()
+    for number, (traced, marks) in enumerate(unbound):
+        bound = _bound(at, traced, marks, number)
         variants[traced.structure] = (*variants.get(traced.structure, ()), bound)
-    holding = tuple(each.conditions for found in variants.values() for each in found)
+        holding += (bound.conditions,)
     _regions.setdefault(cls, WeakValueDictionary())[id(region)] = region
     return Plan(cls, variants, finder_of(at, variants), holding)
 
@@ -221,27 +242,38 @@ FEW = 4
 It compiles one function eight times at most, and blocks that are compiled one by one are more."""
 
 
-def _way_of(
-    at: dict[str, nn.Module], traced: Traced, conditions: Conditions, cls: type[nn.Module]
-) -> Callable[[], int]:
-    """What tells Dynamo whether a forward may run, and how it is guarded."""
-    region, called = at[""], (*traced.written.called, *traced.rising.called)
-    modules = [at_path(region, path) for _, path in called]
+def _way_of(region: nn.Module, traced: Traced, number: int) -> Callable[[], int]:
+    """What tells Dynamo whether a forward may run, and how it is guarded.
+
+    It does not hold the region, since Dynamo holds it for good.
+
+    Args:
+        region: the module.
+        traced: the forward.
+        number: its number in the region's plan.
+    """
+    held, called = ref(region), (*traced.written.called, *traced.rising.called)
 
     def way() -> int:
-        if type(region) is not cls or _has_any_global_hook():  # type: ignore[no-untyped-call]
+        region = held()
+        plan = None if region is None else vars(region).get(PLAN)
+        if type(plan) is not Plan or type(region) is not plan.cls or _has_any_global_hook():  # type: ignore[no-untyped-call]
             return 0
-        # The first is of what was bound, and the second of what follows if that is as it was.
-        if not (conditions.check()() and holding(conditions, modules)()):
+        conditions = plan.holding[number]
+        if not conditions.check()():
+            return 0
+        modules = [at_path(region, path) for _, path in called]
+        if not (all(map(has_tensors, modules)) and holding(conditions, modules)()):
             return 0
         trains = RISES if is_grad_enabled() else 0
-        return 1 | trains | (BY_IDENTITY if len(_regions[cls]) <= FEW else 0)
+        return 1 | trains | (BY_IDENTITY if len(_regions[plan.cls]) <= FEW else 0)
 
-    return assume_constant_result(way)
+    constant: Callable[[], int] = assume_constant_result(way)  # type: ignore[no-untyped-call]
+    return constant
 
 
 def _bound(
-    at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...], cls: type[nn.Module]
+    at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...], number: int
 ) -> Variant:
     reached = [(at[path]._modules, name, at[path]._modules[name]) for path, name in traced.places]
     modules = [module for _, _, module in reached if module is not None]
@@ -273,7 +305,7 @@ def _bound(
         (*classes, *enclosed),
         (*traced.shared, *_contents(at, traced)),
     )
-    return Variant(traced, conditions, classes, _way_of(at, traced, conditions, cls))
+    return Variant(traced, number, conditions, classes, _way_of(at[""], traced, number))
 
 
 def _last_class(cls: Any, name: str, owners: Mapping[Any, type]) -> Any:

@@ -19,7 +19,6 @@ import inspect
 import itertools
 import keyword
 import sys
-import textwrap
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from types import BuiltinFunctionType, FunctionType, ModuleType
 from typing import Any
@@ -43,28 +42,30 @@ PLAIN = (int, str)
 GUARDED = (FunctionType, BuiltinFunctionType, ModuleType, type)
 """Types of values of which Dynamo guards more than the type."""
 
+CELL = "_cell_"
+"""What the names of variables of enclosing functions begin with."""
+
 ALWAYS = ("_call_impl",)
 """Methods of modules that Dynamo calls whatever stands in their place, in every model."""
 
 
-def check_of(
+def condition_of(
     traced: Traced,
     at: Mapping[str, nn.Module],
     classes: Iterable[tuple[Any, str, Any]],
     number: int,
     names: Names,
 ) -> str:
-    """The source of a function of the region by which Dynamo guards all that must hold.
+    """An expression by which Dynamo guards all that must hold, and which is true where it does.
 
-    It is called where all of it does. Its second argument tells whether the views are guarded
-    themselves, so that the forward is for this region alone.
+    It is of `self`, the region; of `known`, whether the views are guarded themselves; and of a
+    variable for each of enclosing functions.
 
     Args:
         traced: the forward, and what it takes for granted.
         at: the modules of the region by path, which are as it takes for granted now.
         classes: classes and functions, the names of attributes, and their values.
-        number: the number of the function; one of a forward with variables of enclosing functions
-            is within another, which has them.
+        number: the number of the forward among those of the region.
         names: the values that the source refers to.
     """
     found = itertools.chain(
@@ -72,22 +73,15 @@ def check_of(
         _values(traced, at, names),
         _classes(classes, plain_class(at[""]), names),
         (_global(*each, names) for each in traced.globals),
-        (_same(f"_cell_{n}", value, names) for n, (_, value) in enumerate(traced.cells)),
+        (_same(f"{CELL}{n}", value, names) for n, (_, value) in enumerate(traced.cells)),
     )
-    facts = "".join(f"    if not ({fact}): return False\n" for fact in dict.fromkeys(found))
-    if any(True for _ in (*traced.contents, *traced.shared)):
-        facts += f"    if not self.conjoin_plan.holding[{number}].contents_hold(): return False\n"
-    identity = names.name(id)
-    views = _views(traced, at)
-    known = "".join(f"        {identity}({module_at(path)})\n" for path, _ in views)
-    alike = "".join(f"        if not ({fact}): return False\n" for fact in _together(views))
-    branches = f"    if known:\n{known}    else:\n{alike}" if views else ""
-    body = f"{facts}{branches}    return True\n"
-    if not traced.cells:
-        return f"def check_{number}(self, known):\n{body}"
-    cells = "".join(f"    _cell_{n} = None\n" for n in range(len(traced.cells)))
-    inner = textwrap.indent(f"def check(self, known):\n{body}return check\n", "    ")
-    return f"def check_{number}():\n{cells}{inner}"
+    facts = [f"({fact})" for fact in dict.fromkeys(found)]
+    if traced.contents or traced.shared:
+        facts.append(f"self.conjoin_plan.holding[{number}].contents_hold()")
+    if views := _views(traced, at):
+        known = " and ".join(f"{names.name(id)}({module_at(path)})" for path, _ in views)
+        facts.append(f"(({known}) if known else ({' and '.join(_together(views))}))")
+    return f"({' and '.join(facts) or 'True'})"
 
 
 def _literal(value: Any, names: Names) -> str:
@@ -152,8 +146,8 @@ def _values(traced: Traced, at: Mapping[str, nn.Module], names: Names) -> Iterat
     for path, flag in traced.modes:
         yield f"{module_at(path)}.training is {flag}"
     for path, holder, name, value in traced.attributes:
-        if holder == "__dict__" and value is MISSING:
-            yield from _inherited(module_at(path), name, at[path], names)
+        if holder == "__dict__":
+            yield from _attribute(module_at(path), name, value, at[path], names)
         else:
             yield _item(f"{module_at(path)}.{holder}", name, value, names)
     for place, _ in traced.contents:
@@ -169,22 +163,22 @@ def _values(traced: Traced, at: Mapping[str, nn.Module], names: Names) -> Iterat
         yield f"[name for name in {module_at(path)}._modules] == {[*children]!r}"
 
 
-def _inherited(module: str, name: str, held: nn.Module, names: Names) -> Iterator[str]:
-    """That a module has not an attribute of its own, but what its class has.
+def _attribute(module: str, name: str, value: Any, held: nn.Module, names: Names) -> Iterator[str]:
+    """That a module has an attribute, or not one of its own, but what its class has.
 
-    To get that is how Dynamo finds out, and guards it.
+    To get it is how Dynamo finds out, and guards it.
     """
     of_class = inspect.getattr_static(type(held), name, MISSING)
-    if of_class is MISSING:
+    if hasattr(type(of_class), "__set__"):
+        yield _item(f"{module}.__dict__", name, value, names)
+    elif value is MISSING and of_class is MISSING:
         yield f"not hasattr({module}, {name!r})"
-    elif name not in ALWAYS and not hasattr(type(of_class), "__set__"):
-        found = getattr(of_class, "__func__", of_class)
-        yield _same(f"{module}.{name}", found, names)
+    elif name not in ALWAYS:
+        found = getattr(of_class, "__func__", of_class) if value is MISSING else value
+        yield _same(_of(module, name), found, names)
 
 
-def _classes(
-    classes: Iterable[tuple[Any, str, Any]], region: Any, names: Names
-) -> Iterator[str]:
+def _classes(classes: Iterable[tuple[Any, str, Any]], region: Any, names: Names) -> Iterator[str]:
     """That classes have what they had.
 
     Dynamo does not look again for methods, in no model, but for the forward that is called first.
@@ -195,9 +189,7 @@ def _classes(
             yield _variable(names.name(owner), name, value, names)
 
 
-def _at_place(
-    place: Place, value: Any, at: Mapping[str, nn.Module], names: Names
-) -> Iterator[str]:
+def _at_place(place: Place, value: Any, at: Mapping[str, nn.Module], names: Names) -> Iterator[str]:
     """That an attribute of a module, or of an object that one holds, is as it was."""
     path, (*before, name) = place
     holder = held_at(at, (path, tuple(before)))
@@ -261,5 +253,9 @@ def _global(namespace: dict[str, Any], name: str, value: Any, names: Names) -> s
 def _variable(owner: str, name: str, value: Any, names: Names) -> str:
     if value is MISSING:
         return f"not hasattr({owner}, {name!r})"
+    return _same(_of(owner, name), value, names)
+
+
+def _of(owner: str, name: str) -> str:
     plain = name.isidentifier() and not keyword.iskeyword(name)
-    return _same(f"{owner}.{name}" if plain else f"getattr({owner}, {name!r})", value, names)
+    return f"{owner}.{name}" if plain else f"getattr({owner}, {name!r})"
