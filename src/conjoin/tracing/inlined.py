@@ -22,7 +22,7 @@ from torch import Tensor, nn
 from conjoin.layers.checks import TENSORS
 from conjoin.layers.embedding import unstack
 from conjoin.layers.wide import Wide
-from conjoin.tracing.quick import CALL, Names, Written, calls_forward, code
+from conjoin.tracing.quick import CALL, Names, Written, at_path, calls_forward, code
 from conjoin.tracing.spelled import CELL, condition_of, module_at
 from conjoin.tracing.structures import Structure, structure_of
 
@@ -173,7 +173,7 @@ def _forward(written: Written, name: str, at: Mapping[str, nn.Module], names: Na
     if unstack in written.globals.values():
         source = re.sub(rf"\b{names.name(unstack)}\((\w+), \d+\)", _parts(r"\1", names), source)
     head, body = source.split("\n", 1)
-    modules = {each: at[path] for each, path in written.called}
+    modules = {each: at_path(at[""], path) for each, path in written.called}
     found = "".join(f"    {each} = {module_at(path)}\n" for each, path in written.called)
     body = CALLED.sub(lambda call: _call(call, modules[call[1]], names), body)
     return f"{head}\n{found}{body}\n"
