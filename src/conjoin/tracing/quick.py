@@ -40,6 +40,9 @@ WORDS = (None, True, False)
 PLAIN_MAPPINGS = (dict, OrderedDict)
 """Types of mapping in which an item is looked up without other code."""
 
+END = "..."
+"""What stands in source behind the last name of a mapping, and is no name."""
+
 UNFLATTEN = "conjoin_unflatten"
 """The name of the method of that name without what PyTorch has in Python in front of it."""
 
@@ -119,7 +122,7 @@ class Conditions:
             *(_item(*each, names) for each in self.values),
             *(f"type({names.name(module)}) is {names.name(cls)}" for module, cls in self.kinds),
             *(_attribute(*each, names) for each in self.classes),
-            *(f"(*{names.name(mapping)},) == {held!r}" for mapping, held in self.children),
+            *_listed(self.children, names),
             *(f"{names.name(mapping)}[{name!r}] is not None" for mapping, name in self.present),
         ]
         if self.contents:
@@ -166,6 +169,16 @@ def _attribute(owner: Any, name: str, value: Any, names: Names) -> str:
 def _same(expression: str, value: Any, names: Names) -> str:
     known = any(value is word for word in WORDS)
     return f"{expression} is {value!r}" if known else f"{expression} is {names.name(value)}"
+
+
+def _listed(
+    children: Iterable[tuple[Mapping[str, Any], tuple[str, ...]]], names: Names
+) -> Iterator[str]:
+    """That all of these mappings have these names in this order; one list of all is quickest."""
+    if found := {id(mapping): (mapping, held) for mapping, held in children}:
+        listed = ", ".join(f"*{names.name(mapping)}, {END}" for mapping, _ in found.values())
+        expected = tuple(name for _, held in found.values() for name in (*held, ...))
+        yield f"({listed}) == {names.name(expected)}"
 
 
 def _unhooked(hooks: Iterable[dict[int, Any]], names: Names) -> Iterator[str]:
