@@ -15,9 +15,9 @@ def subclass(mixin: type, base: type[nn.Module], forward: Callable[..., Any]) ->
     own: Dynamo compiles each piece of code a few times at most, and takes a size that was another
     the last time for one that varies.
     """
-    code = forward.__code__  # type: ignore[attr-defined]
+    code = forward.__code__
     name = f"{base.__module__}.{base.__qualname__}.{code.co_name}"
-    forward.__code__ = code.replace(co_name=name)  # type: ignore[attr-defined]
+    forward.__code__ = code.replace(co_name=name)
     names = {
         "conjoin_base": base,
         "forward": forward,
