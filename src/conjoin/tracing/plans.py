@@ -223,13 +223,13 @@ def bind(
     """
     at = dict(region.named_modules())
     variants: dict[Structure, tuple[Variant, ...]] = {}
-    holding: tuple[Conditions, ...] = ()
+    conditions: tuple[Conditions, ...] = ()
     for number, (traced, marks) in enumerate(unbound):
         bound = _bound(at, traced, marks, number)
         variants[traced.structure] = (*variants.get(traced.structure, ()), bound)
-        holding += (bound.conditions,)
+        conditions += (bound.conditions,)
     _regions.setdefault(cls, WeakValueDictionary())[id(region)] = region
-    return Plan(cls, variants, finder_of(at, variants), holding)
+    return Plan(cls, variants, finder_of(at, variants), conditions)
 
 
 _regions: WeakKeyDictionary[type[nn.Module], WeakValueDictionary[int, nn.Module]]
