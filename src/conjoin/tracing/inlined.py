@@ -153,7 +153,7 @@ def _fitting(variant: Variant) -> list[str]:
         for what in ("shape", "dtype", "device", "requires_grad") if one != other else ():
             facts.append(f"{one}.{what} == {other}.{what}")
     elements = " + ".join(f"args[{at}].numel()" for at in range(len(traced.observed.alike)))
-    return [*facts, f"{elements} <= {traced.most}"]
+    return [*facts, f"{elements or 'sum([each.numel() for each in args])'} <= {traced.most}"]
 
 
 def _forwards(number: int, traced: Traced, at: Mapping[str, nn.Module], names: Names) -> str:
