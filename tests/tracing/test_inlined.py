@@ -249,3 +249,21 @@ def test_models_of_several_classes_are_compiled_each_for_itself():
         optimized = conjoin.optimize(model, (x,), policy="always")
         torch.compile(optimized, backend=backend)(x)
     assert shapes == [[(3 + number, 4)] for number in range(10)]
+
+
+def test_what_is_taken_for_granted_of_the_tensors_of_a_call():
+    case = CASES["batch_small"]
+    model = case.model().double().eval()
+    optimized = conjoin.optimize(model, tuple(x.double() for x in case.inputs()))
+    graphs = []
+
+    def backend(graph_module, inputs):
+        graphs.append(sum(n.target is nn.functional.linear for n in graph_module.graph.nodes))
+        return graph_module.forward
+
+    compiled = torch.compile(optimized, backend=backend, dynamic=False)
+    for sizes in ((3, 3, 3, 3), (3, 4, 5, 6), (2000, 2000, 2000, 2000)):
+        call = [torch.randn(size, 64).double() for size in sizes]
+        with torch.no_grad():
+            assert_close(dict(tensors(compiled(*call))), dict(tensors(model(*call))), "output")
+    assert graphs == [2, 8, 8], "products, of four tensors at once or one by one"
