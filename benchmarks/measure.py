@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import copy
 import dataclasses
+import gc
 import time
 from collections.abc import Callable, Iterable
 from typing import Any
@@ -36,6 +37,7 @@ def measure(
         seconds: how long to time, beside what it takes to make and to compile.
     """
     torch.compiler.reset()
+    gc.collect()  # What was measured before is not to count among the regions of a class.
     inputs = tuple(x.to(device) for x in case.inputs())
     plain = case.model().to(device).train(mode == "training")
     found: dict[str, dict[str, Any]] = {}

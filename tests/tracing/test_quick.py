@@ -313,3 +313,23 @@ def test_somebody_else_calls_the_modules(monkeypatch):
     monkeypatch.setattr(nn.Module, "__call__", noted)
     assert_close(optimized(x), plain(x))
     assert {*wides(optimized)} < {*called}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        lambda first, second: first.update(c=None),
+        lambda first, second: first.pop("a"),
+        lambda first, second: first.update(a=first.pop("a")),
+        lambda first, second: second.update(b=first.pop("b")),
+        lambda first, second: first.update(c=second.pop("c")),
+    ],
+    ids=["grown", "shrunk", "reordered", "moved on", "moved back"],
+)
+def test_names_of_children(change):
+    first, second = {"a": None, "b": None}, {"c": None}
+    children = ((first, ("a", "b")), (second, ("c",)))
+    holds = Conditions((), (), (), (), children, (), ()).check()
+    assert holds()
+    change(first, second)
+    assert not holds()

@@ -53,6 +53,15 @@ class Embedding(Kind):
         tables = [wide.part("weight", wide.weight, i) for i in range(len(wide.widths))]
         return torch.cat([F.embedding(input, table, padding) for table in tables], dim=-1)
 
+    def inlined(
+        self, wide: Wide, held: str, input: str, name: Callable[[object], str], *, apart: bool
+    ) -> str | None:
+        """`run` of a stack of tables."""
+        if apart or not _stacked(wide):
+            return None
+        stack = f"{held}['weight'].view({(len(wide.widths), *wide.shapes[0])})"
+        return f"{name(read_stack)}({stack}, {input}, {wide.settings['padding_idx']!r})"
+
     def joins(self, widths: Sequence[int]) -> bool:
         """A stack of tables of one width is read as it is."""
         return len(set(widths)) > 1

@@ -35,7 +35,7 @@ if TYPE_CHECKING:
 
 
 OF_DIRECT = frozenset({"run", "apart", "joined", "biases"})
-"""The methods of a kind that its `direct` stands for."""
+"""The methods of a kind that its `direct` and its `inlined` stand for."""
 
 
 class Kind(ABC):
@@ -120,8 +120,9 @@ class Kind(ABC):
             FORWARDS.setdefault(layer, layer.forward)
         if "run" in vars(cls) and "apart" not in vars(cls):
             cls.stacked = None  # What a base class does with several inputs is something else.
-        if not OF_DIRECT.isdisjoint(vars(cls)) and "direct" not in vars(cls):
-            cls.direct = Kind.direct  # type: ignore[method-assign]  # So is what it does directly.
+        for name in ("direct", "inlined"):
+            if not OF_DIRECT.isdisjoint(vars(cls)) and name not in vars(cls):
+                setattr(cls, name, getattr(Kind, name))  # So is what it does directly.
 
     def __eq__(self, other: object) -> bool:
         """Whether it is of the same class with the same attributes, as a copy is."""
@@ -318,6 +319,23 @@ class Kind(ABC):
                 side along `output_dim`. So is the output.
         """
         raise NotImplementedError(f"{self.name} does not run on different inputs")
+
+    def inlined(
+        self, wide: Wide, held: str, input: str, name: Callable[[object], str], *, apart: bool
+    ) -> str | None:
+        """`run` for one wide layer, or `apart`, as an expression that Dynamo guards little of.
+
+        Args:
+            wide: the wide layer.
+            held: an expression for its `_parameters`.
+            input: one for the input.
+            name: gives a name for what else the expression refers to.
+            apart: whether each sibling reads its own input.
+
+        Returns:
+            The expression; None where there is none, and the method is called.
+        """
+        return None
 
     def direct(self, wide: Wide, *, apart: bool = False) -> Callable[[Tensor], Tensor]:
         """`run` for one wide layer, or `apart`: with what never changes looked up beforehand.

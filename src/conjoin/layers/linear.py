@@ -12,6 +12,7 @@ from __future__ import annotations
 from collections.abc import Callable
 from typing import TYPE_CHECKING, Any
 
+import torch
 from torch import Tensor, nn
 from torch.nn import functional as F
 
@@ -37,6 +38,22 @@ class Linear(Kind):
     def apart(self, wide: Wide, input: Tensor) -> Tensor:
         """(n, ..., in) -> (n, ..., out)."""
         return _batched(input, wide.weight, self.biases(wide), (len(wide.widths), *wide.shapes[0]))
+
+    def inlined(
+        self, wide: Wide, held: str, input: str, name: Callable[[object], str], *, apart: bool
+    ) -> str | None:
+        """Both, where no zeros fill gaps between biases."""
+        if len({*wide.biased}) > 1:
+            return None
+        weight, bias = f"{held}['weight']", f"{held}['bias']"
+        if not apart:
+            return f"{name(F.linear)}({input}, {weight}, {bias})"
+        count, out, _ = shape = (len(wide.widths), *wide.shapes[0])
+        turned = f"{weight}.view({shape}).transpose(1, 2)"
+        added = f"{name(torch.baddbmm)}({bias}.view({count}, 1, {out}), {input}, {turned})"
+        flat = f"{name(torch.bmm)}({input}, {turned}) if {bias} is None else {added}"
+        other = f"{name(_batched)}({input}, {weight}, {bias}, {shape})"
+        return f"({other} if {input}.dim() != 3 else {flat})"
 
     def direct(self, wide: Wide, *, apart: bool = False) -> Callable[[Tensor], Tensor]:
         """Both, where no zeros fill gaps between biases."""

@@ -11,8 +11,13 @@ from torch import nn
 def subclass(mixin: type, base: type[nn.Module], forward: Callable[..., Any]) -> type:
     """A subclass of `base` by its name, which is one of `mixin` too, with a forward of its own.
 
-    The mixin finds `base` as `conjoin_base`.
+    The mixin finds `base` as `conjoin_base`. The forward gets code of its own, by a name of its
+    own: Dynamo compiles each piece of code a few times at most, and takes a size that was another
+    the last time for one that varies.
     """
+    code = forward.__code__
+    name = f"{base.__module__}.{base.__qualname__}.{code.co_name}"
+    forward.__code__ = code.replace(co_name=name)
     names = {
         "conjoin_base": base,
         "forward": forward,

@@ -20,6 +20,7 @@ from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
+from torch.compiler import is_dynamo_compiling
 
 from conjoin.layers import lockstep, slices
 from conjoin.layers.checks import TENSORS
@@ -73,6 +74,8 @@ class View(Sibling):
         return self._part("bias")
 
     def _part(self, name: str) -> Tensor | None:
+        if torch.compiler.is_compiling():
+            return self.slice_of(name)
         running, slice = slices.read(self, name)
         if running:
             return slice
@@ -80,7 +83,7 @@ class View(Sibling):
         whole = getattr(wide, name)
         if whole is None or not wide.holds(name, self.conjoin_index):
             return None
-        if type(whole) is not nn.Parameter or torch.compiler.is_compiling() or in_transform():
+        if type(whole) is not nn.Parameter or in_transform():
             return self.slice_of(name)
         return lend(self, name)
 
@@ -267,6 +270,8 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
 
     @functools.wraps(known)
     def forward(self: nn.Module, *args: Any, **kwargs: Any) -> Any:
+        if is_dynamo_compiling():  # Nothing is shared there, and whatever is asked is guarded.
+            return base.forward(self, *args, **kwargs)
         input = args[0] if args else kwargs.get("input")
         plain = len(args) + len(kwargs) == 1 and base.forward is known
         # It is no view for a bound method that was kept.

@@ -9,9 +9,10 @@ from __future__ import annotations
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary, ref
 
 from torch import Tensor, is_grad_enabled, nn
-from torch.compiler import is_compiling, is_dynamo_compiling
+from torch.compiler import assume_constant_result, is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from conjoin.layers.checks import CALL_HOOKS
@@ -19,11 +20,11 @@ from conjoin.layers.lockstep import in_transform
 from conjoin.layers.owner import Owner
 from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View
-from conjoin.tracing.quick import Conditions
+from conjoin.tracing.inlined import BY_IDENTITY, RISES, finder_of, has_tensors
+from conjoin.tracing.quick import Conditions, at_path, holding
 from conjoin.tracing.sandbox.constants import frozen, snapshots
 from conjoin.tracing.sandbox.objects import held_at, holder_of
 from conjoin.tracing.sound import Traced
-from conjoin.tracing.spelled import check_of
 from conjoin.tracing.structures import Observed, Structure, is_plain, structure_of
 
 PLAN = "conjoin_plan"
@@ -39,16 +40,20 @@ class Variant:
 
     Attributes:
         traced: the forward, and what it takes for granted by path.
+        number: its number in the plan.
         conditions: what it takes for granted.
-        spelled: a function of the region by which Dynamo finds the same, but for the containers.
+        classes: classes and functions, the names of attributes, and their values, among that.
+        way: for Dynamo, whether the forward may run; see `inlined.py`.
         holds: whether the conditions hold; made when that is first asked.
         quick: the forward bound to the modules, and whether it may run as it is; made when the
             forward is first called.
     """
 
     traced: Traced
+    number: int
     conditions: Conditions
-    spelled: Callable[[nn.Module], bool]
+    classes: tuple[tuple[Any, str, Any], ...]
+    way: Callable[[], int]
     holds: Callable[[], bool] | None = None
     quick: tuple[Callable[..., Any], Callable[[], bool]] | None = None
 
@@ -65,29 +70,28 @@ class Variant:
                 return False
         return sum([tensor.numel() for tensor in tensors]) <= self.traced.most
 
-    def compiled(self, region: nn.Module) -> Callable[..., Any] | None:
-        """The new forward for Dynamo; None where something makes it another function."""
-        if not (self.spelled(region) and self.conditions.contents_hold()):
-            return None
-        # Not where `torch.export` runs it, whose program is not for training.
-        trains = is_grad_enabled() and is_dynamo_compiling()
-        return self.traced.risen if trains else self.traced.function
+    def exported(self) -> Callable[..., Any] | None:
+        """The new forward for a graph of it; None where something makes it another function."""
+        return self.traced.function if self._holds() else None
 
     def function(self, region: nn.Module) -> Callable[..., Any] | None:
         """The new forward; None where something has happened that makes it another function."""
         if self.quick is not None and self.quick[1]():
             return self.quick[0]
-        if in_transform() or _has_any_global_hook():  # type: ignore[no-untyped-call]
-            return None
-        if self.holds is None:
-            self.holds = self.conditions.check()
-        if not self.holds():
+        if in_transform() or not self._holds():
             return None
         if self.quick is None:
             self.quick = self.traced.written.bound(region, self.conditions)
             return self.function(region)
         # Somebody follows the calls of the modules.
         return self.traced.function
+
+    def _holds(self) -> bool:
+        if _has_any_global_hook():  # type: ignore[no-untyped-call]
+            return False
+        if self.holds is None:
+            self.holds = self.conditions.check()
+        return self.holds()
 
 
 def _are_alike(tensor: Tensor, other: Tensor) -> bool:
@@ -106,10 +110,14 @@ class Plan:
     Attributes:
         cls: the class of the region; of a subclass of it, methods may be others.
         variants: by the structure of the call; of those for one structure, the first that holds.
+        finder: what finds a forward where Dynamo traces; see `inlined.py`.
+        holding: for that, what the variants take for granted, by their numbers.
     """
 
     cls: type[nn.Module]
     variants: dict[Structure, tuple[Variant, ...]]
+    finder: Callable[..., tuple[Callable[..., Any], tuple[Tensor, ...]] | None]
+    holding: tuple[Conditions, ...]
 
     def find(
         self, region: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
@@ -127,21 +135,20 @@ class Plan:
         variants = self.variants.get(structure)
         if variants is None:
             return None
-        compiling = is_compiling()
-        if compiling and _has_any_global_hook():  # type: ignore[no-untyped-call]
-            return None
+        # Not where Dynamo does, but where `torch.export` runs it.
+        exported = is_compiling()
         for variant in variants:
             if variant.fits(args):
-                function = variant.compiled(region) if compiling else variant.function(region)
+                function = variant.exported() if exported else variant.function(region)
                 if function is not None:
                     return function, args
         return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unbound:
         """The forwards unbound; the copied region binds them to its own modules."""
-        return self.unbound()
+        return Unbound(self.unbound())
 
-    def unbound(self) -> Unbound:
+    def unbound(self) -> list[tuple[Traced, tuple[_Mark, ...]]]:
         """The forwards, for other modules than those that they are bound to.
 
         Not those that are over, since a module that they call has another class by now: a copy
@@ -160,16 +167,30 @@ class Plan:
         return _traced_anew, (calls,)
 
 
-def _traced_anew(structures: dict[Structure, Observed]) -> dict[Structure, Observed]:
+def _traced_anew(structures: dict[Structure, Observed]) -> Unbound:
     """What a pickle holds: the structures of the calls, and what was seen of them."""
-    return structures
+    return Unbound(None, structures)
 
 
 _Mark = tuple[type, int, int]
 """The class of a module; for a view also which wide layer it has, and which part of it it is."""
 
-Unbound = list[tuple[Traced, tuple[_Mark, ...]]]
-"""What was traced, and what it found of the modules that it reached."""
+
+@dataclass(frozen=True, slots=True)
+class Unbound:
+    """What a copy of a region has of its plan until it is bound, by which nothing is found.
+
+    Attributes:
+        traced: what was traced, and what it found of the modules that it reached; None where it is
+            traced anew.
+        calls: what was seen of the calls, by structure.
+    """
+
+    traced: list[tuple[Traced, tuple[_Mark, ...]]] | None
+    calls: Mapping[Structure, Observed] | None = None
+
+    def finder(self, *args: Any) -> None:
+        """No forward."""
 
 
 def _marks(modules: Sequence[nn.Module]) -> tuple[_Mark, ...]:
@@ -185,7 +206,11 @@ def _marks(modules: Sequence[nn.Module]) -> tuple[_Mark, ...]:
     return tuple(marks)
 
 
-def bind(region: nn.Module, cls: type[nn.Module], unbound: Unbound) -> Plan:
+def bind(
+    region: nn.Module,
+    cls: type[nn.Module],
+    unbound: Sequence[tuple[Traced, tuple[_Mark, ...]]],
+) -> Plan:
     """The plan of a region for what was traced of it, or of the module that it is a copy of.
 
     Args:
@@ -198,13 +223,58 @@ def bind(region: nn.Module, cls: type[nn.Module], unbound: Unbound) -> Plan:
     """
     at = dict(region.named_modules())
     variants: dict[Structure, tuple[Variant, ...]] = {}
-    for traced, marks in unbound:
-        bound = _bound(at, traced, marks)
+    conditions: tuple[Conditions, ...] = ()
+    for number, (traced, marks) in enumerate(unbound):
+        bound = _bound(at, traced, marks, number)
         variants[traced.structure] = (*variants.get(traced.structure, ()), bound)
-    return Plan(cls, variants)
+        conditions += (bound.conditions,)
+    _regions.setdefault(cls, WeakValueDictionary())[id(region)] = region
+    return Plan(cls, variants, finder_of(at, variants), conditions)
 
 
-def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -> Variant:
+_regions: WeakKeyDictionary[type[nn.Module], WeakValueDictionary[int, nn.Module]]
+_regions = WeakKeyDictionary()
+"""The regions that there are of each class."""
+
+FEW = 4
+"""Up to so many regions of a class Dynamo compiles each for itself, as quick as it can be.
+
+It compiles one function eight times at most, and blocks that are compiled one by one are more."""
+
+
+def _way_of(region: nn.Module, traced: Traced, number: int) -> Callable[[], int]:
+    """What tells Dynamo whether a forward may run, and how it is guarded.
+
+    It does not hold the region, since Dynamo holds it for good.
+
+    Args:
+        region: the module.
+        traced: the forward.
+        number: its number in the region's plan.
+    """
+    held, called = ref(region), (*traced.written.called, *traced.rising.called)
+
+    def way() -> int:
+        region = held()
+        plan = None if region is None else vars(region).get(PLAN)
+        if type(plan) is not Plan or type(region) is not plan.cls or _has_any_global_hook():  # type: ignore[no-untyped-call]
+            return 0
+        conditions = plan.holding[number]
+        if not conditions.check()():
+            return 0
+        modules = [at_path(region, path) for _, path in called]
+        if not (all(map(has_tensors, modules)) and holding(conditions, modules)()):
+            return 0
+        trains = RISES if is_grad_enabled() else 0
+        return 1 | trains | (BY_IDENTITY if len(_regions[plan.cls]) <= FEW else 0)
+
+    constant: Callable[[], int] = assume_constant_result(way)  # type: ignore[no-untyped-call]
+    return constant
+
+
+def _bound(
+    at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...], number: int
+) -> Variant:
     reached = [(at[path]._modules, name, at[path]._modules[name]) for path, name in traced.places]
     modules = [module for _, _, module in reached if module is not None]
     owners: dict[Any, type] = {
@@ -236,7 +306,7 @@ def _bound(at: dict[str, nn.Module], traced: Traced, marks: tuple[_Mark, ...]) -
         classes=(*classes, *enclosed),
         contents=(*traced.shared, *_contents(at, traced)),
     )
-    return Variant(traced, conditions, check_of(traced, at, classes))
+    return Variant(traced, number, conditions, classes, _way_of(at[""], traced, number))
 
 
 def _last_class(cls: Any, name: str, owners: Mapping[Any, type]) -> Any:

@@ -40,6 +40,9 @@ WORDS = (None, True, False)
 PLAIN_MAPPINGS = (dict, OrderedDict)
 """Types of mapping in which an item is looked up without other code."""
 
+END = "..."
+"""What stands in source behind the last name of a mapping, and is no name."""
+
 UNFLATTEN = "conjoin_unflatten"
 """The name of the method of that name without what PyTorch has in Python in front of it."""
 
@@ -119,7 +122,7 @@ class Conditions:
             *(_item(*each, names) for each in self.values),
             *(f"type({names.name(module)}) is {names.name(cls)}" for module, cls in self.kinds),
             *(_attribute(*each, names) for each in self.classes),
-            *(f"(*{names.name(mapping)},) == {held!r}" for mapping, held in self.children),
+            *_listed(self.children, names),
             *(f"{names.name(mapping)}[{name!r}] is not None" for mapping, name in self.present),
         ]
         if self.contents:
@@ -168,6 +171,16 @@ def _same(expression: str, value: Any, names: Names) -> str:
     return f"{expression} is {value!r}" if known else f"{expression} is {names.name(value)}"
 
 
+def _listed(
+    children: Iterable[tuple[Mapping[str, Any], tuple[str, ...]]], names: Names
+) -> Iterator[str]:
+    """That all of these mappings have these names in this order; one list of all is quickest."""
+    if found := {id(mapping): (mapping, held) for mapping, held in children}:
+        listed = ", ".join(f"*{names.name(mapping)}, {END}" for mapping, _ in found.values())
+        expected = tuple(name for _, held in found.values() for name in (*held, ...))
+        yield f"({listed}) == {names.name(expected)}"
+
+
 def _unhooked(hooks: Iterable[dict[int, Any]], names: Names) -> Iterator[str]:
     if found := tuple({id(each): each for each in hooks}.values()):
         yield f"not any({names.name(found)})"
@@ -203,7 +216,7 @@ class Written:
         ways: dict[str, set[str]] = {}
         for found in CALLS.finditer(self.source):
             ways.setdefault(found[1], set()).add(found[2])
-        modules = [_at(region, path) for _, path in self.called]
+        modules = [at_path(region, path) for _, path in self.called]
         apart: set[str] = set()
         for (name, _), module in zip(self.called, modules, strict=True):
             if type(module) is Wide and len(ways.get(name, ())) == 1:
@@ -221,7 +234,8 @@ class Written:
         function = names.define(source, "forward")
         function = restoring_mode(function) if self.restores else function
         function = storing(function, self.stored) if self.stored else function
-        return function, _ready(conditions, [*dict.fromkeys(modules)])
+        names = Names()
+        return function, _all_of([*_alone(names), *usual(conditions, modules, names)], names)
 
 
 def restoring_mode(function: Callable[..., Any]) -> Callable[..., Any]:
@@ -251,7 +265,7 @@ def storing(
     return stores
 
 
-def _at(region: nn.Module, path: str) -> nn.Module:
+def at_path(region: nn.Module, path: str) -> nn.Module:
     """The module at a path, past what views have by the name of their wide layer."""
     found: Any = region
     for name in path.split("."):
@@ -261,30 +275,39 @@ def _at(region: nn.Module, path: str) -> nn.Module:
 
 def _called(module: nn.Module) -> Callable[..., Any]:
     """What a call of a module without hooks comes to."""
+    return MethodType(type(module).forward, module) if calls_forward(module) else module
+
+
+def calls_forward(module: nn.Module) -> bool:
+    """Whether a call of a module without hooks comes to a function, its forward."""
     cls = plain_class(module)
     known = type(module) is cls or isinstance(module, View)
     plain = known and cls.__module__.startswith("torch.nn.modules.")
-    forward = type(module).forward
-    return MethodType(forward, module) if plain and type(forward) is FunctionType else module
+    return plain and type(type(module).forward) is FunctionType
 
 
-def _ready(conditions: Conditions, called: Sequence[nn.Module]) -> Callable[[], bool]:
-    """A function that tells whether all holds that a forward takes for granted that is bound.
+def usual(conditions: Conditions, called: Sequence[nn.Module], names: Names) -> list[str]:
+    """That all holds that a forward takes for granted that calls forwards, as expressions.
 
     Args:
         conditions: what was traced under.
         called: the modules that it calls, or whose forwards.
+        names: the values that the expressions refer to.
     """
-    names = Names()
-    hooks = [vars(module)[kind] for module in called for kind in CALL_HOOKS]
-    facts = [
-        *_alone(names),
+    modules = [*dict.fromkeys(called)]
+    hooks = [vars(module)[kind] for module in modules for kind in CALL_HOOKS]
+    return [
         *_unhooked((*conditions.hooks, *hooks), names),
         *conditions.facts(names),
         f"{names.name(nn.Module)}.__call__ is {names.name(MODULE_CALL)}",
-        *(fact for module in called for fact in _usual(module, names)),
+        *(fact for module in modules for fact in _usual(module, names)),
     ]
-    return _all_of(facts, names)
+
+
+def holding(conditions: Conditions, called: Sequence[nn.Module]) -> Callable[[], bool]:
+    """A function that tells whether all of `usual` holds."""
+    names = Names()
+    return _all_of(usual(conditions, called, names), names)
 
 
 def _alone(names: Names) -> Iterator[str]:

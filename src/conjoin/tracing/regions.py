@@ -17,6 +17,7 @@ from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
 from torch import nn
+from torch.compiler import is_dynamo_compiling
 
 from conjoin.layers.owner import Owner, copies_itself, owner_class, raw_parameters
 from conjoin.layers.subclass import plain_class, subclass
@@ -24,7 +25,7 @@ from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
 from conjoin.merging import MERGER, Merger
 from conjoin.nn import Split, Unite
-from conjoin.tracing.plans import PLAN, Plan, bind, marks_of, region_classes
+from conjoin.tracing.plans import PLAN, Plan, Unbound, bind, marks_of, region_classes
 from conjoin.tracing.proxies import UnsoundError
 from conjoin.tracing.rounds import Known, State, Structures, state_of, trace
 from conjoin.tracing.sound import Traced
@@ -39,6 +40,7 @@ class Region(nn.Module):
     """A module with a rewritten forward; always together with its own class, see `region_class`."""
 
     conjoin_base: type[nn.Module]
+    conjoin_plan: Plan | Unbound | None = None
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not the user's: a region is no new class of theirs."""
@@ -55,15 +57,16 @@ class Region(nn.Module):
         held = vars(self).pop(PLAN, None)
         if "conjoin_base" not in vars(type(self)):
             return
-        held = held.unbound() if isinstance(held, Plan) else held
-        if not isinstance(held, list):
+        traced = held.unbound() if isinstance(held, Plan) else held and held.traced
+        if traced is None:
             self.__class__ = self.conjoin_base  # type: ignore[assignment]
+            calls = held.calls if held else None
             with putting_back(self):
                 meta = {MERGER: Merger(self, frozen=True)}
-                _become(self, trace(self, held or {None: Observed()}, meta, {})[0])
+                _become(self, trace(self, dict(calls or {None: Observed()}), meta, {})[0])
             return
         try:
-            vars(self)[PLAN] = bind(self, type(self), held)
+            vars(self)[PLAN] = bind(self, type(self), traced)
         except (KeyError, UnsoundError):  # It is not as it was when it was traced.
             self.__class__ = self.conjoin_base  # type: ignore[assignment]
 
@@ -80,11 +83,15 @@ def _forward(base: type[nn.Module]) -> Callable[..., Any]:
 
     @functools.wraps(base.forward)
     def forward(self: Region, *args: Any, **kwargs: Any) -> Any:
-        own = vars(self)
-        # A replica of data parallelism has the plan, and with it the buffers, of the module itself.
-        plan = None if "_is_replica" in own else own.get(PLAN)
-        # A copy that was made past `__setstate__` has one that is bound to nothing.
-        found = plan.find(self, args, kwargs) if type(plan) is Plan else None
+        # A copy that was made past `__setstate__` has a plan that is bound to nothing.
+        if is_dynamo_compiling():
+            plan = self.conjoin_plan
+            found = plan.finder(self, args, kwargs) if plan is not None else None
+        else:
+            own = vars(self)
+            # A replica of data parallelism has the plan, and with it the buffers, of the module.
+            plan = None if "_is_replica" in own else own.get(PLAN)
+            found = plan.find(self, args, kwargs) if type(plan) is Plan else None
         if found is None:
             return base.forward(self, *args, **kwargs)
         return found[0](self, *found[1])

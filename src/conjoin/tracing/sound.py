@@ -66,6 +66,7 @@ class Traced:
         function: the new forward, called with the region and the tensors of a call.
         risen: the same, for compilers of steps of training; see `rising.py`.
         written: its source.
+        rising: the source of that for compilers.
         structure: the structure of the calls that it was traced for.
         modes: paths of modules, and their `training`.
         places: where modules stand that were reached: the path of the parent, and the name.
@@ -90,6 +91,7 @@ class Traced:
     function: Callable[..., Any]
     risen: Callable[..., Any]
     written: Written
+    rising: Written
     structure: Structure
     modes: tuple[tuple[str, bool], ...]
     places: tuple[tuple[str, str], ...]
@@ -156,11 +158,14 @@ def trace(
         return None
     merging.tell(graph_module)
     function, written = compiled(graph_module.graph, tuple(sandbox.stored))
-    risen = rising.rise(graph_module.graph, edit.called_modules(graph_module))
+    risen = function, written
+    if rising.rise(graph_module.graph, edit.called_modules(graph_module)):
+        risen = compiled(graph_module.graph, tuple(sandbox.stored))
     return Traced(
         function=function,
-        risen=compiled(graph_module.graph, tuple(sandbox.stored))[0] if risen else function,
+        risen=risen[0],
         written=written,
+        rising=risen[1],
         structure=structure,
         modes=tuple(sandbox.modes.items()),
         places=tuple(sandbox.places),

@@ -1,23 +1,33 @@
 """The check that a rewritten forward may run, as source that Dynamo traces to few guards.
 
-While Dynamo traces, whatever is looked at becomes guards, which run on every call. A loop over
-tuples of what must hold guards the tuples too, several guards for each item, and the dictionaries
-in them with all their keys. So the check is spelled out, with names and plain values in the
-source, and goes from the region to its modules as the forward does, whose guards it shares.
+A loop over tuples of what must hold guards the tuples too, several guards for each item, and the
+dictionaries in them with all their keys. So the check is spelled out, with plain values in the
+source, and goes from the region to its modules as the forward does, whose guards it shares. Two
+names of one object are a guard in Python, which is slower than many others; so where to look at a
+value is to have it guarded, it is not compared with itself.
+
+What is guarded is what Dynamo guards of a model that is not rewritten, and no more: hooks and
+methods are not looked for again, but classes, flags and constants are. Beside that, a view must be
+the same part of the same wide layer. Where the region is one of few, the views are guarded
+themselves; where there are many like it, which Dynamo is to compile once, it is what they are to
+each other.
 """
 
 from __future__ import annotations
 
 import inspect
 import itertools
+import keyword
 import sys
-from collections.abc import Callable, Iterable, Iterator
-from types import CodeType, FunctionType
-from typing import Any, cast
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from types import BuiltinFunctionType, FunctionType, ModuleType
+from typing import Any
 
 from torch import nn
 
-from conjoin.layers.checks import CALL_HOOKS
+from conjoin.layers.subclass import plain_class
+from conjoin.layers.view import View
+from conjoin.layers.wide import WIDE
 from conjoin.tracing.quick import Names
 from conjoin.tracing.sandbox.objects import MISSING, Place, held_at, holder_of, is_of_items
 from conjoin.tracing.sandbox.sandbox import FUNCTION_PARTS
@@ -29,137 +39,190 @@ WORDS = (type(None), bool)
 PLAIN = (int, str)
 """Types of values that are equal to what they are written as."""
 
+GUARDED = (FunctionType, BuiltinFunctionType, ModuleType, type)
+"""Types of values of which Dynamo guards more than the type."""
 
-class _Constants(Names):
-    """The values that the source cannot spell out, by the names that it has for them."""
+CELL = "_cell_"
+"""What the names of variables of enclosing functions begin with."""
 
-    def literal(self, value: Any) -> str:
-        """An expression for a constant."""
-        return repr(value) if type(value) in (*WORDS, *PLAIN) else self.name(value)
-
-    def same(self, expression: str, value: Any) -> str:
-        """That an expression gives the value."""
-        if type(value) in WORDS:
-            return f"{expression} is {value!r}"
-        if type(value) in PLAIN:
-            return f"type({expression}) is {type(value).__name__} and {expression} == {value!r}"
-        if type(value) is tuple and all(type(each) in (*WORDS, *PLAIN) for each in value):
-            items = (self.same(f"{expression}[{at}]", each) for at, each in enumerate(value))
-            # Dynamo makes another tuple of one that it reads.
-            return " and ".join(
-                (f"type({expression}) is tuple and len({expression}) == {len(value)}", *items)
-            )
-        return f"{expression} is {self.name(value)}"
+ALWAYS = ("_call_impl",)
+"""Methods of modules that Dynamo calls whatever stands in their place, in every model."""
 
 
-def check_of(
-    traced: Traced, at: dict[str, nn.Module], classes: Iterable[tuple[Any, str, Any]]
-) -> Callable[[nn.Module], bool]:
-    """A function of the region that tells whether all holds but what is in containers.
+def condition_of(
+    traced: Traced,
+    at: Mapping[str, nn.Module],
+    classes: Iterable[tuple[Any, str, Any]],
+    number: int,
+    names: Names,
+) -> str:
+    """An expression by which Dynamo guards all that must hold, and which is true where it does.
+
+    It is of `self`, the region; of `known`, whether the views are guarded themselves; and of a
+    variable for each of enclosing functions.
 
     Args:
         traced: the forward, and what it takes for granted.
         at: the modules of the region by path, which are as it takes for granted now.
         classes: classes and functions, the names of attributes, and their values.
+        number: the number of the forward among those of the region.
+        names: the values that the source refers to.
     """
-    constants = _Constants()
-    cells = {f"_cell_{number}": cell for number, (cell, _) in enumerate(traced.cells)}
     found = itertools.chain(
-        _places(traced, at, constants),
-        _values(traced, at, constants),
-        (
-            _variable(constants.name(owner), name, value, constants)
-            for owner, name, value in classes
-            if name not in FUNCTION_PARTS
-        ),
-        (_global(*each, constants) for each in traced.globals),
-        map(constants.same, cells, (value for _, value in traced.cells)),
+        _places(traced, at),
+        _values(traced, at, names),
+        _classes(classes, plain_class(at[""]), names),
+        (_global(*each, names) for each in traced.globals),
+        (_same(f"{CELL}{n}", value, names) for n, (_, value) in enumerate(traced.cells)),
     )
-    facts = "".join(f"        if not ({fact}): return False\n" for fact in found)
-    outer = "".join(f"    {name} = None\n" for name in cells) + "    def check(self):\n"
-    source = f"def enclosing():\n{outer}{facts}        return True\n    return check\n"
-    enclosing = cast(FunctionType, constants.define(source, "enclosing"))
-    code = next(each for each in enclosing.__code__.co_consts if isinstance(each, CodeType))
-    # Dynamo knows the variables of an enclosing function, and not the cells that hold them.
-    held = tuple(cells[name] for name in code.co_freevars)
-    check = FunctionType(code, enclosing.__globals__, "check", None, held)
-    return cast("Callable[[nn.Module], bool]", check)
+    facts = [f"({fact})" for fact in dict.fromkeys(found)]
+    if traced.contents or traced.shared:
+        facts.append(f"self.conjoin_plan.holding[{number}].contents_hold()")
+    if views := _views(traced, at):
+        known = " and ".join(f"{names.name(id)}({module_at(path)})" for path, _ in views)
+        facts.append(f"(({known}) if known else ({' and '.join(_together(views))}))")
+    return f"({' and '.join(facts) or 'True'})"
 
 
-def _places(traced: Traced, at: dict[str, nn.Module], constants: _Constants) -> Iterator[str]:
-    """That the modules are where they were, the outer ones first, which lead to the inner ones."""
+def _literal(value: Any, names: Names) -> str:
+    """An expression for a constant."""
+    return repr(value) if type(value) in (*WORDS, *PLAIN) else names.name(value)
+
+
+def _same(expression: str, value: Any, names: Names) -> str:
+    """That an expression gives the value."""
+    if type(value) in WORDS:
+        return f"{expression} is {value!r}"
+    if type(value) in PLAIN:
+        return f"{expression} == {value!r}"
+    if type(value) is tuple and all(type(each) in (*WORDS, *PLAIN) for each in value):
+        items = (_same(f"{expression}[{at}]", each, names) for at, each in enumerate(value))
+        # Dynamo makes another tuple of one that it reads.
+        return " and ".join(
+            (f"type({expression}) is tuple and len({expression}) == {len(value)}", *items)
+        )
+    if isinstance(value, GUARDED):
+        return f"{expression} is not None"  # Another name of it is another guard, and a slow one.
+    return f"{expression} is {names.name(value)}"
+
+
+def _paths(traced: Traced) -> list[str]:
+    """The paths of the modules that something is known of, the outer ones first."""
     rows: Any = (traced.modes, traced.attributes, traced.present, traced.children)
     held = (place for place, _ in (*traced.contents, *traced.objects))
     paths = {row[0] for row in itertools.chain(*rows, held)}
     paths |= {f"{path}.{name}".lstrip(".") for path, name in traced.places}
     paths = {".".join(p.split(".")[: n + 1]) for p in paths if p for n in range(p.count(".") + 1)}
-    for path in sorted(paths, key=lambda path: (path.count("."), path)):
+    return sorted(paths, key=lambda path: (path.count("."), path))
+
+
+def _places(traced: Traced, at: Mapping[str, nn.Module]) -> Iterator[str]:
+    """That modules of these classes stand where they stood: to look is to have that guarded."""
+    for path in _paths(traced):
         parent, _, name = path.rpartition(".")
-        module = at[parent]._modules[name]
-        yield _item(f"{_module(parent)}._modules", name, module, constants)
-    reached: dict[nn.Module | None, str] = {}
-    for path, name in traced.places:
-        reached[at[path]._modules[name]] = _module(f"{path}.{name}")
-    for module, expression in reached.items():
-        if module is not None:
-            yield from (f"not {expression}.{hooks}" for hooks in CALL_HOOKS)
-            yield f"{expression}.__class__ is {constants.name(type(module))}"
+        none = "is not" if at[parent]._modules[name] is not None else "is"
+        yield f"{module_at(path)} {none} None"
 
 
-def _values(traced: Traced, at: dict[str, nn.Module], constants: _Constants) -> Iterator[str]:
+def _views(traced: Traced, at: Mapping[str, nn.Module]) -> list[tuple[str, View]]:
+    """The views among them."""
+    held = ((path, at.get(path)) for path in _paths(traced))
+    return [(path, module) for path, module in held if isinstance(module, View)]
+
+
+def _together(views: Sequence[tuple[str, View]]) -> Iterator[str]:
+    """That they are the same parts of one wide layer, or of several, as they were."""
+    first: dict[nn.Module, str] = {}
+    for path, view in views:
+        yield f"{module_at(path)}.conjoin_index == {view.conjoin_index}"
+        wide = f"{module_at(path)}._modules[{WIDE!r}]"
+        known = first.setdefault(view.wide_layer, wide)
+        if known != wide:
+            yield f"{wide} is {known}"
+
+
+def _values(traced: Traced, at: Mapping[str, nn.Module], names: Names) -> Iterator[str]:
     """That what was read of the modules is as it was."""
     for path, flag in traced.modes:
-        yield f"{_module(path)}.training is {flag}"
+        yield f"{module_at(path)}.training is {flag}"
     for path, holder, name, value in traced.attributes:
-        yield _item(f"{_module(path)}.{holder}", name, value, constants)
+        if holder == "__dict__":
+            yield from _attribute(module_at(path), name, value, at[path], names)
+        else:
+            yield _item(f"{module_at(path)}.{holder}", name, value, names)
     for place, _ in traced.contents:
-        yield from _at_place(place, held_at(at, place), at, constants)
+        yield from _at_place(place, held_at(at, place), at, names)
     for place, cls in traced.objects:
-        yield f"type({_expression(at, place, constants)}) is {constants.name(cls)}"
+        yield f"type({_expression(at, place, names)}) is {names.name(cls)}"
     for place, value in traced.settings:
-        yield from _at_place(place, value, at, constants)
+        yield from _at_place(place, value, at, names)
     for path, holder, name in traced.present:
-        yield f"{_module(path)}.{holder}.get({name!r}) is not None"
-    for path, names in traced.children:
-        yield f"tuple({_module(path)}._modules) == {names!r}"
+        yield f"{module_at(path)}.{holder}.get({name!r}) is not None"
+    for path, children in traced.children:
+        # No other way to list them has Dynamo guard all of them, and their order.
+        yield f"[name for name in {module_at(path)}._modules] == {[*children]!r}"
 
 
-def _at_place(
-    place: Place, value: Any, at: dict[str, nn.Module], constants: _Constants
-) -> Iterator[str]:
+def _attribute(module: str, name: str, value: Any, held: nn.Module, names: Names) -> Iterator[str]:
+    """That a module has an attribute, or not one of its own, but what its class has.
+
+    To get it is how Dynamo finds out, and guards it.
+    """
+    of_class = inspect.getattr_static(type(held), name, MISSING)
+    if hasattr(type(of_class), "__set__"):
+        yield _item(f"{module}.__dict__", name, value, names)
+    elif value is MISSING and of_class is MISSING:
+        yield f"not hasattr({module}, {name!r})"
+    elif name not in ALWAYS:
+        found = getattr(of_class, "__func__", of_class) if value is MISSING else value
+        yield _same(_of(module, name), found, names)
+
+
+def _classes(classes: Iterable[tuple[Any, str, Any]], region: Any, names: Names) -> Iterator[str]:
+    """That classes have what they had.
+
+    Dynamo does not look again for methods, in no model, but for the forward that is called first.
+    """
+    for owner, name, value in classes:
+        method = type(value) is FunctionType and isinstance(owner, type)
+        if name not in FUNCTION_PARTS and (not method or (owner, name) == (region, "forward")):
+            yield _variable(names.name(owner), name, value, names)
+
+
+def _at_place(place: Place, value: Any, at: Mapping[str, nn.Module], names: Names) -> Iterator[str]:
     """That an attribute of a module, or of an object that one holds, is as it was."""
     path, (*before, name) = place
     holder = held_at(at, (path, tuple(before)))
     if isinstance(holder, nn.Module):
-        yield _item(f"{_module(path)}.__dict__", name, value, constants)
+        yield _item(f"{module_at(path)}.__dict__", name, value, names)
     elif holder_of(at, place) is not None:
-        of = _expression(at, (path, tuple(before)), constants)
+        of = _expression(at, (path, tuple(before)), names)
         of_class = inspect.getattr_static(type(holder), name, MISSING)
-        yield _got(of, name, value, of_class, constants)
+        yield _got(of, name, value, of_class, names)
 
 
-def _got(of: str, name: str, value: Any, of_class: Any, constants: _Constants) -> str:
+def _got(of: str, name: str, value: Any, of_class: Any, names: Names) -> str:
     """That an object gives what it held, or what its class has where it held nothing.
 
     To get that is how Dynamo finds out that the object has nothing of its own.
     """
     if value is MISSING and isinstance(of_class, property):
         return f"hasattr({of}, {name!r})"  # Not what it gives, which Dynamo may have a symbol for.
-    got = f"getattr({of}, {name!r}, {constants.name(MISSING)})"
+    got = f"getattr({of}, {name!r}, {names.name(MISSING)})"
     if value is not MISSING or of_class is MISSING:
-        return constants.same(got, value)
+        return _same(got, value, names)
     if type(of_class) is FunctionType:
-        return f"{got}.__func__ is {constants.name(of_class)}"
-    return constants.same(got, getattr(of_class, "__func__", of_class))
+        return f"{got}.__func__ is {names.name(of_class)}"
+    return _same(got, getattr(of_class, "__func__", of_class), names)
 
 
-def _expression(at: dict[str, nn.Module], place: Place, constants: _Constants) -> str:
+def _expression(at: Mapping[str, nn.Module], place: Place, names: Names) -> str:
     """What leads from the region to an object."""
     path, steps = place
-    found, holder = _module(path), at[path]
+    found, holder = module_at(path), at[path]
     for number, step in enumerate(steps):
         if is_of_items(holder):
-            found = f"{found}[{constants.literal(step)}]"
+            found = f"{found}[{_literal(step, names)}]"
         elif isinstance(holder, nn.Module):
             found = f"{found}.__dict__[{step!r}]"
         else:
@@ -168,26 +231,31 @@ def _expression(at: dict[str, nn.Module], place: Place, constants: _Constants) -
     return found
 
 
-def _module(path: str) -> str:
+def module_at(path: str) -> str:
+    """What leads from the region to a module."""
     return "self" + "".join(f"._modules[{name!r}]" for name in path.split(".") if name)
 
 
-def _item(mapping: str, name: str, value: Any, constants: _Constants) -> str:
+def _item(mapping: str, name: str, value: Any, names: Names) -> str:
     if value is MISSING:
         return f"{name!r} not in {mapping}"
-    same = constants.same(f"{mapping}[{name!r}]", value)
-    return f"{name!r} in {mapping} and {same}"
+    return _same(f"{mapping}[{name!r}]", value, names)
 
 
-def _global(namespace: dict[str, Any], name: str, value: Any, constants: _Constants) -> str:
+def _global(namespace: dict[str, Any], name: str, value: Any, names: Names) -> str:
     """A global variable; of a module, in whose place a namespace would be guarded as a whole."""
     module = sys.modules.get(namespace.get("__name__", ""))
     if module is None or vars(module) is not namespace:
-        return _item(constants.name(namespace), name, value, constants)
-    return _variable(constants.name(module), name, value, constants)
+        return _item(names.name(namespace), name, value, names)
+    return _variable(names.name(module), name, value, names)
 
 
-def _variable(owner: str, name: str, value: Any, constants: _Constants) -> str:
+def _variable(owner: str, name: str, value: Any, names: Names) -> str:
     if value is MISSING:
         return f"not hasattr({owner}, {name!r})"
-    return constants.same(f"getattr({owner}, {name!r}, {constants.name(MISSING)})", value)
+    return _same(_of(owner, name), value, names)
+
+
+def _of(owner: str, name: str) -> str:
+    plain = name.isidentifier() and not keyword.iskeyword(name)
+    return f"{owner}.{name}" if plain else f"getattr({owner}, {name!r})"
