@@ -170,9 +170,10 @@ def test_a_changed_forward_of_the_class(monkeypatch):
     assert_close(dict(tensors(compiled(x))), dict(tensors(model(x))), "output")
 
 
-def test_blocks_that_are_compiled_one_by_one_are_compiled_once():
+@pytest.mark.parametrize("count", [2, 10])
+def test_blocks_that_are_compiled_one_by_one_are_compiled_once(count):
     x = torch.randn(3, 4).double()
-    model = Stack(10).double()
+    model = Stack(count).double()
     optimized = conjoin.optimize(model, (x,), policy="always")
     expected = dict(tensors(model(x)))
     for each in (model, optimized):

@@ -236,11 +236,6 @@ _regions: WeakKeyDictionary[type[nn.Module], WeakValueDictionary[int, nn.Module]
 _regions = WeakKeyDictionary()
 """The regions that there are of each class."""
 
-FEW = 4
-"""Up to so many regions of a class Dynamo compiles each for itself, as quick as it can be.
-
-It compiles one function eight times at most, and blocks that are compiled one by one are more."""
-
 
 def _way_of(region: nn.Module, traced: Traced, number: int) -> Callable[[], int]:
     """What tells Dynamo whether a forward may run, and how it is guarded.
@@ -266,7 +261,7 @@ def _way_of(region: nn.Module, traced: Traced, number: int) -> Callable[[], int]
         if not (all(map(has_tensors, modules)) and holding(conditions, modules)()):
             return 0
         trains = RISES if is_grad_enabled() else 0
-        return 1 | trains | (BY_IDENTITY if len(_regions[plan.cls]) <= FEW else 0)
+        return 1 | trains | (BY_IDENTITY if len(_regions[plan.cls]) == 1 else 0)
 
     constant: Callable[[], int] = assume_constant_result(way)  # type: ignore[no-untyped-call]
     return constant

@@ -8,7 +8,7 @@ value is to have it guarded, it is not compared with itself.
 
 What is guarded is what Dynamo guards of a model that is not rewritten, and no more: hooks and
 methods are not looked for again, but classes, flags and constants are. Beside that, a view must be
-the same part of the same wide layer. Where the region is one of few, the views are guarded
+the same part of the same wide layer. Where no other region is of its class, the views are guarded
 themselves; where there are many like it, which Dynamo is to compile once, it is what they are to
 each other.
 """
