@@ -265,6 +265,53 @@ def test_nothing_moves_into_another_mode(mode):
     assert sum(inner.products) == 2
 
 
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.a(x).tanh(), self.b(x).view(-1, 5)
+
+
+class Transformed(nn.Module):
+    """Siblings in a functorch transform, which reads what others give too."""
+
+    def __init__(self, transform):
+        super().__init__()
+        self.outside, self.inside, self.transform = Heads(), Heads(), transform
+
+    def forward(self, x):
+        parts = self.outside(x)
+        return [part.sin() for part in parts], self.transform(self.inside, *parts, x)
+
+
+TRANSFORMS = {
+    "vmap": lambda heads, a, b, x: (torch.vmap(heads)(x[:, None]), torch.vmap(torch.mul)(b, b)),
+    "gradient": lambda heads, a, b, x: torch.func.grad(
+        lambda y: (heads(y)[0] * a).sum() + (heads(y)[1].sin() * b).sum()
+    )(x),
+    "jvp": lambda heads, a, b, x: torch.func.jvp(heads, (x,), (x.cos(),)),
+    "jacobian": lambda heads, a, b, x: torch.func.jacrev(
+        lambda y: (heads(y)[0], heads(y)[1].sin())
+    )(x[0]),
+}
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_siblings_in_a_transform_run_apart_and_those_outside_as_one(transform, inner):
+    model = Transformed(transform).double()
+    x = torch.randn(3, 4).double()
+    fused = optimized(model, (x,))
+    graphs = Inner(inner)
+    assert_same_steps(model, fused, compiled_by(fused, graphs, fullgraph=True), (x,))
+    torch.compiler.reset()
+    alone = Inner(inner)
+    assert_same_steps(model, model, compiled_by(model, alone, fullgraph=True), (x,))
+    assert sum(alone.products) - sum(graphs.products) == 1
+
+
 def test_siblings_with_a_bias_on_some():
     model = nn.Sequential(
         conjoin.nn.Parallel(*(nn.Linear(4, 3, bias=i % 2 == 0) for i in range(4)))

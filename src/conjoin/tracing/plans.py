@@ -15,7 +15,7 @@ from torch.compiler import is_compiling, is_dynamo_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from conjoin.graph.hazards import CALL_HOOKS
-from conjoin.layers.lockstep import in_transform
+from conjoin.layers.lockstep import in_functorch, in_transform
 from conjoin.layers.owner import Owner
 from conjoin.layers.view import View
 from conjoin.tracing.quick import Conditions
@@ -128,7 +128,8 @@ class Plan:
         if variants is None:
             return None
         compiling = is_compiling()
-        if compiling and _has_any_global_hook():  # type: ignore[no-untyped-call]
+        # `vmap` knows no way to split without an alias.
+        if compiling and (in_functorch() or _has_any_global_hook()):  # type: ignore[no-untyped-call]
             return None
         for variant in variants:
             if variant.fits(args):
