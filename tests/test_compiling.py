@@ -233,6 +233,37 @@ def test_nothing_moves_past_a_change(between):
     assert sum(inner.products) == 1 + changes
 
 
+class Scaled(nn.Module):
+    """What one sibling gives is changed in place, as a view, before another is called."""
+
+    def __init__(self, view, shared):
+        super().__init__()
+        self.a, self.b, self.view, self.shared = nn.Linear(4, 6), nn.Linear(4, 6), view, shared
+
+    def forward(self, x):
+        y = self.a(x)
+        z = self.view(y)
+        z *= 2
+        z = (z, y) if self.shared else z
+        return z, self.b(x)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "seen"])
+@pytest.mark.parametrize(
+    "view",
+    [lambda y: y.view(3, 2, 3).transpose(1, 2), lambda y: torch.unsqueeze(y, 0)[0]],
+    ids=["method", "function"],
+)
+def test_what_is_changed_as_a_view_that_nobody_else_sees(view, shared):
+    """Products may move past it then."""
+    model = Scaled(view, shared).double()
+    x = torch.randn(3, 4).double()
+    fused = optimized(model, (x,))
+    inner = Inner()
+    assert_same_outputs(compiled_by(fused, inner)(x), model(x))
+    assert sum(inner.products) == 1 + shared
+
+
 class Modes(nn.Module):
     """One sibling under another mode."""
 
