@@ -65,7 +65,10 @@ def test_pays(count, rows, batch, training, expected):
 
 @pytest.mark.parametrize(
     "again",
-    [lambda model, x: pickle.loads(pickle.dumps(model)), lambda model, x: conjoin.optimize(model, x)],
+    [
+        lambda model, x: pickle.loads(pickle.dumps(model)),
+        lambda model, x: conjoin.optimize(model, x),
+    ],
     ids=["pickled", "optimized again"],
 )
 def test_what_is_merged_runs_at_once(again):
