@@ -18,7 +18,7 @@ from torch.fx.passes.infra.pass_base import PassResult
 
 from conjoin.graph import edit, elementwise, hazards, samplewise
 from conjoin.graph.epochs import epochs_of
-from conjoin.graph.meta import EXAMPLE
+from conjoin.graph.meta import EXAMPLE, storage_of
 from conjoin.graph.rewriting import Rewrite
 
 PURE = frozenset(
@@ -81,7 +81,7 @@ def _is_idle(node: fx.Node) -> bool:
     read, made = (each.meta.get(EXAMPLE) for each in (node.all_input_nodes[0], node))
     if not isinstance(read, Tensor) or not isinstance(made, Tensor):
         return False
-    return bool(made.untyped_storage()._cdata == read.untyped_storage()._cdata)
+    return storage_of(read) is not None and storage_of(made) == storage_of(read)
 
 
 def _key(node: fx.Node, modules: Mapping[str, nn.Module]) -> tuple[Hashable, ...] | None:

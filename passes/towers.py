@@ -108,7 +108,7 @@ def _gather(
     for users in _alike(graph, modules, calls, edges, given):
         layers = [modules[str(user.target)] for user in users]
         kind = calls[users[0]][0]
-        if kind in GATHERED and not merger.gathers(kind, len(layers)):
+        if kind in GATHERED and not merger.gathers(kind, layers):
             continue
         if merger.wide(kind, layers, together=False, layout="apart") is None:
             continue

@@ -257,6 +257,37 @@ def test_rows_are_looked_up_before_their_numbers_change():
     assert_same_outputs(compiled_by(model, "eager")(rows), plain(rows))
 
 
+class Scaled(nn.Module):
+    """What one sibling gives is changed in place, as a view, before another is called."""
+
+    def __init__(self, view, shared):
+        super().__init__()
+        self.a, self.b, self.view, self.shared = nn.Linear(4, 6), nn.Linear(4, 6), view, shared
+
+    def forward(self, x):
+        y = self.a(x)
+        z = self.view(y)
+        z *= 2
+        z = (z, y) if self.shared else z
+        return z, self.b(x)
+
+
+@pytest.mark.parametrize("shared", [False, True], ids=["alone", "seen"])
+@pytest.mark.parametrize(
+    "view",
+    [lambda y: y.view(3, 2, 3).transpose(1, 2), lambda y: torch.unsqueeze(y, 0)[0]],
+    ids=["method", "function"],
+)
+def test_what_is_changed_as_a_view_that_nobody_else_sees(view, shared):
+    """Products may move past it then."""
+    model = Scaled(view, shared).double()
+    x = torch.randn(3, 4).double()
+    fused = optimized(model, (x,))
+    inner = Inner()
+    assert_same_outputs(compiled_by(fused, inner)(x), model(x))
+    assert sum(inner.products) == 1 + shared
+
+
 class Modes(nn.Module):
     """One sibling under another mode."""
 
@@ -287,6 +318,53 @@ def test_nothing_moves_into_another_mode(mode):
         assert ours.requires_grad == theirs.requires_grad
         assert torch.allclose(ours, theirs)
     assert sum(inner.products) == 2
+
+
+class Heads(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 5)
+
+    def forward(self, x):
+        return self.a(x).tanh(), self.b(x).view(-1, 5)
+
+
+class Transformed(nn.Module):
+    """Siblings in a functorch transform, which reads what others give too."""
+
+    def __init__(self, transform):
+        super().__init__()
+        self.outside, self.inside, self.transform = Heads(), Heads(), transform
+
+    def forward(self, x):
+        parts = self.outside(x)
+        return [part.sin() for part in parts], self.transform(self.inside, *parts, x)
+
+
+TRANSFORMS = {
+    "vmap": lambda heads, a, b, x: (torch.vmap(heads)(x[:, None]), torch.vmap(torch.mul)(b, b)),
+    "gradient": lambda heads, a, b, x: torch.func.grad(
+        lambda y: (heads(y)[0] * a).sum() + (heads(y)[1].sin() * b).sum()
+    )(x),
+    "jvp": lambda heads, a, b, x: torch.func.jvp(heads, (x,), (x.cos(),)),
+    "jacobian": lambda heads, a, b, x: torch.func.jacrev(
+        lambda y: (heads(y)[0], heads(y)[1].sin())
+    )(x[0]),
+}
+
+
+@pytest.mark.parametrize("inner", ["eager", "aot_eager"])
+@pytest.mark.parametrize("transform", TRANSFORMS.values(), ids=TRANSFORMS)
+def test_siblings_in_a_transform_run_apart_and_those_outside_as_one(transform, inner):
+    model = Transformed(transform).double()
+    x = torch.randn(3, 4).double()
+    fused = optimized(model, (x,))
+    graphs = Inner(inner)
+    assert_same_steps(model, fused, compiled_by(fused, graphs, fullgraph=True), (x,))
+    torch.compiler.reset()
+    alone = Inner(inner)
+    assert_same_steps(model, model, compiled_by(model, alone, fullgraph=True), (x,))
+    assert sum(alone.products) - sum(graphs.products) == 1
 
 
 def test_siblings_with_a_bias_on_some():

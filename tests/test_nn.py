@@ -321,6 +321,12 @@ def test_a_traced_split_still_refuses_what_does_not_divide():
         traced(torch.randn(2, 7))
 
 
+def test_split_in_vmap():
+    split, x = Split(nn.Linear(4, 5), sizes=[2, 3], dim=-1), torch.randn(3, 4)
+    for ours, theirs in zip(torch.vmap(split)(x), split(x), strict=True):
+        torch.testing.assert_close(ours, theirs)
+
+
 def test_split_is_iterable_and_indexable():
     layer = nn.Conv2d(4, 6, 1)
     split = Split(layer, 2)

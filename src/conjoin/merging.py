@@ -335,9 +335,9 @@ class Merger:
             return False
         return held_elsewhere(name, layer, self._shared) is None
 
-    def gathers(self, kind: Kind, count: int) -> bool:
-        """Whether so many layers on tensors of their own launch fewer operations at once."""
-        return self._level_policy.gathers(kind, count)
+    def gathers(self, kind: Kind, layers: Sequence[nn.Module]) -> bool:
+        """Whether layers on tensors of their own are merged, or launch fewer operations at once."""
+        return wide_of(layers) is not None or self._level_policy.gathers(kind, len(layers))
 
     def _merge(
         self,

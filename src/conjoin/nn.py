@@ -26,6 +26,7 @@ from conjoin.concatenation import (
     known_width,
     leaves_its_output_alone,
 )
+from conjoin.layers.lockstep import in_functorch
 
 __all__ = ["Parallel", "Split", "Unite"]
 
@@ -214,7 +215,7 @@ class Split(nn.Module):
         """Returns the output of `module`, cut along `dim`."""
         whole = self.module(input, *args, **kwargs)
         sizes = self._sizes_of(whole)
-        if leaves_its_output_alone(self.module):
+        if leaves_its_output_alone(self.module) and not in_functorch():
             pieces = torch.unsafe_split_with_sizes(whole, sizes, self.dim)
         else:
             pieces = torch.split(whole, sizes, self.dim)

@@ -1,5 +1,7 @@
 """Which tables run at once: where the estimate says that it pays."""
 
+import pickle
+
 import pytest
 import torch
 from machines import STEADY
@@ -9,6 +11,7 @@ import conjoin
 from conjoin.layers.view import wides
 from conjoin.passes import rewrite
 from conjoin.policy import machine
+from conjoin.tracing.regions import covered
 
 
 class Columns(nn.Module):
@@ -58,6 +61,23 @@ def test_pays(count, rows, batch, training, expected):
             assert group.detail == str(group.figures)
     made = conjoin.optimize(model, (x,))
     assert [g.fused for g in conjoin.report(made, (x,)).groups] == [g.fused for g in groups]
+
+
+@pytest.mark.parametrize(
+    "again",
+    [
+        lambda model, x: pickle.loads(pickle.dumps(model)),
+        lambda model, x: conjoin.optimize(model, x),
+    ],
+    ids=["pickled", "optimized again"],
+)
+def test_what_is_merged_runs_at_once(again):
+    """Also where so few would not have been merged."""
+    x = torch.zeros(4, 3, dtype=torch.int64)
+    merged = conjoin.optimize(Columns(3, 50), (x,), policy="always")
+    made = again(merged, (x,))
+    assert len(covered(made)) == len(covered(merged)) == 1
+    assert torch.equal(made(x), merged(x))
 
 
 @pytest.mark.parametrize("count", [6, 7])

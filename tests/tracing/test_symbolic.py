@@ -38,6 +38,21 @@ class Branching(nn.Module):
         return self.named["last"](x)
 
 
+class Sharing(nn.Module):
+    """Does not trace; a layer of its own is also a layer of its block."""
+
+    def __init__(self):
+        super().__init__()
+        self.shared = nn.Linear(4, 4)
+        self.block = Heads()
+        self.block.a = self.shared
+
+    def forward(self, x):
+        if x.sum() > -1e9:
+            x = self.shared(x)
+        return self.block(x)
+
+
 class Effects(Heads):
     """All that a forward may leave behind."""
 
@@ -109,6 +124,12 @@ def test_what_was_found_in_parts_is_optimized():
 def test_a_module_at_two_names_is_looked_at_once():
     block = Heads()
     assert len(calls(trace(Branching(block, block), KINDS))) == 4
+
+
+def test_a_layer_at_two_names_has_that_of_the_whole_model():
+    model = Sharing().double()
+    assert {site.layer for site in trace(model, KINDS).sites} == {"shared", "block.b"}
+    assert_equivalent(conjoin.optimize(model), model, (X,))
 
 
 @pytest.mark.parametrize("cls", [Effects, Failing, OwnBuffer])

@@ -4,11 +4,13 @@ import argparse
 import array
 import collections
 import dataclasses
+import functools
 import types
 
 import numpy
 import pytest
 import torch
+from equivalence import assert_equivalent
 from torch import nn
 
 import conjoin
@@ -192,3 +194,39 @@ def test_values_are_put_back(cls, look, inputs, make, keep):
     look(model, inputs)
     assert value_of(kept) == before
     assert type(kept) is type(make())
+
+
+RESIZED, ONES = torch.empty(0), torch.ones(5)
+"""What code finds beside the model."""
+
+
+@functools.lru_cache
+def ones():
+    """Made in place, and kept."""
+    made = torch.zeros(3)
+    made += 1
+    return made
+
+
+class Reading(nn.Module):
+    """Does not run on fake tensors, and changes the sizes of others."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        torch.add(ONES, 1, out=RESIZED)
+        count = len(x.masked_select(x < 9))
+        if ones().sum() != 3:
+            raise ValueError
+        return self.a(x) * count, self.b(x) * count
+
+
+def test_sizes_are_put_back_and_what_is_made_meanwhile_stays():
+    ones.cache_clear()
+    model, x = Reading(), torch.randn(2, 4)
+    assert [group.fused for group in conjoin.report(model, (x,)).groups] == [True]
+    assert RESIZED.shape == (0,)
+    assert torch.equal(ones(), torch.ones(3))
+    assert_equivalent(conjoin.optimize(model, (x,)), model, (x,))

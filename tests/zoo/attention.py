@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import Any
 
+import torch
 from torch import Tensor, nn
 
 from zoo.specimen import Specimen, image, named, public, randn, specimen, tokens
@@ -27,6 +28,16 @@ def stack(kind: str, **settings: Any) -> Specimen:
         )
 
     return specimen(build, lambda: (tokens(),), package="x_transformers")
+
+
+def frames() -> dict[str, Tensor]:
+    """Five residues: what is known of each and of each pair, and where they are."""
+    return {
+        "single_repr": randn(5, 16),
+        "pairwise_repr": randn(5, 5, 8),
+        "rotations": torch.linalg.qr(randn(5, 3, 3))[0],
+        "translations": randn(5, 3),
+    }
 
 
 def vision_transformer() -> nn.Module:
@@ -204,5 +215,59 @@ MODELS = {
         num_experts=3,
         hidden_dim=12,
         fuses=False,
+    ),
+    "axial_image": public(
+        "axial_attention:AxialImageTransformer",
+        lambda: (image(4, 8),),
+        dim=8,
+        depth=2,
+        heads=2,
+        reversible=False,
+    ),
+    "lambda_layer": public(
+        "lambda_networks:LambdaLayer",
+        lambda: (image(6, 8),),
+        dim=8,
+        dim_out=8,
+        r=3,
+        dim_k=4,
+        heads=2,
+        dim_u=1,
+    ),
+    "set_attention": public(
+        "isab_pytorch:ISAB", lambda: (randn(6, 16),), dim=16, heads=2, num_latents=3
+    ),
+    "chunked_attention": public(
+        "memory_efficient_attention_pytorch:Attention",
+        lambda: (randn(8, 16),),
+        dim=16,
+        heads=2,
+        dim_head=8,
+        memory_efficient=True,
+        q_bucket_size=4,
+        k_bucket_size=4,
+    ),
+    "graph_transformer": public(
+        "graph_transformer_pytorch:GraphTransformer",
+        lambda: (randn(5, 16), randn(5, 5, 8)),
+        dim=16,
+        depth=1,
+        edge_dim=8,
+        dim_head=8,
+        heads=2,
+        with_feedforwards=True,
+        gated_residual=True,
+        rel_pos_emb=True,
+    ),
+    "invariant_points": public(
+        "invariant_point_attention:InvariantPointAttention",
+        frames,
+        dim=16,
+        heads=2,
+        scalar_key_dim=4,
+        scalar_value_dim=4,
+        point_key_dim=2,
+        point_value_dim=2,
+        pairwise_repr_dim=8,
     ),
 }

@@ -41,6 +41,11 @@ ALLOCATING: frozenset[Any] = frozenset(
 )
 """Functions whose result is a tensor with memory of its own, or no tensor."""
 
+VIEWS = frozenset(
+    "view reshape flatten unflatten permute transpose t T mT swapaxes swapdims movedim moveaxis "
+    "squeeze unsqueeze select slice narrow expand _unsafe_view contiguous getitem".split()
+)
+"""Methods, functions and ATen operations that give the memory of their first input, or new."""
 
 CREATING = frozenset(
     "clone lift_fresh_copy zeros ones full empty arange zeros_like ones_like full_like empty_like "
@@ -111,8 +116,8 @@ def _epochs(
 def _is_fresh(node: fx.Node, fresh: set[fx.Node], modules: Mapping[str, nn.Module]) -> bool:
     """Whether the memory of a node's output is its own.
 
-    So is that of a part, as long as the whole has been cut and nothing else, and of what is
-    changed in place where it was the input's own and the input is read here only.
+    So is that of a part, as long as the whole has been cut and nothing else, and of a view or what
+    is changed in place where it was the input's own and the input is read here only.
     """
     first = first_input(node)
     own = first in fresh and first is not None and len(first.users) == 1
@@ -128,6 +133,8 @@ def _is_fresh(node: fx.Node, fresh: set[fx.Node], modules: Mapping[str, nn.Modul
     if called(node) in SPLITS:
         return own
     known = node.op == "call_method" or of_torch(node.target)
+    if known and called(node) in VIEWS:
+        return own or node in fresh
     return node in fresh or node.target in ALLOCATING or (known and called(node) in CREATING)
 
 

@@ -20,7 +20,7 @@ from torch.nn import functional as F
 
 from conjoin.graph import bundles, edit, elementwise, strides
 from conjoin.graph.epochs import Epochs, epochs_of
-from conjoin.graph.meta import EXAMPLE, VALUE, value_of
+from conjoin.graph.meta import EXAMPLE, VALUE, is_wrapped, storage_of, value_of
 from conjoin.layers.conv import repeated
 
 PRODUCTS: Mapping[Callable[..., Any], int] = {
@@ -69,8 +69,13 @@ class Piece:
 
 
 def is_product(node: fx.Node) -> bool:
-    """Whether a node is a call that can be part of a wide one."""
+    """Whether a node is a call that can be part of a wide one.
+
+    Not in a functorch transform: `vmap` knows no way to split without an alias.
+    """
     if node.op != "call_function" or node.target not in PRODUCTS:
+        return False
+    if is_wrapped(node.meta.get(EXAMPLE)):
         return False
     return node.target not in TRANSPOSED or not is_grouped(node)
 
@@ -173,7 +178,7 @@ def _copy(graph: fx.Graph, part: fx.Node, memory_format: torch.memory_format) ->
 def _storage(node: fx.Node) -> int | None:
     """What a node's value lies in; None where that is not known."""
     value = node.meta.get(EXAMPLE)
-    return value.untyped_storage()._cdata if isinstance(value, Tensor) else None
+    return storage_of(value) if isinstance(value, Tensor) else None
 
 
 def memory_format(node: fx.Node) -> torch.memory_format | None:

@@ -41,7 +41,10 @@ WAYS_OUT = frozenset("numpy __array__ __dlpack__ data_ptr untyped_storage".split
 REBINDING = frozenset({"set_", "shallow_copy_data_"})
 """Methods that give a tensor the memory of another."""
 
-MODES = ("_set_", "_enter_", "_exit_", "_push_", "_pop_", "_vmap_", "_saved_tensors_hooks")
+MODES = (
+    *("_set_", "_enter_", "_exit_", "_push_", "_pop_", "_saved_tensors_hooks"),
+    *("_vmap_", "_grad_increment_", "_grad_decrement_", "_jvp_"),
+)
 """What the names of functions begin with that set how what follows is computed."""
 
 OF_PYTORCH = frozenset({"torch", "_operator", "builtins", "math", "conjoin", ""})

@@ -2,7 +2,8 @@
 
 from typing import Any
 
-from torch import fx
+from torch import Tensor, fx
+from torch._C._functorch import is_functorch_wrapped_tensor
 
 VALUE = "val"
 """In graphs of `torch.export` and `make_fx`."""
@@ -19,3 +20,13 @@ def is_of_dynamo(graph: fx.Graph) -> bool:
 def value_of(node: fx.Node) -> Any:
     """The value of a node in a graph of either; None where the graph does not tell."""
     return node.meta.get(EXAMPLE, node.meta.get(VALUE))
+
+
+def is_wrapped(value: object) -> bool:
+    """Whether a value is a functorch transform's, such as a batch that `vmap` goes through."""
+    return isinstance(value, Tensor) and is_functorch_wrapped_tensor(value)
+
+
+def storage_of(tensor: Tensor) -> int | None:
+    """What a tensor lies in, as a number; None where a transform does not tell."""
+    return None if is_wrapped(tensor) else tensor.untyped_storage()._cdata

@@ -22,7 +22,7 @@ from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
 from conjoin.graph import hazards
-from conjoin.graph.meta import VALUE, value_of
+from conjoin.graph.meta import VALUE, is_wrapped, value_of
 
 RANDOM_FILLS = frozenset(
     "normal_ uniform_ random_ bernoulli_ exponential_ cauchy_ geometric_ log_normal_".split()
@@ -56,8 +56,8 @@ def followed(
 
     Returns:
         Their values, as fake tensors; None where somebody could tell: where such a value leaves the
-        graph, is changed in place or read by something unknown, or where that fails or gives a
-        copy in the place of a view.
+        graph, is changed in place or read by something unknown or by a functorch transform, or
+        where that fails or gives a copy in the place of a view.
     """
     found: dict[fx.Node, Any] = dict(moved)
     for node in graph.nodes:
@@ -72,6 +72,8 @@ def followed(
             return None
         value = _computed(node, found)
         if value is None or not _is_alike(value, value_of(node)):
+            return None
+        if any(map(is_wrapped, _tensors(value))):
             return None
         shared = _aliases(value, found, inputs)
         if shared != _aliases(value_of(node), {}, inputs):

@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._C._functorch import maybe_current_level
+from torch._C._functorch import CInterpreter, peek_interpreter_stack
 from torch._export.wrappers import _export_tracepoint
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
@@ -252,7 +252,15 @@ def runs_python() -> bool:
 
 def in_transform() -> bool:
     """Whether a functorch transform or forward-mode differentiation is going on."""
-    return maybe_current_level() is not None or forward_ad._current_level >= 0
+    return in_functorch() or forward_ad._current_level >= 0
+
+
+def in_functorch() -> bool:
+    """Whether a functorch transform is going on; Dynamo can tell too, where it is asked like this.
+
+    It takes None from there for an object.
+    """
+    return isinstance(peek_interpreter_stack(), CInterpreter)
 
 
 def is_traced() -> bool:

@@ -10,6 +10,7 @@ import torch
 from torch import nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils.weak import WeakIdKeyDictionary
 
 from conjoin.tracing.repeating import device_of
 
@@ -20,7 +21,8 @@ PLAIN = (torch.Tensor, nn.Parameter)
 class KeepingTensors(TorchDispatchMode):
     """Puts back the values of tensors beside a model that its code changes in place.
 
-    Also within a mode for fake tensors, where an operation on real ones alone runs for real.
+    Also within a mode for fake tensors, where an operation on real ones alone runs for real. What
+    is made here stays as it is: a cache may hold it until the look is over.
     """
 
     # One that runs code, such as `torch.cond`, runs as it is, and has no schema.
@@ -31,6 +33,7 @@ class KeepingTensors(TorchDispatchMode):
         super().__init__()  # type: ignore[no-untyped-call]
         self._own = own
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
         self,
@@ -44,17 +47,22 @@ class KeepingTensors(TorchDispatchMode):
             return device
         kwargs = kwargs or {}
         for value in _written(func, args, kwargs):
-            known = id(value) in self._own or id(value) in self._kept
+            known = id(value) in self._own or id(value) in self._kept or value in self._made
             if isinstance(value, torch.Tensor) and type(value) in PLAIN and not known:
                 with torch._C._DisableTorchDispatch():
                     self._kept[id(value)] = value, value.detach().clone()
-        return func(*args, **kwargs)
+        result = func(*args, **kwargs)
+        if type(result) is torch.Tensor and not any(isinstance(a, torch.Tensor) for a in args):
+            self._made[result] = None
+        return result
 
     def __exit__(self, *error: Any) -> None:
         """Puts them back."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         with torch._C._DisableTorchDispatch():
             for value, before in reversed(self._kept.values()):  # A view was noted after others.
+                if value.shape != before.shape:  # `out=` resizes what is too small.
+                    value.resize_(before.shape)
                 value.detach().copy_(before)
 
 

@@ -16,7 +16,7 @@ from torch.compiler import assume_constant_result, is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
 from conjoin.layers.checks import CALL_HOOKS
-from conjoin.layers.lockstep import in_transform
+from conjoin.layers.lockstep import in_functorch, in_transform
 from conjoin.layers.owner import Owner
 from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View
@@ -137,6 +137,9 @@ class Plan:
             return None
         # Not where Dynamo does, but where `torch.export` runs it.
         exported = is_compiling()
+        # `vmap` knows no way to split without an alias.
+        if exported and (in_functorch() or _has_any_global_hook()):  # type: ignore[no-untyped-call]
+            return None
         for variant in variants:
             if variant.fits(args):
                 function = variant.exported() if exported else variant.function(region)

@@ -130,6 +130,7 @@ def trace(model: nn.Module, kinds: tuple[Kind, ...]) -> Sightings:
 def _trace(model: nn.Module, kinds: tuple[Kind, ...], mode: bool | None, seen: _Seen) -> None:
     """Traces the model, and the children of each module that does not trace."""
     pending = [("", model)]
+    names = {module: name for name, module in model.named_modules()}
     visited: set[nn.Module] = set()
     while pending:
         name, module = pending.pop(0)
@@ -143,7 +144,7 @@ def _trace(model: nn.Module, kinds: tuple[Kind, ...], mode: bool | None, seen: _
             except (Exception, UnsoundError) as error:  # noqa: BLE001 - The model's own code.
                 seen.untraced[Untraced(name, quote(error))] = None
             else:
-                _note(graph, (mode, name), module, kinds, seen)
+                _note(graph, (mode, name), module, names, kinds, seen)
                 continue
         prefix = f"{name}." if name else ""
         pending += [(prefix + child, m) for child, m in module.named_children()]
@@ -153,20 +154,19 @@ def _note(
     graph: fx.Graph,
     run: tuple[bool | None, str],
     root: nn.Module,
+    names: Mapping[nn.Module, str],
     kinds: tuple[Kind, ...],
     seen: _Seen,
 ) -> None:
-    """Adds what one graph shows."""
-    prefix = f"{run[1]}." if run[1] else ""
+    """Adds what one graph shows, by the names that the layers have in the whole model."""
     modules = dict(root.named_modules())
     versions, changed = hazards.follow(graph, modules)
-    seen.changed |= {
-        prefix + str(node.target).rpartition(".")[0] for node in changed if node.op == "get_attr"
-    }
+    owners = (str(node.target).rpartition(".")[0] for node in changed if node.op == "get_attr")
+    seen.changed |= {names[root.get_submodule(owner)] for owner in owners}
     for node in graph.nodes:
         if node.op != "call_module" or kind_of(modules[node.target], kinds) is None:
             continue
-        layer = prefix + node.target
+        layer = names[modules[node.target]]
         input = node.args[0] if node.args else next(iter(node.kwargs.values()), None)
         if isinstance(input, fx.Node):
             identity, version, activations = _made(input, versions, modules)
@@ -176,10 +176,10 @@ def _note(
                     (*run, identity),
                     (version, versions[node]),
                     object=(*run, input.name),
-                    activations=tuple(prefix + name for name in activations),
+                    activations=tuple(names[modules[name]] for name in activations),
                 )
             )
-        if why := strides.reads_strides(node, modules, escapes=bool(prefix)):
+        if why := strides.reads_strides(node, modules, escapes=bool(run[1])):
             seen.strided.setdefault(layer, why)
 
 
