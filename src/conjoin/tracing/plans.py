@@ -255,7 +255,9 @@ def _way_of(region: nn.Module, traced: Traced, number: int) -> Callable[[], int]
     def way() -> int:
         region = held()
         plan = None if region is None else vars(region).get(PLAN)
-        if type(plan) is not Plan or type(region) is not plan.cls or _has_any_global_hook():  # type: ignore[no-untyped-call]
+        if type(plan) is not Plan or type(region) is not plan.cls:
+            return 0
+        if in_functorch() or _has_any_global_hook():  # type: ignore[no-untyped-call]
             return 0
         conditions = plan.holding[number]
         if not conditions.check()():
