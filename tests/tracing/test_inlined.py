@@ -269,3 +269,32 @@ def test_what_is_taken_for_granted_of_the_tensors_of_a_call():
         with torch.no_grad():
             assert_close(dict(tensors(compiled(*call))), dict(tensors(model(*call))), "output")
     assert graphs == [2, 8, 8], "products, of four tensors at once or one by one"
+
+
+SOURCE = """
+class Model(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(4, 6)
+
+    def forward(self, x):
+        return torch.relu(self.a(x)), self.b(x)
+"""
+
+
+class Lines:
+    """Is told in several lines."""
+
+    def __repr__(self):
+        return "several {\nlines"
+
+
+def test_what_stands_beside_a_class_is_not_told():
+    """The globals of code that is run in a namespace, such as a notebook's, may be anything."""
+    beside = {"__name__": "cell", "torch": torch, "nn": nn, "lines": Lines()}
+    exec(SOURCE, beside)
+    model, x = beside["Model"]().double(), torch.randn(3, 4).double()
+    optimized = conjoin.optimize(model, (x,), policy="always")
+    assert isinstance(optimized, Region)
+    compiled = torch.compile(optimized, backend="eager", fullgraph=True)
+    assert_close(dict(tensors(compiled(x))), dict(tensors(model(x))), "output")

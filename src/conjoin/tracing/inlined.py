@@ -46,7 +46,7 @@ OPERATIONS: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] = {
 }
 """What modules do that hold no tensor, where they do not do it in place."""
 
-TOLD = (bool, int, float, complex, str, bytes, dict, torch.dtype, torch.device)
+TOLD = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 """Types of values that are equal where they are written alike."""
 
 STRING = r"'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\""
@@ -82,29 +82,33 @@ def finder_of(
             plain = " and ".join(_is_plain(f"args[{n}]", names) for n in range(structure))
             of_tensors += f"if not kwargs and args[{structure - 1}:] and not args[{structure}:]:\n"
             of_tensors += _within(f"if {plain}:\n" + _within(f"{attempts}return None\n"))
-    known = names.name({structure: position for position, structure in enumerate(variants)})
+    known = {structure: position for position, structure in enumerate(variants)}
     body = (
         f"if '_is_replica' in self.__dict__: return None\n{of_tensors}"
         f"found = {names.name(structure_of)}(args, kwargs)\n"
-        f"if found is None: return None\nnumber, args = {known}.get(found[0]), found[1]\n"
+        f"if found is None: return None\nargs = found[1]\n"
+        f"number = {names.name(known)}.get(found[0])\n"
         f"{of_others}return None\n"
     )
     every = itertools.chain(*variants.values())
     held = {**names, **{f"way_{each.number}": each.way for each in every}}
-    source = f"{functions}def find(self, args, kwargs):\n{_within(body)}{_legend(names)}"
+    source = f"{functions}def find(self, args, kwargs):\n{_within(body)}{_legend(names, known)}"
     exec(code(source), held)
     for name, traced in enclosed:
         held[name] = _enclosed(held[name], traced)
     return cast("Callable[..., Any]", held.pop("find"))
 
 
-def _legend(names: Names) -> str:
+def _legend(names: Names, known: Mapping[Structure, int]) -> str:
     """What the names stand for, as a comment.
 
     Dynamo takes regions of one source for one function, which they are if that is the same too.
     """
-    told = (repr(value) if type(value) in TOLD else str(id(value)) for value in names.values())
-    return "".join(f"# {each}\n" for each in told)
+    told = [
+        repr(value) if value is known or type(value) in TOLD else str(id(value))
+        for value in names.values()
+    ]
+    return f"# {told}\n"
 
 
 def _check(number: int, condition: str, count: int) -> str:

@@ -260,10 +260,9 @@ def _become(module: nn.Module, traced: list[Traced]) -> None:
         return
     try:
         cls = region_class(type(module))
-        plan = bind(module, cls, [(each, marks_of(module, each)) for each in traced])
     except Exception:  # noqa: BLE001 - A metaclass of the user's, which may refuse a subclass.
         return
-    vars(module)[PLAN] = plan
+    vars(module)[PLAN] = bind(module, cls, [(each, marks_of(module, each)) for each in traced])
     module.__class__ = cls
 
 
