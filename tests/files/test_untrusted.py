@@ -118,7 +118,7 @@ def test_sizes_that_are_made_of_others_are_kept(tmp_path: Path) -> None:
     program = torch.export.export(nn.Conv1d(3, 4, 3), (x,), dynamic_shapes=shapes)
     path = tmp_path / "derived.pt2"
     torch.export.save(program, path)
-    loaded = load(str(path)).model
+    loaded = load(str(path))
     assert loaded.module()(torch.randn(2, 3, 20)).shape == (2, 4, 18)
 
 

@@ -11,7 +11,7 @@ import conjoin
 from conjoin.layers.view import wides
 from conjoin.passes import rewrite
 from conjoin.policy import machine
-from conjoin.tracing.regions import covered
+from conjoin.tracing.regions import runs
 
 
 class Columns(nn.Module):
@@ -76,7 +76,7 @@ def test_what_is_merged_runs_at_once(again):
     x = torch.zeros(4, 3, dtype=torch.int64)
     merged = conjoin.optimize(Columns(3, 50), (x,), policy="always")
     made = again(merged, (x,))
-    assert len(covered(made)) == len(covered(merged)) == 1
+    assert len(runs(made)) == len(runs(merged)) == 1
     assert torch.equal(made(x), merged(x))
 
 

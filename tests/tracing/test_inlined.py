@@ -2,6 +2,7 @@
 
 import copy
 import gc
+import math
 import weakref
 
 import pytest
@@ -269,6 +270,26 @@ def test_what_is_taken_for_granted_of_the_tensors_of_a_call():
         with torch.no_grad():
             assert_close(dict(tensors(compiled(*call))), dict(tensors(model(*call))), "output")
     assert graphs == [2, 8, 8], "products, of four tensors at once or one by one"
+
+
+class Numbers(nn.Module):
+    """Computes numbers of its input's shape."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(4, 6)
+
+    def forward(self, x):
+        return self.a(x) / math.sqrt(x.shape[0]), self.b(x)
+
+
+def test_numbers_computed_from_shapes():
+    model, x = Numbers().double(), torch.randn(3, 4).double()
+    optimized = conjoin.optimize(model, (x,), policy="always")
+    assert isinstance(optimized, Region)
+    compiled = torch.compile(optimized, backend="eager", fullgraph=True)
+    for each in (x, torch.randn(5, 4).double()):
+        assert_close(dict(tensors(compiled(each))), dict(tensors(model(each))), "output")
 
 
 SOURCE = """

@@ -49,6 +49,9 @@ OPERATIONS: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] = {
 TOLD = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 """Types of values that are equal where they are written alike."""
 
+DEFINED = "def forward("
+"""What the definition of a forward begins with."""
+
 STRING = r"'(?:[^'\\\n]|\\.)*'|\"(?:[^\"\\\n]|\\.)*\""
 """A string in source."""
 
@@ -173,7 +176,9 @@ def _forwards(number: int, traced: Traced, at: Mapping[str, nn.Module], names: N
 
 def _forward(written: Written, name: str, at: Mapping[str, nn.Module], names: Names) -> str:
     """A rewritten forward, by a name."""
-    source = _resolved(written, names).strip().replace("def forward(", f"def {name}(", 1)
+    source = _resolved(written, names)
+    # In front of it torch.fx tells itself which of the functions it is not to trace.
+    source = source[source.index(DEFINED) :].strip().replace(DEFINED, f"def {name}(", 1)
     if unstack in written.globals.values():
         source = re.sub(rf"\b{names.name(unstack)}\((\w+), \d+\)", _parts(r"\1", names), source)
     head, body = source.split("\n", 1)

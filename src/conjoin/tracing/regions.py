@@ -262,7 +262,11 @@ def _become(module: nn.Module, traced: list[Traced]) -> None:
         cls = region_class(type(module))
     except Exception:  # noqa: BLE001 - A metaclass of the user's, which may refuse a subclass.
         return
-    vars(module)[PLAN] = bind(module, cls, [(each, marks_of(module, each)) for each in traced])
+    try:
+        plan = bind(module, cls, [(each, marks_of(module, each)) for each in traced])
+    except KeyError:  # It reaches modules that are not inside it.
+        return
+    vars(module)[PLAN] = plan
     module.__class__ = cls
 
 
