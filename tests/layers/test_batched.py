@@ -57,30 +57,36 @@ def test_several_gradients_at_once():
         torch.testing.assert_close(mine, torch.autograd.grad(product, weight, seed, None, True)[0])
 
 
-class _Strides(TorchDispatchMode):
+class _Operations(TorchDispatchMode):
     def __init__(self):
         super().__init__()
-        self.copied = 0
+        self.seen = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
-        self.copied += func.overloadpacket in (torch.ops.aten.clone, torch.ops.aten.copy_)
+        self.seen.append(func.overloadpacket)
         return func(*args, **(kwargs or {}))
+
+
+def _backward(number):
+    """The operations of a backward pass, and the gradient of the weight."""
+    rows, weight, bias = _operands(number=number)
+    product = batched.product(rows, weight, bias)
+    with _Operations() as operations:
+        product.backward(_of(2, number, 4, grad=False))
+    return operations.seen, weight.grad
 
 
 @pytest.mark.parametrize("number", [1, 3])
 def test_the_gradient_of_the_weight_is_taken_as_it_comes(number):
-    rows, weight, bias = _operands(number=number)
-    product = batched.product(rows, weight, bias)
-    with _Strides() as seen:
-        product.backward(_of(2, number, 4, grad=False))
-    assert weight.grad.is_contiguous()
-    assert seen.copied == 0
+    seen, gradient = _backward(number)
+    assert gradient.is_contiguous()
+    assert not {torch.ops.aten.clone, torch.ops.aten.copy_} & {*seen}
 
 
-def test_one_row_needs_no_function_of_its_own():
-    product = batched.product(*_operands(number=1))
-    assert product.is_contiguous()
-    assert type(product.grad_fn).__name__ == "TransposeBackward0"
+@pytest.mark.parametrize(("number", "products"), [(1, 1), (3, 2)])
+def test_the_gradient_of_the_weight_is_no_product_for_one_row(number, products):
+    seen, _ = _backward(number)
+    assert seen.count(torch.ops.aten.bmm) == products
 
 
 @pytest.mark.parametrize("frozen", [0, 1, 2])
@@ -107,7 +113,13 @@ def test_transforms_and_autocast_have_products_of_their_own(number):
 
 @pytest.mark.parametrize(
     ("rows", "out", "width", "own"),
-    [(2, 128, 128, True), (2, 64, 64, False), (512, 1, 128, True), (512, 16, 16, False)],
+    [
+        (1, 128, 128, True),
+        (2, 128, 128, True),
+        (2, 64, 64, False),
+        (512, 1, 128, True),
+        (512, 16, 16, False),
+    ],
 )
 def test_a_gradient_of_its_own_has_to_pay(monkeypatch, rows, out, width, own):
     monkeypatch.undo()

@@ -6,7 +6,8 @@ PyTorch's own gradient of a product of x and W^T is x^T g, so that of W comes tr
 to W's is a copy across the memory's lines, which with few rows takes longer than the product does.
 With few outputs x^T g is slow by itself. So here the gradient of W is g^T x.
 
-With one row that is PyTorch's own gradient of y^T = W x^T, which lies in memory as y does.
+With one row that is each number of g times each of x, at which libraries for products are slow
+(benchmark `twin_critics_1`).
 """
 
 from __future__ import annotations
@@ -33,8 +34,6 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     trained = weight.requires_grad and torch.is_grad_enabled() and not is_compiling()
     if not (trained and _is_large(rows, weight)):
         return _multiply(rows, weight, bias)
-    if rows.shape[1] == 1:
-        return _multiply_turned(rows, weight, bias)
     if _is_plain(rows):
         return _Product.apply(rows, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
     return _multiply(rows, weight, bias)
@@ -43,13 +42,6 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     turned = weight.transpose(1, 2)
     return torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias, rows, turned)
-
-
-def _multiply_turned(row: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
-    column = row.transpose(1, 2)
-    if bias is None:
-        return torch.bmm(weight, column).transpose(1, 2)
-    return torch.baddbmm(bias.transpose(1, 2), weight, column).transpose(1, 2)
 
 
 def _is_large(rows: Tensor, weight: Tensor) -> bool:
@@ -78,6 +70,11 @@ class _Product(torch.autograd.Function):
         of_rows, of_weight, of_bias = ctx.needs_input_grad
         return (
             torch.bmm(grad, weight.conj()) if of_rows else None,
-            torch.bmm(grad.transpose(1, 2), rows.conj()) if of_weight else None,
+            _of_weight(grad.transpose(1, 2), rows.conj()) if of_weight else None,
             grad.sum(1, keepdim=True) if of_bias else None,
         )
+
+
+def _of_weight(columns: Tensor, rows: Tensor) -> Tensor:
+    """(n, out, rows) and (n, rows, in) -> (n, out, in)."""
+    return columns * rows if rows.shape[1] == 1 else torch.bmm(columns, rows)
