@@ -5,6 +5,9 @@ import importlib
 import json
 import math
 import os
+import platform
+import subprocess
+import sys
 
 import pytest
 import torch
@@ -136,6 +139,35 @@ def test_each_device_is_measured_once(constants, tmp_path, monkeypatch):
     constants.constants(CPU, torch.float32)
     constants.constants(CPU, torch.float64)
     assert len(measured) == 3
+
+
+STEPS = """
+import resource, sys
+import torch
+from conjoin.policy import machine
+
+def step():
+    for tensor in [torch.ones(2**20) for _ in range(3)]:  # As gradients: made and given back.
+        tensor.add_(1)
+
+if sys.argv[1] == "settled":
+    machine.settle_allocator()
+for _ in range(3):
+    step()
+before = resource.getrusage(resource.RUSAGE_SELF).ru_minflt
+for _ in range(10):
+    step()
+print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
+"""
+
+
+@pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that adapts so")
+def test_the_allocator_keeps_what_a_step_gives_back():
+    faults = {
+        way: int(subprocess.check_output([sys.executable, "-c", STEPS, way]))
+        for way in ("fresh", "settled")
+    }
+    assert faults["settled"] < faults["fresh"] / 10
 
 
 def test_what_cannot_be_measured(constants, monkeypatch):

@@ -34,13 +34,14 @@ FORMAT = 3
 DEVICES = ("cpu", "cuda")
 """The types of devices that are measured; on others all is fused."""
 
-SIZES = (*(2**power for power in range(8, 25)), 31 * 2**20, 2**25, 2**26)
-"""Bytes of the new tensors that are filled: from next to none to beyond what caches hold.
+LARGEST = 31 * 2**20
+"""Bytes of the largest tensor that glibc's `malloc` may take from its heap: from 32 MiB on it asks
+the system for each (`DEFAULT_MMAP_THRESHOLD_MAX`)."""
 
-From 32 MiB on glibc's `malloc` asks the system for each (`DEFAULT_MMAP_THRESHOLD_MAX`), so there is
-one just below, too."""
+SIZES = (*(2**power for power in range(8, 25)), LARGEST, 2**25, 2**26)
+"""Bytes of the new tensors that are filled: from next to none to beyond what caches hold."""
 
-JOINED = (*(2**power for power in range(12, 25, 2)), 31 * 2**20, 2**25, 2**26)
+JOINED = (*(2**power for power in range(12, 25, 2)), LARGEST, 2**25, 2**26)
 """Bytes of the tensors that are made of two."""
 
 IN_USE = 4
@@ -110,13 +111,28 @@ def _processor() -> str:
 def _constants(device: torch.device, dtype: torch.dtype, key: tuple[str, ...]) -> Machine | None:
     path = _folder() / f"{hashlib.sha256(repr(key).encode()).hexdigest()[:16]}.json"
     found = read(path, key)
-    if found is None:
-        try:
-            found = measure(device, dtype)
-        except RuntimeError:  # No memory, or no product of this dtype.
-            return None
-        write(path, key, found)
+    if found is not None:
+        settle_allocator()
+        return found
+    try:
+        found = measure(device, dtype)
+    except RuntimeError:  # No memory, or no product of this dtype.
+        return None
+    write(path, key, found)
     return found
+
+
+def settle_allocator() -> None:
+    """Lets the allocator adapt to large tensors, as it does while a device is measured.
+
+    glibc's `malloc` asks the system for a block that is larger than all that were given back
+    before, and gives free memory at the end of its heap to the system where it is more than twice
+    that (mallopt(3), `M_MMAP_THRESHOLD`). In a process that has given back no large block, each
+    step of training may have to get the pages of its gradients anew, the sooner the wider the
+    layers are. So a large block is given back here, of which no page is touched.
+    """
+    with contextlib.suppress(RuntimeError):  # There is no such block.
+        torch.empty(LARGEST, dtype=torch.uint8, device="cpu")
 
 
 def _folder() -> Path:
