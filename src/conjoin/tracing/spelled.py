@@ -153,7 +153,7 @@ def _values(traced: Traced, at: Mapping[str, nn.Module], names: Names) -> Iterat
             yield from _attribute(module_at(path), name, value, at[path], names)
         else:
             yield _item(f"{module_at(path)}.{holder}", name, value, names)
-    paths = {module: path for path, module in reversed(at.items())}
+    paths = {module: path for path, module in reversed([*at.items()])}
     for place, _ in traced.contents:
         yield from _holds(_expression(at, place, names), held_at(at, place), paths, names)
     for place, cls in traced.objects:
