@@ -413,3 +413,26 @@ def test_changed_defaults_of_a_function_are_seen(part, monkeypatch):
     compiled(x)
     monkeypatch.setattr(times, *part)
     assert_close(dict(tensors(compiled(x))), dict(tensors(model(x))), "output")
+
+
+class Two(nn.Module):
+    """Blocks whose branches go on beside each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = Heads(), Heads()
+
+    def forward(self, x):
+        return self.one(x), self.other(x)
+
+
+def test_a_block_that_is_compiled_within_a_region_runs_compiled():
+    x, counting = torch.randn(3, 4).double(), Counting()
+    model = Two().double()
+    optimized = conjoin.optimize(model, (x,), policy="always")
+    assert isinstance(optimized, Region)
+    for block, graphs in ((None, 0), (optimized.one, 1)):
+        if block is not None:
+            block.compile(backend=counting)
+        assert_close(dict(tensors(optimized(x))), dict(tensors(model(x))), "output")
+        assert counting.graphs == graphs

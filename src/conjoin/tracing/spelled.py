@@ -52,8 +52,8 @@ GUARDED = (FunctionType, BuiltinFunctionType, ModuleType, type)
 CELL = "_cell_"
 """What the names of variables of enclosing functions begin with."""
 
-ALWAYS = ("_call_impl",)
-"""Methods of modules that Dynamo calls whatever stands in their place, in every model."""
+ALWAYS = ("_call_impl", "_compiled_call_impl")
+"""What makes calls of modules something else, which Dynamo passes by, in every model."""
 
 
 DEFAULTS = ("__defaults__", "__kwdefaults__")
