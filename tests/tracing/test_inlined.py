@@ -319,3 +319,120 @@ def test_what_stands_beside_a_class_is_not_told():
     assert isinstance(optimized, Region)
     compiled = torch.compile(optimized, backend="eager", fullgraph=True)
     assert_close(dict(tensors(compiled(x))), dict(tensors(model(x))), "output")
+
+
+SHARED, SETTINGS = [1.0, 2.0], {"a": [1.0, 2.0]}
+
+
+class Record:
+    """Settings in an object."""
+
+    def __init__(self):
+        self.numbers = [1, 2]
+
+
+class Holding(nn.Module):
+    """Reads containers, which may be the class's or a global."""
+
+    of_class = (1.0, [2.0])
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(4, 6)
+        self.numbers, self.pair, self.record = [1.0, 2.0], (1.0, (2.0, 3)), Record()
+        self.names, self.acts = {"x", "y"}, [nn.ReLU(), {"last": nn.Tanh()}]
+        self.lists = nn.ModuleList([self.acts[0], self.acts[1]["last"]])
+
+    def forward(self, x):
+        a, b = self.a(x) * self.numbers[1] * self.pair[1][0], self.b(x) * self.record.numbers[0]
+        b = self.acts[1]["last"](b) * SHARED[1] + self.of_class[1][0] * SETTINGS["a"][1]
+        return a * (3.0 if "x" in self.names else 4.0), b
+
+
+IN_CONTAINERS = {
+    "list": lambda model: model.numbers.__setitem__(1, 5.0),
+    "longer": lambda model: model.numbers.append(5.0),
+    "another_list": lambda model: setattr(model, "numbers", [1.0, 7.0]),
+    "tuple": lambda model: setattr(model, "pair", (1.0, (4.0, 3))),
+    "list_of_object": lambda model: model.record.numbers.__setitem__(0, 5),
+    "set": lambda model: model.names.discard("x"),
+    "module": lambda model: model.acts[1].__setitem__("last", model.acts[0]),
+    "global": lambda model: SHARED.__setitem__(1, 5.0),
+    "within_a_global": lambda model: SETTINGS["a"].__setitem__(1, 5.0),
+    "of_class": lambda model: model.of_class[1].__setitem__(0, 5.0),
+}
+
+
+@pytest.mark.parametrize("change", IN_CONTAINERS.values(), ids=IN_CONTAINERS)
+def test_changes_within_containers_are_seen(change, monkeypatch):
+    monkeypatch.setitem(globals(), "SHARED", [1.0, 2.0])
+    monkeypatch.setitem(globals(), "SETTINGS", {"a": [1.0, 2.0]})
+    monkeypatch.setattr(Holding, "of_class", (1.0, [2.0]))
+    x = torch.randn(3, 4).double()
+    model = Holding().double()
+    optimized = conjoin.optimize(model, (x,), policy="always")
+    products = []
+
+    def backend(graph_module, inputs):
+        products.append(sum(n.target is nn.functional.linear for n in graph_module.graph.nodes))
+        return graph_module.forward
+
+    compiled = torch.compile(optimized, backend=backend)
+    assert_close(dict(tensors(compiled(x))), dict(tensors(model(x))), "output")
+    assert products == [1]
+    change(optimized)
+    change(model)
+    assert_close(dict(tensors(compiled(x))), dict(tensors(model(x))), "output")
+
+
+def times(x, factor=2.0, *, added=1.0):
+    """A function with defaults."""
+    return x * factor + added
+
+
+class Defaults(nn.Module):
+    """Leaves arguments out."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 6), nn.Linear(4, 6)
+
+    def forward(self, x):
+        return times(self.a(x)), self.b(x)
+
+
+@pytest.mark.parametrize(
+    "part", [("__defaults__", (3.0,)), ("__kwdefaults__", {"added": 3.0})], ids=lambda part: part[0]
+)
+def test_changed_defaults_of_a_function_are_seen(part, monkeypatch):
+    x = torch.randn(3, 4).double()
+    model = Defaults().double()
+    optimized = conjoin.optimize(model, (x,), policy="always")
+    assert isinstance(optimized, Region)
+    compiled = torch.compile(optimized, backend="eager")
+    compiled(x)
+    monkeypatch.setattr(times, *part)
+    assert_close(dict(tensors(compiled(x))), dict(tensors(model(x))), "output")
+
+
+class Two(nn.Module):
+    """Blocks whose branches go on beside each other."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.other = Heads(), Heads()
+
+    def forward(self, x):
+        return self.one(x), self.other(x)
+
+
+def test_a_block_that_is_compiled_within_a_region_runs_compiled():
+    x, counting = torch.randn(3, 4).double(), Counting()
+    model = Two().double()
+    optimized = conjoin.optimize(model, (x,), policy="always")
+    assert isinstance(optimized, Region)
+    for block, graphs in ((None, 0), (optimized.one, 1)):
+        if block is not None:
+            block.compile(backend=counting)
+        assert_close(dict(tensors(optimized(x))), dict(tensors(model(x))), "output")
+        assert counting.graphs == graphs

@@ -73,7 +73,7 @@ def finder_of(
         attempts = ""
         for variant in found:
             number = variant.number
-            condition = condition_of(variant.traced, at, variant.classes, number, names)
+            condition = condition_of(variant.traced, at, variant.classes, names)
             if variant.traced.cells:
                 functions += _check(number, condition, len(variant.traced.cells))
                 enclosed.append((f"check_{number}", variant.traced))

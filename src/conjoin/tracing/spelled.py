@@ -29,8 +29,15 @@ from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View
 from conjoin.layers.wide import WIDE
 from conjoin.tracing.quick import Names
-from conjoin.tracing.sandbox.objects import MISSING, Place, held_at, holder_of, is_of_items
-from conjoin.tracing.sandbox.sandbox import FUNCTION_PARTS
+from conjoin.tracing.sandbox.constants import MUTABLE
+from conjoin.tracing.sandbox.objects import (
+    MISSING,
+    Place,
+    held_at,
+    holder_of,
+    is_object,
+    is_of_items,
+)
 from conjoin.tracing.sound import Traced
 
 WORDS = (type(None), bool)
@@ -45,15 +52,18 @@ GUARDED = (FunctionType, BuiltinFunctionType, ModuleType, type)
 CELL = "_cell_"
 """What the names of variables of enclosing functions begin with."""
 
-ALWAYS = ("_call_impl",)
-"""Methods of modules that Dynamo calls whatever stands in their place, in every model."""
+ALWAYS = ("_call_impl", "_compiled_call_impl")
+"""What makes calls of modules something else, which Dynamo passes by, in every model."""
+
+
+DEFAULTS = ("__defaults__", "__kwdefaults__")
+"""Parts of functions that Dynamo looks up at a call that leaves arguments out."""
 
 
 def condition_of(
     traced: Traced,
     at: Mapping[str, nn.Module],
     classes: Iterable[tuple[Any, str, Any]],
-    number: int,
     names: Names,
 ) -> str:
     """An expression by which Dynamo guards all that must hold, and which is true where it does.
@@ -65,7 +75,6 @@ def condition_of(
         traced: the forward, and what it takes for granted.
         at: the modules of the region by path, which are as it takes for granted now.
         classes: classes and functions, the names of attributes, and their values.
-        number: the number of the forward among those of the region.
         names: the values that the source refers to.
     """
     found = itertools.chain(
@@ -76,8 +85,6 @@ def condition_of(
         (_same(f"{CELL}{n}", value, names) for n, (_, value) in enumerate(traced.cells)),
     )
     facts = [f"({fact})" for fact in dict.fromkeys(found)]
-    if traced.contents or traced.shared:
-        facts.append(f"self.conjoin_plan.holding[{number}].contents_hold()")
     if views := _views(traced, at):
         known = " and ".join(f"{names.name(id)}({module_at(path)})" for path, _ in views)
         facts.append(f"(({known}) if known else ({' and '.join(_together(views))}))")
@@ -95,12 +102,8 @@ def _same(expression: str, value: Any, names: Names) -> str:
         return f"{expression} is {value!r}"
     if type(value) in PLAIN:
         return f"{expression} == {value!r}"
-    if type(value) is tuple and all(type(each) in (*WORDS, *PLAIN) for each in value):
-        items = (_same(f"{expression}[{at}]", each, names) for at, each in enumerate(value))
-        # Dynamo makes another tuple of one that it reads.
-        return " and ".join(
-            (f"type({expression}) is tuple and len({expression}) == {len(value)}", *items)
-        )
+    if type(value) in (*MUTABLE, tuple):
+        return " and ".join(_holds(expression, value, {}, names))
     if isinstance(value, GUARDED):
         return f"{expression} is not None"  # Another name of it is another guard, and a slow one.
     return f"{expression} is {names.name(value)}"
@@ -150,8 +153,9 @@ def _values(traced: Traced, at: Mapping[str, nn.Module], names: Names) -> Iterat
             yield from _attribute(module_at(path), name, value, at[path], names)
         else:
             yield _item(f"{module_at(path)}.{holder}", name, value, names)
+    paths = {module: path for path, module in reversed([*at.items()])}
     for place, _ in traced.contents:
-        yield from _at_place(place, held_at(at, place), at, names)
+        yield from _holds(_expression(at, place, names), held_at(at, place), paths, names)
     for place, cls in traced.objects:
         yield f"type({_expression(at, place, names)}) is {names.name(cls)}"
     for place, value in traced.settings:
@@ -161,6 +165,31 @@ def _values(traced: Traced, at: Mapping[str, nn.Module], names: Names) -> Iterat
     for path, children in traced.children:
         # No other way to list them has Dynamo guard all of them, and their order.
         yield f"[name for name in {module_at(path)}._modules] == {[*children]!r}"
+
+
+def _holds(of: str, value: Any, paths: Mapping[nn.Module, str], names: Names) -> Iterator[str]:
+    """That a container is one of the same type, and holds the same.
+
+    Which object it is does not matter, as it does not where Dynamo traces a model, which makes
+    another tuple of one that it reads. What objects it holds is told by their own places.
+    """
+    yield f"type({of}) is {names.name(type(value))}"
+    if isinstance(value, dict):
+        yield f"[*{of}] == [{', '.join(_literal(key, names) for key in value)}]"
+        items = [(f"{of}[{_literal(key, names)}]", item) for key, item in value.items()]
+    else:
+        yield f"len({of}) == {len(value)}"
+        items = [(f"{of}[{number}]", item) for number, item in enumerate(value)]
+    if isinstance(value, set):
+        yield from (f"{_literal(item, names)} in {of}" for item in value)
+        return
+    for found, item in items:
+        if type(item) in (*MUTABLE, tuple):
+            yield from _holds(found, item, paths, names)
+        elif isinstance(item, nn.Module) and item in paths:
+            yield f"{found} is {module_at(paths[item])}"
+        elif not is_object(item):
+            yield _same(found, item, names)
 
 
 def _attribute(module: str, name: str, value: Any, held: nn.Module, names: Names) -> Iterator[str]:
@@ -184,8 +213,11 @@ def _classes(classes: Iterable[tuple[Any, str, Any]], region: Any, names: Names)
     Dynamo does not look again for methods, in no model, but for the forward that is called first.
     """
     for owner, name, value in classes:
-        method = type(value) is FunctionType and isinstance(owner, type)
-        if name not in FUNCTION_PARTS and (not method or (owner, name) == (region, "forward")):
+        if isinstance(owner, FunctionType):
+            seen = name in DEFAULTS and bool(value)
+        else:
+            seen = type(value) is not FunctionType or (owner, name) == (region, "forward")
+        if seen:
             yield _variable(names.name(owner), name, value, names)
 
 

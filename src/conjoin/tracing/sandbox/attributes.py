@@ -26,6 +26,10 @@ REGISTERED = ("_modules", "_parameters", "_buffers")
 """The attributes of `nn.Module` that hold what it looks for where it has no such attribute."""
 
 
+COMPILED = "_compiled_call_impl"
+"""The attribute of a module that is called in its place once it is compiled."""
+
+
 def read(sandbox: Sandbox, module: nn.Module, name: str, *, own: bool) -> Any:
     """An attribute of a module, for the user's `own` code or that of PyTorch."""
     path = sandbox.paths.get(module)
@@ -48,13 +52,18 @@ def read(sandbox: Sandbox, module: nn.Module, name: str, *, own: bool) -> Any:
         return held[name]
     if own and name == "__getattr__":
         return functools.partial(_child, sandbox, module)
-    if name in OF_MODULES or name.startswith("__") or name == "_compiled_call_impl":
+    if name in OF_MODULES or name.startswith("__") or name == COMPILED:
         if own and name != "_modules":
             sandbox.refuse(f"it reads .{name}")
         if name == "_modules":
             sandbox.children[path] = tuple(held[name])
             sandbox.places |= dict.fromkeys((path, child) for child in held[name])
             return MappingProxyType(held[name]) if own else held[name]
+        if name == COMPILED:
+            # A block that somebody compiles by itself is called for that, and not looked into.
+            if held.get(name) is not None:
+                sandbox.refuse("it is compiled")
+            sandbox.attributes[path, "__dict__", name] = held.get(name, MISSING)
         return raw(name)
     if name in held.get(LENT, {}) and held["_parameters"].get(name, MISSING) is None:
         return _lent(sandbox, path, held, name)
