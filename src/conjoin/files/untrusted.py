@@ -51,6 +51,8 @@ _SYMPY_NODES = (
     ast.UnaryOp,
     ast.USub,
 )
+# The letters of sizes and guards, as PyTorch writes them.
+_EXPRESSION = re.compile(r"[\w.,:+*/%()\[\]<>=!' -]*")
 _DIGITS = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d{1,3})?")
 # The calls that are given a word, and nothing else but settings.
 _WORDS = {"Symbol": _WORD, "Float": _DIGITS}
@@ -192,7 +194,13 @@ def _is_plain_part(node: ast.AST, is_key: bool) -> bool:
 
 
 def _parsed(text: str) -> list[ast.AST]:
-    """The nodes of an expression; none where it is none."""
+    """The nodes of an expression; none where it is none, or not in the letters of one.
+
+    PyTorch and sympy take the ends of lines out of it, which would make another text of a comment
+    or of a string with a backslash in it.
+    """
+    if _EXPRESSION.fullmatch(text) is None:
+        return []
     try:
         return list(ast.walk(ast.parse(text, mode="eval")))
     except (SyntaxError, ValueError, MemoryError, RecursionError):
