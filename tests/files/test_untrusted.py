@@ -104,6 +104,8 @@ SIZE = "Symbol('s77', positive=True, integer=True)"
         (SIZE, "Rational('1e999999999')"),
         (r"[\\\"scale\\\"]", r"[\\\"scale':open(1),'\\\"]"),
         (r"[\\\"scale\\\"]", r"{\\\"default_factory_module\\\": \\\"this\\\"}"),
+        (r"[\\\"scale\\\"]", r"{\\\"\\\\u0064efault_factory_module\\\": \\\"this\\\"}"),
+        (r"[\\\"scale\\\"]", r"[{\\\"_\\\\u005fenum__\\\": true, \\\"fqn\\\": \\\"this:a\\\"}]"),
         ("layers.a b.weight", r"layers.a\").mro(), (\"b.weight"),
     ],
 )
@@ -177,6 +179,21 @@ def test_text_that_becomes_code_once_its_lines_are_joined(exported: Path, tmp_pa
 )
 def test_guards_are_written_as_pytorch_writes_them(guard: str, exported: Path) -> None:
     assert "unusual text" in refusal(rewrite(exported, guarded(guard)))
+
+
+@pytest.mark.parametrize("name", ["metadata", "as_string", "as_strings", "torch_version"])
+def test_names_of_tensors_hide_no_sizes(name: str, exported: Path, tmp_path: Path) -> None:
+    def change(members: dict[str, bytes]) -> None:
+        text = members["models/model.json"].decode()
+        output = json.loads(text)["graph_module"]["graph"]["outputs"][0]["as_tensor"]["name"]
+        program = json.loads(text.replace(f'"{output}"', f'"{name}"'))
+        code = f"__import__('os').mkdir({str(tmp_path / 'evil')!r})"
+        sizes = program["graph_module"]["graph"]["tensor_values"][name]["sizes"]
+        sizes[0] = {"as_expr": {"expr_str": code, "hint": {"as_int": 4}}}
+        members["models/model.json"] = json.dumps(program).encode()
+
+    assert "unusual text" in refusal(rewrite(exported, change))
+    assert not (tmp_path / "evil").exists()
 
 
 def guarded(guard: str) -> Callable[[dict[str, bytes]], None]:

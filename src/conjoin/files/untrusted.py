@@ -127,13 +127,20 @@ def _check_strings(source: str, key: str, value: object) -> None:
         names = _SIZE if key == _BY_SIZE else _WORD
         for name, part in value.items():
             _require(source, name, names.fullmatch(name) is not None)
-            if name not in _TEXTS:
+            if name not in _TEXTS or not _is_text(part):
                 _check_strings(source, name, part)
     elif isinstance(value, list):
         for part in value:
             _check_strings(source, key, part)
     elif isinstance(value, str):
         _check_string(source, key, value)
+
+
+def _is_text(value: object) -> bool:
+    """Whether this is text alone: a tensor may have the name of a key that texts stand at."""
+    parts = [*value.values()] if isinstance(value, dict) else value
+    texts = parts if isinstance(parts, list) else [parts]
+    return all(isinstance(each, str) for each in texts)
 
 
 def _check_string(source: str, key: str, text: str) -> None:
@@ -147,8 +154,9 @@ def _check_string(source: str, key: str, text: str) -> None:
         _require(source, text, text.startswith(_OPERATORS) and _WORD.fullmatch(text) is not None)
     elif key in _NESTED and text[:1] in ("[", "{", '"'):
         nested = json.loads(text)
-        # These make PyTorch import a module that the file names.
-        _require(source, text, "default_factory_module" not in text and "__enum__" not in text)
+        # These make PyTorch import a module that the file names; a letter may be written as a code.
+        plain = json.dumps(nested)
+        _require(source, text, "default_factory_module" not in plain and "__enum__" not in plain)
         _check_strings(source, key, nested)
     else:
         _require(source, text, _WORD.fullmatch(text) is not None)
