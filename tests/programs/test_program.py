@@ -916,3 +916,24 @@ def test_views_that_fake_tensors_take_for_possible(dynamic: bool) -> None:
     program = export(model, (x,), dynamic_shapes=shapes)
     fused = conjoin.optimize(program, policy="always").module()
     torch.testing.assert_close(fused(x), model(x))
+
+
+class Passing(nn.Module):
+    """Outputs that dropout passes on in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = F.dropout(self.a(x), 0.5, self.training), F.dropout(self.b(x), 0.5, self.training)
+        return a, b.sin()
+
+
+def test_outputs_of_dropout_lie_as_they_did() -> None:
+    x = torch.randn(2, 5, 4)
+    model = Passing().eval()
+    fused = conjoin.optimize(export(model, (x,)), policy="always").module()
+    made, expected = fused(x), model(x)
+    torch.testing.assert_close(made, expected)
+    assert [each.stride() for each in made] == [each.stride() for each in expected]

@@ -68,6 +68,9 @@ def followed(
         inputs = [input for input in node.all_input_nodes if input in found]
         if not inputs or node in moved:
             continue
+        if hazards.passes_on(node):
+            found[node] = found[inputs[0]]
+            continue
         if node.op not in ("call_function", "call_method") or not hazards.is_pure(node, modules):
             return None
         if node.op == "call_function" and not hazards.of_torch(node.target):
