@@ -97,7 +97,8 @@ def _as_stack(graph: fx.Graph, cat: fx.Node) -> bool:
     ]
     if len(unsqueezed) < len(parts):
         return False
-    known = [part for part in unsqueezed if isinstance(value_of(part), Tensor)]
+    nodes = [part for part in unsqueezed if isinstance(part, fx.Node)]
+    known = [part for part in nodes if isinstance(value_of(part), Tensor)]
     if {functional.memory_format(part) for part in known} - {torch.contiguous_format}:
         return False  # As a stack it would lie as they do.
     cat.target = torch.stack
