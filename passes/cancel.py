@@ -50,7 +50,7 @@ from conjoin.graph import (
 )
 from conjoin.graph.bundles import Bundle
 from conjoin.graph.epochs import Epochs
-from conjoin.graph.meta import EXAMPLE
+from conjoin.graph.meta import EXAMPLE, value_of
 from conjoin.graph.rewriting import Rewrite
 from conjoin.layers.wide import Wide
 
@@ -97,6 +97,10 @@ def _as_stack(graph: fx.Graph, cat: fx.Node) -> bool:
     ]
     if len(unsqueezed) < len(parts):
         return False
+    nodes = [part for part in unsqueezed if isinstance(part, fx.Node)]
+    known = [part for part in nodes if isinstance(value_of(part), Tensor)]
+    if {functional.memory_format(part) for part in known} - {torch.contiguous_format}:
+        return False  # As a stack it would lie as they do.
     cat.target = torch.stack
     cat.args, cat.kwargs = (unsqueezed, dim), {}
     for part in parts:

@@ -100,9 +100,12 @@ SIZE = "Symbol('s77', positive=True, integer=True)"
         (SIZE, "Pow(Pow(Pow(Integer(9), Integer(64)), Integer(64)), Integer(64))"),
         (SIZE, "floor(Float('1e999999999', precision=53))"),
         (SIZE, "Float('1.5', 999999999)"),
+        (SIZE, r"Symbol('''a\\\nx22''')"),
         (SIZE, "Rational('1e999999999')"),
         (r"[\\\"scale\\\"]", r"[\\\"scale':open(1),'\\\"]"),
         (r"[\\\"scale\\\"]", r"{\\\"default_factory_module\\\": \\\"this\\\"}"),
+        (r"[\\\"scale\\\"]", r"{\\\"\\\\u0064efault_factory_module\\\": \\\"this\\\"}"),
+        (r"[\\\"scale\\\"]", r"[{\\\"_\\\\u005fenum__\\\": true, \\\"fqn\\\": \\\"this:a\\\"}]"),
         ("layers.a b.weight", r"layers.a\").mro(), (\"b.weight"),
     ],
 )
@@ -155,6 +158,42 @@ def test_guards_that_compare_sizes_are_kept(guard: str, exported: Path, tmp_path
     out = tmp_path / "out.pt2"
     writing.write(conjoin.optimize(loaded), str(out))
     assert torch.export.load(out)._guards_code == [guard]
+
+
+def hidden(text: str) -> str:
+    """What stands for the text in a string, once the ends of its lines are taken out."""
+    return "".join(c if c.isalpha() else f"\\\nx{ord(c):02x}" for c in text)
+
+
+def test_text_that_becomes_code_once_its_lines_are_joined(exported: Path, tmp_path: Path) -> None:
+    """PyTorch takes the ends of lines out of a guard, and writes it into a message in source."""
+    code = f'"+str(__import__("os").mkdir("{tmp_path / "evil"}"))+"'
+    guard = f"1 or L['''{hidden(code)}''']"
+    message = refusal(rewrite(exported, guarded(guard)))
+    assert "unusual text" in message
+    assert not (tmp_path / "evil").exists()
+
+
+@pytest.mark.parametrize(
+    "guard", ["1 #", "(1 #\n)", "(1\n)", "1 \\\n", 'L["x"] < 1', r"L['\x41'] < 1", "1\t"]
+)
+def test_guards_are_written_as_pytorch_writes_them(guard: str, exported: Path) -> None:
+    assert "unusual text" in refusal(rewrite(exported, guarded(guard)))
+
+
+@pytest.mark.parametrize("name", ["metadata", "as_string", "as_strings", "torch_version"])
+def test_names_of_tensors_hide_no_sizes(name: str, exported: Path, tmp_path: Path) -> None:
+    def change(members: dict[str, bytes]) -> None:
+        text = members["models/model.json"].decode()
+        output = json.loads(text)["graph_module"]["graph"]["outputs"][0]["as_tensor"]["name"]
+        program = json.loads(text.replace(f'"{output}"', f'"{name}"'))
+        code = f"__import__('os').mkdir({str(tmp_path / 'evil')!r})"
+        sizes = program["graph_module"]["graph"]["tensor_values"][name]["sizes"]
+        sizes[0] = {"as_expr": {"expr_str": code, "hint": {"as_int": 4}}}
+        members["models/model.json"] = json.dumps(program).encode()
+
+    assert "unusual text" in refusal(rewrite(exported, change))
+    assert not (tmp_path / "evil").exists()
 
 
 def guarded(guard: str) -> Callable[[dict[str, bytes]], None]:

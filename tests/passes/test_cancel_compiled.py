@@ -1,6 +1,7 @@
 """Under `torch.compile`, splits move only to joints, and go with them."""
 
 import copy
+import warnings
 
 import pytest
 import torch
@@ -233,3 +234,23 @@ def test_the_pass_for_stock_inductor():
 def test_through_aot_autograd():
     inner = check(linears(4, 2, 2), joined(F.gelu), rows(grad=True), inner=Inner("aot_eager"))
     assert inner.count("cat") == {0}
+
+
+def test_what_is_joined_as_images_lies_as_it_did():
+    class Joined(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = nn.Conv2d(4, 3, 1), nn.Conv2d(4, 3, 1)
+
+        def forward(self, x):
+            return torch.cat([self.a(x).unsqueeze(1), self.b(x).unsqueeze(1)], 1)
+
+    model = Joined().double()
+    x = torch.randn(2, 4, 2, 3).double().contiguous(memory_format=torch.channels_last)
+    torch.compiler.reset()
+    compiled = torch.compile(model, backend="conjoin", options={"backend": "eager"})
+    with warnings.catch_warnings():
+        warnings.filterwarnings("ignore", "[0-9]+ layers of the compiled model")
+        made, expected = compiled(x), model(x)
+    torch.testing.assert_close(made, expected)
+    assert made.stride() == expected.stride()

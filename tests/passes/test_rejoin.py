@@ -1,5 +1,6 @@
 """Products with neighbouring slices of one weight become one."""
 
+import copy
 import operator
 
 import pytest
@@ -8,6 +9,7 @@ from equivalence import assert_close
 from torch import fx, nn
 from torch.nn import functional as F
 
+import conjoin
 from conjoin.graph.functional import PRODUCTS
 from conjoin.passes import Rejoin
 
@@ -193,3 +195,31 @@ def test_parts_may_be_changed_in_place():
     assert changed
     assert_close({"y": traced(x)}, {"y": model(x)})
     traced(x).sum().backward()
+
+
+class OneChannel(nn.Module):
+    """What is joined lies as its first part does, which has one channel and so several formats."""
+
+    def __init__(self):
+        super().__init__()
+        self.one, self.more = nn.Conv2d(4, 1, 1), nn.Conv2d(4, 3, 1)
+
+    def forward(self, x):
+        if x.shape[0] > 9:
+            return x, x
+        one = self.one(x)
+        joined = torch.cat([one, self.more(x).relu_()], 1)
+        return one, joined, joined.as_strided((4,), (1,))
+
+
+@pytest.mark.parametrize("memory_format", [torch.contiguous_format, torch.channels_last])
+def test_a_copied_part_of_one_channel_has_its_strides(memory_format):
+    torch.manual_seed(0)
+    model = OneChannel().double()
+    x = torch.randn(3, 4, 2, 3).double().contiguous(memory_format=memory_format)
+    fused = conjoin.optimize(copy.deepcopy(model), (x,), policy="always")
+    torch.compiler.reset()
+    compiled = torch.compile(fused, backend="conjoin", options={"backend": "eager"})
+    made, expected = compiled(x), model(x)
+    assert_close(dict(enumerate(made)), dict(enumerate(expected)))
+    assert [each.stride() for each in made] == [each.stride() for each in expected]

@@ -894,3 +894,46 @@ def test_what_inputs_must_be_is_asked_as_before() -> None:
         assert each._guards_code == program._guards_code
         with pytest.raises(AssertionError, match="Guard failed"):
             each.module()(torch.randn(25, 4))
+
+
+class Narrow(nn.Module):
+    """Convolutions with one channel, whose slices some views of are copies."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(4, 1, 1), nn.Conv2d(4, 1, 1)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        a, b = self.a(x).view(-1, 3), self.b(x).view(-1, 3)
+        return torch.stack([a, b]).sin()
+
+
+@pytest.mark.parametrize("dynamic", [False, True])
+def test_views_that_fake_tensors_take_for_possible(dynamic: bool) -> None:
+    x = torch.randn(3, 4, 2, 3)
+    shapes = ({0: torch.export.Dim.AUTO},) if dynamic else None
+    model = Narrow().eval()
+    program = export(model, (x,), dynamic_shapes=shapes)
+    fused = conjoin.optimize(program, policy="always").module()
+    torch.testing.assert_close(fused(x), model(x))
+
+
+class Passing(nn.Module):
+    """Outputs that dropout passes on in evaluation mode."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 1), nn.Linear(4, 2)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        a, b = F.dropout(self.a(x), 0.5, self.training), F.dropout(self.b(x), 0.5, self.training)
+        return a, b.sin()
+
+
+def test_outputs_of_dropout_lie_as_they_did() -> None:
+    x = torch.randn(2, 5, 4)
+    model = Passing().eval()
+    fused = conjoin.optimize(export(model, (x,)), policy="always").module()
+    made, expected = fused(x), model(x)
+    torch.testing.assert_close(made, expected)
+    assert [each.stride() for each in made] == [each.stride() for each in expected]

@@ -51,6 +51,8 @@ _SYMPY_NODES = (
     ast.UnaryOp,
     ast.USub,
 )
+# The letters of sizes and guards, as PyTorch writes them.
+_EXPRESSION = re.compile(r"[\w.,:+*/%()\[\]<>=!' -]*")
 _DIGITS = re.compile(r"-?\d+(\.\d+)?(e[+-]?\d{1,3})?")
 # The calls that are given a word, and nothing else but settings.
 _WORDS = {"Symbol": _WORD, "Float": _DIGITS}
@@ -125,13 +127,20 @@ def _check_strings(source: str, key: str, value: object) -> None:
         names = _SIZE if key == _BY_SIZE else _WORD
         for name, part in value.items():
             _require(source, name, names.fullmatch(name) is not None)
-            if name not in _TEXTS:
+            if name not in _TEXTS or not _is_text(part):
                 _check_strings(source, name, part)
     elif isinstance(value, list):
         for part in value:
             _check_strings(source, key, part)
     elif isinstance(value, str):
         _check_string(source, key, value)
+
+
+def _is_text(value: object) -> bool:
+    """Whether this is text alone: a tensor may have the name of a key that texts stand at."""
+    parts = [*value.values()] if isinstance(value, dict) else value
+    texts = parts if isinstance(parts, list) else [parts]
+    return all(isinstance(each, str) for each in texts)
 
 
 def _check_string(source: str, key: str, text: str) -> None:
@@ -145,8 +154,9 @@ def _check_string(source: str, key: str, text: str) -> None:
         _require(source, text, text.startswith(_OPERATORS) and _WORD.fullmatch(text) is not None)
     elif key in _NESTED and text[:1] in ("[", "{", '"'):
         nested = json.loads(text)
-        # These make PyTorch import a module that the file names.
-        _require(source, text, "default_factory_module" not in text and "__enum__" not in text)
+        # These make PyTorch import a module that the file names; a letter may be written as a code.
+        plain = json.dumps(nested)
+        _require(source, text, "default_factory_module" not in plain and "__enum__" not in plain)
         _check_strings(source, key, nested)
     else:
         _require(source, text, _WORD.fullmatch(text) is not None)
@@ -192,7 +202,13 @@ def _is_plain_part(node: ast.AST, is_key: bool) -> bool:
 
 
 def _parsed(text: str) -> list[ast.AST]:
-    """The nodes of an expression; none where it is none."""
+    """The nodes of an expression; none where it is none, or not in the letters of one.
+
+    PyTorch and sympy take the ends of lines out of it, which would make another text of a comment
+    or of a string with a backslash in it.
+    """
+    if _EXPRESSION.fullmatch(text) is None:
+        return []
     try:
         return list(ast.walk(ast.parse(text, mode="eval")))
     except (SyntaxError, ValueError, MemoryError, RecursionError):

@@ -182,21 +182,27 @@ def _storage(node: fx.Node) -> int | None:
 
 
 def memory_format(node: fx.Node) -> torch.memory_format | None:
-    """How the value of a node lies in memory; None where that is not known."""
+    """How the value of a node lies in memory; None where that is not known.
+
+    What has one channel lies in several formats, but has the strides of one: what joins it with
+    others goes by these.
+    """
     value = value_of(node)
     if not isinstance(value, Tensor):
         return None
     ranks = {torch.channels_last: 4, torch.channels_last_3d: 5}
-    with strides.quietly(value):
-        return next(
-            (
-                memory_format
-                for memory_format in MEMORY_FORMATS
-                if ranks.get(memory_format, value.dim()) == value.dim()
-                and value.is_contiguous(memory_format=memory_format)
-            ),
-            None,
-        )
+    with strides.quietly(value), torch.no_grad():
+        found = [
+            memory_format
+            for memory_format in MEMORY_FORMATS
+            if ranks.get(memory_format, value.dim()) == value.dim()
+            and value.is_contiguous(memory_format=memory_format)
+        ]
+        for memory_format in found[1:]:
+            made = torch.empty_like(value, memory_format=memory_format)
+            if str(made.stride()) == str(value.stride()):
+                return memory_format
+    return found[0] if found else None
 
 
 def _as_slices(

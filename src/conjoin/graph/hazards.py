@@ -65,6 +65,9 @@ WRAPPERS = frozenset({"wrap_with_set_grad_enabled", "wrap_with_autocast"})
 DETACHING = frozenset({"detach", "detach_"})
 """Methods that no gradient goes past."""
 
+DROPOUTS = frozenset("dropout feature_dropout alpha_dropout feature_alpha_dropout".split())
+"""Functions of an input, a probability, and whether they do anything."""
+
 
 def follow(
     graph: fx.Graph, modules: Mapping[str, nn.Module]
@@ -132,6 +135,16 @@ def shares_memory(node: fx.Node, modules: Mapping[str, nn.Module]) -> bool:
             or writes(node, modules)
         )
     return False
+
+
+def passes_on(node: fx.Node) -> bool:
+    """Whether a node gives its input itself, as dropout does in evaluation mode.
+
+    On fake tensors it gives a copy.
+    """
+    known = node.op == "call_function" and called(node) in DROPOUTS and of_torch(node.target)
+    given = [*node.args[1:3], *(node.kwargs.get(name) for name in ("p", "training", "train"))]
+    return known and bool(node.args) and any(each is False or each == 0 for each in given)
 
 
 def written(node: fx.Node, modules: Mapping[str, nn.Module]) -> Iterator[fx.Node]:

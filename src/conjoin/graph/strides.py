@@ -23,6 +23,7 @@ from torch.utils import _pytree as pytree
 
 from conjoin.graph import hazards
 from conjoin.graph.meta import VALUE, is_wrapped, value_of
+from conjoin.layers.kind import hint
 
 RANDOM_FILLS = frozenset(
     "normal_ uniform_ random_ bernoulli_ exponential_ cauchy_ geometric_ log_normal_".split()
@@ -42,6 +43,9 @@ what is alike and holds something else."""
 
 VIEWS = frozenset("view _unsafe_view reshape flatten".split())
 """Those that share memory wherever the shapes alone let them."""
+
+NEVER_COPYING = frozenset("view view_as _unsafe_view".split())
+"""Those that fail where they could not share memory."""
 
 
 def followed(
@@ -63,6 +67,9 @@ def followed(
     for node in graph.nodes:
         inputs = [input for input in node.all_input_nodes if input in found]
         if not inputs or node in moved:
+            continue
+        if hazards.passes_on(node):
+            found[node] = found[inputs[0]]
             continue
         if node.op not in ("call_function", "call_method") or not hazards.is_pure(node, modules):
             return None
@@ -138,11 +145,32 @@ def _computed(node: fx.Node, found: Mapping[fx.Node, Any]) -> Any:
     )
     try:
         if node.op == "call_method":
-            return getattr(args[0], str(node.target))(*args[1:], **kwargs)
-        function: Any = node.target
-        return function(*args, **kwargs)
+            value = getattr(args[0], str(node.target))(*args[1:], **kwargs)
+        else:
+            function: Any = node.target
+            value = function(*args, **kwargs)
     except (RuntimeError, TypeError, ValueError):  # Such as `view` of what has to be copied.
         return None
+    return value if _may_be_viewed(node, args, value) else None
+
+
+def _may_be_viewed(node: fx.Node, args: tuple[Any, ...], value: Any) -> bool:
+    """Whether a node that must give a view can; of fake tensors with a size of 1 some give any.
+
+    Those of PyTorch 2.13 do; tensors on the meta device do not.
+    """
+    read = args[0] if args else None
+    if hazards.called(node) not in NEVER_COPYING or not isinstance(read, Tensor):
+        return True
+    if read.dtype != value.dtype:
+        return True  # It is viewed as another type.
+    facts = [*map(hint, read.shape)], [*map(hint, read.stride())], [*map(hint, value.shape)]
+    with torch._C._DisablePythonDispatcher(), torch._C._DisableTorchDispatch():
+        try:
+            torch.empty_strided(*facts[:2], device="meta").view(facts[2])
+        except RuntimeError:
+            return False
+    return True
 
 
 def _tensors(value: Any) -> list[Tensor]:

@@ -25,6 +25,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._sympy.value_ranges import ValueRanges
 
 from conjoin.foreign import quieter
+from conjoin.graph import hazards
 from conjoin.graph.meta import VALUE
 
 aten = torch.ops.aten
@@ -190,6 +191,8 @@ def _as_exported() -> Iterator[None]:
 def computed(mode: FakeTensorMode, node: fx.Node) -> Any:
     """What an operation gives for the values that its inputs have now."""
     args, kwargs = map_arg((node.args, node.kwargs), _value)
+    if hazards.passes_on(node):
+        return args[0]
     # What C++ makes of products asks for numbers as sizes in PyTorch 2.11; Python's does not.
     with mode, torch.no_grad(), _as_exported(), enable_python_dispatcher():
         return node.target(*args, **kwargs)  # type: ignore[operator]
