@@ -436,3 +436,16 @@ def test_a_block_that_is_compiled_within_a_region_runs_compiled():
             block.compile(backend=counting)
         assert_close(dict(tensors(optimized(x))), dict(tensors(model(x))), "output")
         assert counting.graphs == graphs
+
+
+def test_the_same_is_guarded_where_dynamo_traces_twice():
+    """Other regions of the class may be collected between."""
+    x = torch.randn(3, 4).double()
+    optimized = conjoin.optimize(Heads().double(), (x,), policy="always")
+    other = copy.deepcopy(optimized)
+    variants = [each for found in optimized.conjoin_plan.variants.values() for each in found]
+    first = [variant.way() for variant in variants]
+    del other
+    gc.collect()
+    assert [variant.way() for variant in variants] == first
+    assert all(first)

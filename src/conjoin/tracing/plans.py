@@ -251,8 +251,10 @@ def _way_of(region: nn.Module, traced: Traced, number: int) -> Callable[[], int]
         number: its number in the region's plan.
     """
     held, called = ref(region), (*traced.written.called, *traced.rising.called)
+    alone: bool | None = None
 
     def way() -> int:
+        nonlocal alone
         region = held()
         plan = None if region is None else vars(region).get(PLAN)
         if type(plan) is not Plan or type(region) is not plan.cls:
@@ -265,8 +267,10 @@ def _way_of(region: nn.Module, traced: Traced, number: int) -> Callable[[], int]
         modules = [at_path(region, path) for _, path in called]
         if not (all(map(has_tensors, modules)) and holding(conditions, modules)()):
             return 0
+        if alone is None:  # Dynamo may trace twice, and other regions be collected meanwhile.
+            alone = len(_regions[plan.cls]) == 1
         trains = RISES if is_grad_enabled() else 0
-        return 1 | trains | (BY_IDENTITY if len(_regions[plan.cls]) == 1 else 0)
+        return 1 | trains | (BY_IDENTITY if alone else 0)
 
     constant: Callable[[], int] = assume_constant_result(way)  # type: ignore[no-untyped-call]
     return constant
