@@ -3,6 +3,7 @@
 import argparse
 import array
 import collections
+import contextlib
 import dataclasses
 import functools
 import types
@@ -230,3 +231,24 @@ def test_sizes_are_put_back_and_what_is_made_meanwhile_stays():
     assert RESIZED.shape == (0,)
     assert torch.equal(ones(), torch.ones(3))
     assert_equivalent(conjoin.optimize(model, (x,)), model, (x,))
+
+
+class Branching(nn.Module):
+    """Calls a layer in a branch of `torch.cond`."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(4, 4) for _ in range(3))
+
+    def forward(self, x):
+        y = self.a(x) + self.b(x)
+        return torch.cond(y.sum() > 0, lambda t: self.c(t).relu(), lambda t: self.c(t).sin(), (y,))
+
+
+def test_control_flow_runs_afterwards():
+    """PyTorch 2.13 fails on such a model within any dispatch mode, and from then on."""
+    model, x = Branching().double(), torch.randn(3, 4).double()
+    expected = model(x)
+    with contextlib.suppress(ValueError):
+        conjoin.optimize(model, (x,))
+    assert torch.equal(model(x), expected)
