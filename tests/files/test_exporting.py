@@ -54,6 +54,23 @@ class Counts(Decides):
         self.steps.add_(1)
         return self.layer(x) * self.steps
 
+class Sizes(Decides):
+    def __init__(self, decides):
+        super().__init__()
+        self.decides = decides
+
+    def forward(self, x):
+        return self.layer(x) if self.decides(x.shape[0]) else x
+
+def above_four():
+    return Sizes(lambda size: size > 4)
+
+def even():
+    return Sizes(lambda size: size % 2 == 0)
+
+def not_seven():
+    return Sizes(lambda size: size != 7)
+
 def double():
     return Decides().double()
 
@@ -211,6 +228,18 @@ def test_batches_up_to_a_limit(capsys: Capture, nets: str) -> None:
     message = fail(capsys, "export", f"{nets}:Small", *options, "5x8", "--force")
     assert "for batches of 8 at most" in message
     assert "give --input shapes of a batch of 4 or less" in message
+
+
+@pytest.mark.parametrize("out", ["out.pt2", "out.onnx"])
+@pytest.mark.parametrize("decides", ["above_four", "even", "not_seven"])
+def test_batches_that_the_model_tells_apart_otherwise(
+    capsys: Capture, nets: str, decides: str, out: str
+) -> None:
+    """A file of ONNX would compute for the others what the model computes for these."""
+    options = "--input", "6x8", "--dynamic-batch"
+    message = fail(capsys, "export", f"{nets}:{decides}", "-o", out, *options)
+    assert "torch.export cannot export the model" in message
+    assert not Path(out).exists()
 
 
 def test_an_exported_program_is_exported_again(

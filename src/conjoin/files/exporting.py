@@ -16,6 +16,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, fx, nn
+from torch._dynamo.exc import UserError
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, ShapesCollection
 from torch.utils import _pytree as pytree
@@ -196,10 +197,27 @@ def _plain(
 
 
 def _program(model: nn.Module, call: Call, batched: Sequence[Tensor]) -> ExportedProgram:
+    """The program of a model, for any batch or up to the limit that the model sets."""
+    if not batched:
+        return _exported(model, call)
+    try:
+        return _exported(model, call, batched, Dim("batch"))
+    except UserError:
+        # This notes all that must hold of a batch, and the export after it allows a limit alone.
+        most = _largest_batch(_exported(model, call, batched, Dim.DYNAMIC))
+        if most is None:
+            raise
+    return _exported(model, call, batched, Dim("batch", max=most))
+
+
+def _exported(
+    model: nn.Module, call: Call, batched: Sequence[Tensor] = (), batch: object = None
+) -> ExportedProgram:
+    """The program of a model, with a first dimension of some inputs that is `batch`."""
     args, kwargs = call
     shapes = ShapesCollection()  # type: ignore[no-untyped-call]
     for tensor in batched:
-        shapes[tensor] = {0: Dim.DYNAMIC}  # A `Dim` is for any size, or none.
+        shapes[tensor] = {0: batch}
     dynamic = shapes.dynamic_shapes(model, args, kwargs) if batched else None  # type: ignore[no-untyped-call]
     with torch.no_grad():
         return torch.export.export(model, args, kwargs, dynamic_shapes=dynamic)
@@ -210,7 +228,8 @@ def _largest_batch(program: ExportedProgram) -> int | None:
     inputs = (n.meta.get(VALUE) for n in program.graph.nodes if n.op == "placeholder")
     sizes: list[Any] = [v.shape[0] for v in inputs if isinstance(v, Tensor) and v.dim()]
     symbols = {size.node.expr for size in sizes if isinstance(size, torch.SymInt)}
-    limits = [program.range_constraints[each].upper for each in symbols]
+    ranges = program.range_constraints  # Of a size that follows from another there is none.
+    limits = [ranges[each].upper for each in symbols if each in ranges]
     return min((int(limit) for limit in limits if limit.is_Integer), default=None)
 
 
