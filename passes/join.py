@@ -10,6 +10,7 @@ gradients come back. `conjoin.optimize` joins weights once.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Hashable, Mapping, Sequence
 from dataclasses import dataclass
 
@@ -126,23 +127,36 @@ def _group(products: Sequence[ParameterProduct]) -> Joinable:
     known = machine.constants(weight.device, weight.dtype)
     if known is None or not isinstance(read, Tensor) or not elements(read):
         return Joinable(tuple(products), None)
-    works = [_work(product, read) for product in products]
+    works = [_work(product) for product in products]
     setting = Setting(made.requires_grad, passed_on=read.requires_grad)
     return Joinable(tuple(products), joining.estimate(known, works, setting))
 
 
-def _work(product: ParameterProduct, read: Tensor) -> Work:
-    """What a product does for the sizes that the graph was captured with."""
-    weight, outputs = product.weight.meta[EXAMPLE], elements(product.node.meta[EXAMPLE])
-    width = weight.shape[functional.weight_dim(product.node)]
+def _work(product: ParameterProduct) -> Work:
+    copied = product.part is not None and product.part.copied is not None
+    shape, biased = product.weight.meta[EXAMPLE].shape, product.bias is not None
+    return work_of(product.node, shape, biased=biased, contiguous=copied)
+
+
+def work_of(node: fx.Node, shape: Sequence[int], *, biased: bool, contiguous: bool = False) -> Work:
+    """What a product does for the sizes that the graph was captured with.
+
+    Args:
+        node: the product.
+        shape: the shape of its weight.
+        biased: whether it has a bias.
+        contiguous: whether its part of a wide output must be made contiguous.
+    """
+    read, made = functional.arguments(node)["input"].meta[EXAMPLE], node.meta[EXAMPLE]
+    size, outputs, weight = made.element_size(), elements(made), math.prod(shape)
     return Work(
         input=elements(read) * read.element_size(),
-        output=outputs * weight.element_size(),
-        weight=weight.numel() * weight.element_size(),
-        read=weight.numel() * weight.element_size(),
-        operations=2 * outputs * weight.numel() // max(width, 1),
-        biased=product.bias is not None,
-        contiguous=product.part is not None and product.part.copied is not None,
+        output=outputs * size,
+        weight=weight * size,
+        read=weight * size,
+        operations=2 * outputs * weight // max(shape[functional.weight_dim(node)], 1),
+        biased=biased,
+        contiguous=contiguous,
     )
 
 

@@ -37,7 +37,7 @@ from conjoin.layers.kind import elements
 from conjoin.passes import join, rejoin, sink
 from conjoin.passes.rejoin import Slice
 from conjoin.policy import joining, machine
-from conjoin.policy.cost import Layout, Setting, Work
+from conjoin.policy.cost import Layout, Setting
 
 
 class Stack(Rewrite):
@@ -143,7 +143,11 @@ def _pays(members: Sequence[Member], layout: Layout) -> bool:
     if known is None or (sliced and not all(_follow(*two) for two in zip(*slices, strict=True))):
         return False
     setting = Setting(made.requires_grad, passed_on=read.requires_grad)
-    figures = joining.estimate_level(known, [*map(_work, members)], setting, layout)
+    works = [
+        join.work_of(member.node, member.shape, biased=member.bias is not None)
+        for member in members
+    ]
+    figures = joining.estimate_level(known, works, setting, layout)
     return figures.pays_whole if sliced else figures.pays
 
 
@@ -151,21 +155,6 @@ def _follow(*slices: fx.Node | Slice | None) -> bool:
     """Whether slices follow on one another; so do biases that there are none of."""
     found = [each for each in slices if isinstance(each, Slice)]
     return not found or all(first.precedes(second) for first, second in pairwise(found))
-
-
-def _work(member: Member) -> Work:
-    """What a product does for the sizes that the graph was captured with."""
-    read = functional.arguments(member.node)["input"].meta[EXAMPLE]
-    outputs, (out, width) = elements(member.node.meta[EXAMPLE]), member.shape
-    size = read.element_size()
-    return Work(
-        input=elements(read) * size,
-        output=outputs * size,
-        weight=out * width * size,
-        read=out * width * size,
-        operations=2 * outputs * width,
-        biased=member.bias is not None,
-    )
 
 
 def _as_stack(graph: fx.Graph, bundle: Bundle) -> Bundle:
