@@ -19,6 +19,7 @@ from typing import TYPE_CHECKING, Any, cast
 import torch
 from torch import Tensor, nn
 
+from conjoin.layers.activation import PURE
 from conjoin.layers.checks import TENSORS
 from conjoin.layers.embedding import unstack
 from conjoin.layers.wide import Wide
@@ -38,13 +39,6 @@ themselves that are guarded, and not what they are to each other."""
 
 CALLED = re.compile(rf"\b({CALL}\d+)\((?:(\w+)(, apart = True)?\))?")
 """How torch.fx writes calls of modules; one with one tensor is found as a whole."""
-
-OPERATIONS: Mapping[type[nn.Module], Callable[[Tensor], Tensor]] = {
-    nn.ReLU: torch.relu,
-    nn.Sigmoid: torch.sigmoid,
-    nn.Tanh: torch.tanh,
-}
-"""What modules do that hold no tensor, where they do not do it in place."""
 
 TOLD = (bool, int, float, complex, str, bytes, torch.dtype, torch.device)
 """Types of values that are equal where they are written alike."""
@@ -228,8 +222,8 @@ def _call(found: re.Match[str], module: nn.Module, names: Names) -> str:
         method = type(kind).apart if apart else type(kind).run
         return inlined or f"{names.name(method)}({names.name(kind)}, {called}, {input})"
     if input is not None and not apart:
-        function = OPERATIONS.get(type(module))
-        if function is not None and not getattr(module, "inplace", False):
+        function, settings = PURE.get(type(module), (None, ()))
+        if function is not None and not settings and not getattr(module, "inplace", False):
             return f"{names.name(function)}({input})"
         if type(module) is nn.Linear:
             held = (f"{called}._parameters[{name!r}]" for name in TENSORS)
