@@ -109,7 +109,8 @@ class Counts:
 
 def count_model(model: nn.Module, call: Call) -> StepCount:
     """The launches and the memory of a call of a model as it is."""
-    return on_copies(model, lambda copied: copied().count(call, {})) or UNCOUNTED
+    with undisturbed(model):
+        return on_copies(model, lambda copied: copied().count(call, {})) or UNCOUNTED
 
 
 def count_groups(model: nn.Module, call: Call, decision: Decision) -> Counts:

@@ -1,6 +1,7 @@
 """Exported programs: as few products as in the rewritten model, the same function, and back."""
 
 import copy
+import random
 import shutil
 from collections.abc import Callable
 
@@ -543,6 +544,15 @@ def test_what_depends_on_an_open_size_stays_apart() -> None:
     assert (str(program), len(program.graph.nodes)) == before
     (group,) = conjoin.report(program, kinds=kinds).groups
     assert (group.fused, group.reason) == (False, Reason.IN_PROGRAM)
+
+
+@pytest.mark.parametrize("look", [conjoin.report, conjoin.optimize, conjoin.verify])
+def test_the_random_streams_stay(look: Callable[..., object], heads: ExportedProgram) -> None:
+    before, python = torch.get_rng_state(), random.getstate()
+    call = () if look is conjoin.optimize else (heads.example_inputs[0],)
+    look(heads, *([heads] if look is conjoin.verify else []), *call)
+    assert torch.equal(torch.get_rng_state(), before)
+    assert random.getstate() == python
 
 
 def test_the_report_counts_the_program() -> None:

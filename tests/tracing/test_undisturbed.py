@@ -246,9 +246,53 @@ class Branching(nn.Module):
 
 
 def test_control_flow_runs_afterwards():
-    """PyTorch 2.13 fails on such a model within any dispatch mode, and from then on."""
+    """PyTorch 2.13 has branches with parameters that train fail in any mode, and from then on."""
     model, x = Branching().double(), torch.randn(3, 4).double()
     expected = model(x)
     with contextlib.suppress(ValueError):
-        conjoin.optimize(model, (x,))
+        conjoin.report(model, (x,))
     assert torch.equal(model(x), expected)
+
+
+def test_control_flow_that_does_not_train_is_merged():
+    model, x = Branching().double().requires_grad_(False), torch.randn(3, 4).double()
+    fused = conjoin.optimize(model, (x,), inplace=False)
+    groups = conjoin.report(fused, (x,)).groups
+    assert [group.layers for group in groups if group.fused] == [("a", "b")]
+    for given in (x, -x):
+        torch.testing.assert_close(fused(given), model(given))
+
+
+class Compiled(nn.Module):
+    """Calls a function and a module that are compiled each by itself."""
+
+    def __init__(self, backend):
+        super().__init__()
+        self.a, self.b, self.inner = nn.Linear(4, 4), nn.Linear(4, 4), Adding()
+        self.inner.compile(backend=backend)
+        self.function = torch.compile(lambda x: x.sin() + 1, backend=backend)
+
+    def forward(self, x):
+        y = self.function(self.inner(x))
+        return self.a(y), self.b(y)
+
+
+class Adding(nn.Module):
+    def forward(self, x):
+        return x.cos() + 1
+
+
+@pytest.mark.parametrize("look", [conjoin.report, conjoin.optimize, conjoin.verify])
+def test_what_the_model_compiles_is_compiled_afterwards(look):
+    """PyTorch passes over a function for good once that was called within a dispatch mode."""
+    graphs = []
+
+    def backend(graph_module, example_inputs):
+        graphs.append(graph_module)
+        return graph_module.forward
+
+    model, x = Compiled(backend), torch.randn(3, 4)
+    look(model, *([model] if look is conjoin.verify else []), (x,))
+    assert len(graphs) == 0
+    model(x)
+    assert len(graphs) == 2

@@ -18,13 +18,11 @@ import random
 import sys
 import traceback
 from collections.abc import Callable, Iterable, Iterator
-from types import CellType, CodeType, FunctionType
+from types import CellType, FunctionType
 from typing import Any
 
 import torch
-from torch import _higher_order_ops as higher_order
 from torch import nn
-from torch._C._dynamo.eval_frame import _debug_get_cache_entry_list, reset_code
 
 from conjoin.reachable import (
     CONTAINERS,
@@ -46,14 +44,6 @@ from conjoin.reachable import (
 MODES = ("cpu", "cuda", "mps", "xpu")
 """Types of device with an autocast mode of their own."""
 
-CONTROL_FLOW = tuple(
-    inner
-    for name in ("cond", "while_loop", "scan", "associative_scan", "map")
-    for inner in getattr(higher_order, name).__code__.co_consts
-    if isinstance(inner, CodeType)
-)
-"""The code inside `torch.cond` and its like, some of which they compile at each call."""
-
 Undo = Callable[[], object]
 
 _MISSING = object()
@@ -69,7 +59,8 @@ def undisturbed(model: nn.Module | None = None, *, reached: bool = True) -> Iter
             does so, for many looks at once.
     """
     undos = [] if model is None else list(_snapshots(model, reached=reached))
-    with _streams(), _modes(), _control_flow():
+    # Dynamo never again compiles a function that is called within a dispatch mode, as a look is.
+    with _streams(), _modes(), torch.compiler.set_stance("force_eager"):
         try:
             yield
         finally:
@@ -140,21 +131,6 @@ def _modes() -> Iterator[None]:
             torch.use_deterministic_algorithms(deterministic, warn_only=warns)
         while torch._C._len_torch_function_stack() > functions:
             torch._C._pop_torch_function_stack()
-
-
-@contextlib.contextmanager
-def _control_flow() -> Iterator[None]:
-    """Forgets what PyTorch has compiled of `torch.cond` and its like, as a call inside spoils it.
-
-    They compile themselves where they are not compiled already. A call within a dispatch mode that
-    fails, as it does for branches that use a module's parameters, has all later ones fail as well.
-    """
-    try:
-        yield
-    finally:
-        for code in CONTROL_FLOW:
-            if _debug_get_cache_entry_list(code):
-                reset_code(code)
 
 
 @contextlib.contextmanager
