@@ -11,6 +11,11 @@ WRITTEN = (
     (64 * MEGABYTE, 2.6e-2),
 )
 
+NOTHING = ((1, ((1, 0.0), (2, 0.0))), (2, ((1, 0.0), (2, 0.0))))
+
+HIDDEN = ((2, NOTHING), (4, NOTHING))
+"""Beside rows a weight takes its arithmetic and nothing else."""
+
 STEADY = Machine(
     call=4e-6,
     cut=2e-6,
@@ -20,6 +25,6 @@ STEADY = Machine(
     bandwidth=1e10,
     written=WRITTEN,
     joined=WRITTEN,
-    few_rows=((0, 0.0), (MEGABYTE, 0.0)),
+    few_rows=HIDDEN,
 )
 """A core and a memory such as are common, with an allocator that asks the system for 32 MiB."""

@@ -4,14 +4,14 @@ import dataclasses
 
 import pytest
 from choices import apart, names, whole
-from machines import MEGABYTE, STEADY
+from machines import HIDDEN, MEGABYTE, STEADY
 
 from conjoin.policy.cost import Machine, Setting, Work, choose, likely, seconds
 
 FORWARD = Setting(training=False)
 TRAINING = Setting(training=True)
 NONE = ((0.0, 0.0), (1e9, 0.0))
-FLAT = Machine(1.0, 0.5, 0.0, 1.0, 1.0, bandwidth=1e9, written=NONE, joined=NONE, few_rows=NONE)
+FLAT = Machine(1.0, 0.5, 0.0, 1.0, 1.0, bandwidth=1e9, written=NONE, joined=NONE, few_rows=HIDDEN)
 """A machine on which only calls and arithmetic take time."""
 
 
@@ -144,11 +144,32 @@ def test_forms_for_a_race():
     assert likely(None, works[:2], names(2), TRAINING) == (whole(2), apart(2))
 
 
-@pytest.mark.parametrize("few", [True, False])
-def test_a_large_weight_beside_few_rows_is_read_slowly(few):
-    leaving = dataclasses.replace(FLAT, few_rows=((0.0, 0.0), (1e3, 10.0), (2e3, 100.0)))
-    works = [dataclasses.replace(linear(8), weight=10**3, few=few) for _ in range(2)]
-    _, figures = choose(leaving, works, names(2), FORWARD)
-    expected = (22, 101.5) if few else (2, 1.5)
-    assert (figures.apart, figures.whole) == pytest.approx(expected)
-    assert figures.layers == (2 if few else 1)
+SLOW = (
+    (2, ((1e3, ((1, 0.02), (2, 0.01))), (2e3, ((1, 0.06), (2, 0.01))))),
+    (4, ((1e3, ((1, 0.0), (2, 0.0))), (2e3, ((1, 0.0), (2, 0.0))))),
+)
+"""Seconds for each byte by rows, bytes of all weights, and weights."""
+
+
+@pytest.mark.parametrize(
+    ("rows", "weight", "each", "both"),
+    [
+        (2, 500, 5.0, 20.0),
+        (2, 1000, 10.0, 120.0),
+        (2, 750, 7.5, 60.0),  # In between.
+        (3, 1000, 5.0, 60.0),
+        (2, 5000, 50.0, 600.0),  # Beyond what was measured.
+        (2, 100, 1.0, 4.0),
+        (4, 1000, 0.0, 0.0),
+        (64, 1000, 0.0, 0.0),
+        (1, 1000, 0.0, 0.0),
+        (0, 1000, 0.0, 0.0),
+    ],
+)
+def test_a_large_weight_beside_few_rows_is_read_slowly(rows, weight, each, both):
+    slow = dataclasses.replace(FLAT, few_rows=SLOW)
+    works = [dataclasses.replace(linear(8), weight=weight, rows=rows) for _ in range(2)]
+    taken = [choose(machine, works, names(2), FORWARD)[1] for machine in (FLAT, slow)]
+    assert taken[1].apart - taken[0].apart == pytest.approx(2 * each)
+    assert taken[1].whole - taken[0].whole == pytest.approx(both)
+    assert taken[1].layers == (2 if both > 2 * each + 1 else 1)

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from equivalence import assert_equivalent
-from machines import STEADY
+from machines import HIDDEN, STEADY
 from torch import nn
 
 import conjoin
@@ -27,7 +27,7 @@ SMALL = Machine(
     bandwidth=1e15,
     written=ASKING,
     joined=ASKING,
-    few_rows=((0.0, 0.0), (1.0, 0.0)),
+    few_rows=HIDDEN,
 )
 """A machine that has to ask for each 16 KiB, and takes a second for that."""
 

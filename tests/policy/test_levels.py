@@ -5,7 +5,7 @@ import dataclasses
 import pytest
 import torch
 from equivalence import assert_equivalent
-from machines import STEADY
+from machines import HIDDEN, STEADY
 from torch import nn
 
 import conjoin
@@ -25,7 +25,7 @@ FLAT = dataclasses.replace(
     bandwidth=1e9,
     written=NONE,
     joined=NONE,
-    few_rows=NONE,
+    few_rows=HIDDEN,
 )
 COPIES = dataclasses.replace(STEADY, joined=((0.0, 0.0), (1e3, 0.0), (1e3 + 1, 1.0), (2e3, 2.0)))
 """A machine on which it takes a second to copy more than 1,000 bytes."""

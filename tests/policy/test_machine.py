@@ -19,9 +19,16 @@ from conjoin.policy.cost import Machine
 
 CPU = torch.device("cpu")
 KEY = ("a device", "cpu", "torch.float32")
+
+
+def table(sizes, *more):
+    """Something that may have been measured with these, and within with more."""
+    return tuple((float(n), table(*more) if more else 1e-9 * n) for n in sizes)
+
+
 FOUND = Machine(
     *(1e-6, 1e-6, 2e-5, 1e11, 1e11, 1e10),
-    *(tuple((float(n), 1e-9 * n) for n in sizes) for sizes in machine.TABLES.values()),
+    *(table(*sizes) for sizes in machine.TABLES.values()),
 )
 
 
@@ -90,7 +97,8 @@ def changed(**fields):
                 {"written": [[1, 2, 3]]},
                 {"written": [[size, -1.0] for size in machine.SIZES]},
                 {"joined": [[size, 1e-6] for size in machine.SIZES]},
-                {"few_rows": [[size, math.inf] for size in machine.WEIGHTS]},
+                {"few_rows": [[rows, 0.0] for rows in machine.ROWS]},
+                {"few_rows": [[rows, [[1, [[1, 0.0]]]]] for rows in machine.ROWS]},
             )
         ),
     ],

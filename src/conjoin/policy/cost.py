@@ -21,9 +21,10 @@ each parameter. All constants are measured on the machine (see `machine.py`). Wh
 - a batched product has a rate of its own, which libraries differ in;
 - what a new byte takes: not the same in a tensor that lies in a cache, in one that does not, and in
   one that the allocator asks the system for at each call, whose pages are all faulted in anew;
-- few rows: what a product of two or three rows takes beyond its arithmetic, by the bytes of its
-  weight. One large weight may take longer there than several (`time_projections` in the benchmark,
-  by hand, in inference). Why is not known; each machine is measured.
+- few rows: what a product of some rows takes beyond its arithmetic, by how many there are, by the
+  bytes of all the layers' weights, and by how large each weight is among them. One large weight may
+  take longer there than several, most of all where a cache does not hold it (`time_projections` in
+  the benchmark, by hand, in inference). Why is not known; each machine is measured.
 
 What is done to the parts, and how well a library does at one width or another, are not in it. So it
 is an estimate, and labelled so; `policy="measure"` measures.
@@ -38,7 +39,7 @@ import bisect
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 from conjoin.policy.figures import MARGIN, Figures, pick
 from conjoin.policy.forms import Form, forms, in_order, ordered
@@ -52,6 +53,10 @@ moment, and that divided."""
 
 Table = tuple[tuple[float, float], ...]
 """Numbers of bytes, which ascend, and the seconds that were measured with them."""
+
+Grid = tuple[tuple[float, tuple[tuple[float, Table], ...]], ...]
+"""Numbers of rows; for each, bytes of all weights; for each, into how many they are cut, and the
+seconds for each byte."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -68,8 +73,8 @@ class Machine:
         written: what it takes to fill a tensor that is new, beyond `call`, by its number of bytes,
             which ascend.
         joined: likewise what it takes to join two tensors side by side, by the bytes of the result.
-        few_rows: likewise what a product of few rows takes beyond its arithmetic, by the bytes of
-            its weight.
+        few_rows: what each byte of a weight takes beside two rows or more, beyond `call` and the
+            arithmetic; see `Grid`.
     """
 
     call: float
@@ -80,7 +85,7 @@ class Machine:
     bandwidth: float
     written: Table
     joined: Table
-    few_rows: Table
+    few_rows: Grid
 
     def new(self, size: float) -> float:
         """Seconds to fill a new tensor of `size` bytes."""
@@ -94,9 +99,17 @@ class Machine:
         """Seconds to read `size` bytes that were new a while ago: what a copy takes beyond them."""
         return max(0.0, self.copy(size) - self.new(size))
 
-    def beside_few_rows(self, size: float) -> float:
-        """Seconds that a weight of `size` bytes takes beside few rows, beyond the arithmetic."""
-        return _between(self.few_rows, size)
+    def beside_rows(self, rows: int, weight: float, among: float) -> float:
+        """Seconds that a weight takes beside rows, beyond the arithmetic.
+
+        Args:
+            rows: how many rows.
+            weight: the bytes of the weight.
+            among: the bytes of all weights that are read in turn.
+        """
+        if rows < 2 or not weight:
+            return 0.0
+        return weight * _within(self.few_rows, rows, among, among / weight)
 
 
 def _between(table: Table, size: float) -> float:
@@ -105,6 +118,18 @@ def _between(table: Table, size: float) -> float:
     right = max(min(bisect.bisect_left(sizes, size), len(sizes) - 1), 1)
     (low, before), (high, after) = table[right - 1], table[right]
     return max(0.0, before + (after - before) * (size - low) / (high - low))
+
+
+def _within(table: Sequence[tuple[float, Any]], at: float, *more: float) -> float:
+    """What a table of tables holds at or between what was measured, and beyond that at its end."""
+    places = [place for place, _ in table]
+    at = min(max(at, places[0]), places[-1])
+    right = max(bisect.bisect_left(places, at), 1)
+    (low, before), (high, after) = table[right - 1], table[right]
+    if more:
+        before, after = _within(before, *more), _within(after, *more)
+    held: float = before + (after - before) * (at - low) / (high - low)
+    return held
 
 
 @dataclass(frozen=True, slots=True)
@@ -119,7 +144,7 @@ class Work:
         operations: its multiplications and additions.
         biased: whether it has a bias.
         contiguous: whether its part of a wide output must be made contiguous.
-        few: whether its weight is multiplied with two or three rows.
+        rows: how many rows its weight is multiplied with; 0 where it is no matrix.
     """
 
     input: int
@@ -129,11 +154,11 @@ class Work:
     operations: int
     biased: bool = False
     contiguous: bool = False
-    few: bool = False
+    rows: int = 0
 
 
 NUMBERS = ("input", "output", "weight", "read", "operations")
-FLAGS = ("biased", "contiguous", "few")
+FLAGS = ("biased", "contiguous")
 
 Layout = Literal["beside", "stack", "apart"]
 """How the tensors lie that layers read: side by side in one, in a stack, or each by itself."""
@@ -163,7 +188,8 @@ class Setting:
 
 def seconds(machine: Machine, forms: Sequence[Sequence[Work]], setting: Setting) -> float:
     """What it takes to run layers that read one tensor, each list of them as one layer."""
-    taken = sum(_layer(machine, layers, setting) for layers in forms)
+    among = _weight([layer for layers in forms for layer in layers])
+    taken = sum(_layer(machine, layers, setting, among) for layers in forms)
     if setting.training and setting.passed_on:
         taken += (len(forms) - 1) * (machine.call + machine.new(forms[0][0].input))
     return taken
@@ -186,10 +212,11 @@ def level(machine: Machine, works: Sequence[Work], setting: Setting, layout: Lay
         setting: what they have in common.
         layout: how the tensors lie.
     """
-    apart = sum(_layer(machine, [work], setting) for work in works)
+    among = _weight(works)
+    apart = sum(_layer(machine, [work], setting, among) for work in works)
     rate = machine.batched if setting.stacked else machine.rate
-    arithmetic = sum(_product(machine, [work], rate) for work in works)
-    whole = _layer(machine, [_together(works)], setting, arithmetic)
+    arithmetic = sum(_product(machine, [work], rate, among) for work in works)
+    whole = _layer(machine, [_together(works)], setting, among, arithmetic)
     read, given = (sum(getattr(work, name) for work in works) for name in ("input", "output"))
     copied = machine.call + machine.copy(read)
     if layout == "apart":
@@ -208,6 +235,11 @@ def level(machine: Machine, works: Sequence[Work], setting: Setting, layout: Lay
     return Figures(apart, whole, chosen, layers, measured=False, training=setting.training)
 
 
+def _weight(works: Sequence[Work]) -> int:
+    """The bytes of the weights of layers."""
+    return sum(work.weight for work in works)
+
+
 def _together(works: Sequence[Work]) -> Work:
     """What layers do together."""
     numbers = (sum(getattr(work, name) for work in works) for name in NUMBERS)
@@ -216,7 +248,11 @@ def _together(works: Sequence[Work]) -> Work:
 
 
 def _layer(
-    machine: Machine, layers: Sequence[Work], setting: Setting, arithmetic: float | None = None
+    machine: Machine,
+    layers: Sequence[Work],
+    setting: Setting,
+    among: int,
+    arithmetic: float | None = None,
 ) -> float:
     """What it takes to run one layer that is as wide as all of these.
 
@@ -224,14 +260,15 @@ def _layer(
         machine: what is measured of the device.
         layers: what they do.
         setting: what they have in common.
+        among: the bytes of all weights that are read in turn.
         arithmetic: what a product takes, where it is not that of one wide layer.
     """
     if len(layers) > 1 and setting.one_by_one:
         joint = machine.call + machine.copy(sum(each.output for each in layers))
-        return joint + sum(_layer(machine, [each], setting) for each in layers)
+        return joint + sum(_layer(machine, [each], setting, among) for each in layers)
     joined = len(layers) > 1 and setting.joined
     cut = len(layers) > 1 and setting.cut
-    output, weight = sum(each.output for each in layers), sum(each.weight for each in layers)
+    output, weight = sum(each.output for each in layers), _weight(layers)
     copies = [each.output for each in layers if cut and each.contiguous]
     copies += [weight] if joined else []
     biased = {each.biased for each in layers}
@@ -249,17 +286,16 @@ def _layer(
     moved = sum(map(machine.new, new)) + sum(map(machine.copy, copies))
     if not setting.training:
         moved += machine.again(output)
-    product = _product(machine, layers, machine.rate) if arithmetic is None else arithmetic
+    product = _product(machine, layers, machine.rate, among) if arithmetic is None else arithmetic
     return fixed + products * product + moved
 
 
-def _product(machine: Machine, layers: Sequence[Work], rate: float) -> float:
+def _product(machine: Machine, layers: Sequence[Work], rate: float, among: int) -> float:
     """What the arithmetic of one layer takes that is as wide as these, at some rate."""
     operations = sum(each.operations for each in layers)
-    weight, read = sum(each.weight for each in layers), sum(each.read for each in layers)
-    few = any(each.few for each in layers)
-    computed = operations / rate + (machine.beside_few_rows(weight) if few else 0.0)
-    return max(computed, (layers[0].input + read) / machine.bandwidth)
+    read = sum(each.read for each in layers)
+    beside = machine.beside_rows(layers[0].rows, _weight(layers), among)
+    return max(operations / rate + beside, (layers[0].input + read) / machine.bandwidth)
 
 
 def choose(

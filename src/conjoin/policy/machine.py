@@ -26,9 +26,9 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.adam import adam
 
-from conjoin.policy.cost import Machine, Table
+from conjoin.policy.cost import Grid, Machine, Table
 
-FORMAT = 3
+FORMAT = 4
 """The version of what is measured, and of the files that hold it."""
 
 DEVICES = ("cpu", "cuda")
@@ -47,13 +47,18 @@ JOINED = (*(2**power for power in range(12, 25, 2)), LARGEST, 2**25, 2**26)
 IN_USE = 4
 """How many times the bytes of a tensor a step goes through before it comes back to it."""
 
-WEIGHTS = (0, *(2**power for power in range(16, 26)))
-"""Bytes of the weights that are multiplied with a few rows, one after another of `READ / 4`.
+ROWS = (2, 4, 16)
+"""How many rows weights are multiplied with. Beside more, arithmetic hides more of the rest."""
 
-None at all takes nothing; the rest of what small ones take is in `call`."""
+WEIGHTS = (2**20, 2**22, 2**24, 2**25)
+"""Bytes of all weights that are read in turn. As many are read in between, as in a model that has
+other layers."""
 
-ROWS, FEATURES = 2, 1024
-"""How many rows that are, so few that their arithmetic hides nothing, and how long they are."""
+PIECES = (1, 2, 4, 8, 16)
+"""Into how many weights they are cut."""
+
+FEATURES = 1024
+"""How long the rows are."""
 
 SIDE = 512
 """Rows and columns of the matrices whose product tells the rate."""
@@ -64,8 +69,12 @@ READ = 2**27
 MORE = 4
 """By how many parameters the steps of Adam differ that tell what one of them adds."""
 
-TABLES = {"written": SIZES, "joined": JOINED, "few_rows": WEIGHTS}
-"""What is measured by numbers of bytes, and by which."""
+TABLES: dict[str, tuple[tuple[int, ...], ...]] = {
+    "written": (SIZES,),
+    "joined": (JOINED,),
+    "few_rows": (ROWS, WEIGHTS, PIECES),
+}
+"""What is measured by numbers of something, and by which."""
 
 ROUNDS = 5
 """How often each thing is timed. The least counts: what disturbs it only adds."""
@@ -148,13 +157,17 @@ def read(path: Path, key: tuple[str, ...]) -> Machine | None:
             return None
         fields = held["constants"]
         known: dict[str, Any] = {
-            name: tuple((float(size), float(taken)) for size, taken in fields.pop(name))
-            for name in TABLES
+            name: _read_table(fields.pop(name), len(sizes)) for name, sizes in TABLES.items()
         }
         found = Machine(**known | {name: float(value) for name, value in fields.items()})
     except (OSError, ValueError, TypeError, KeyError, AttributeError, RecursionError):
         return None
     return found if _is_possible(found) else None
+
+
+def _read_table(held: Any, depth: int) -> tuple[tuple[float, Any], ...]:
+    more = functools.partial(_read_table, depth=depth - 1) if depth > 1 else float
+    return tuple((float(size), more(taken)) for size, taken in held)
 
 
 def _is_possible(found: Machine) -> bool:
@@ -164,13 +177,16 @@ def _is_possible(found: Machine) -> bool:
         all(math.isfinite(number) and number > 0 for number in positive)
         and math.isfinite(found.step)
         and found.step >= 0
-        and all(_is_table(getattr(found, name), sizes) for name, sizes in TABLES.items())
+        and all(_is_table(getattr(found, name), *sizes) for name, sizes in TABLES.items())
     )
 
 
-def _is_table(table: Table, sizes: tuple[int, ...]) -> bool:
-    known = tuple(size for size, _ in table) == sizes
-    return known and all(math.isfinite(taken) and taken >= 0 for _, taken in table)
+def _is_table(table: Any, sizes: tuple[int, ...], *more: tuple[int, ...]) -> bool:
+    if tuple(size for size, _ in table) != sizes:
+        return False
+    if more:
+        return all(_is_table(taken, *more) for _, taken in table)
+    return all(math.isfinite(taken) and taken >= 0 for _, taken in table)
 
 
 def write(path: Path, key: tuple[str, ...], found: Machine) -> None:
@@ -188,7 +204,7 @@ def write(path: Path, key: tuple[str, ...], found: Machine) -> None:
 
 
 def measure(device: torch.device, dtype: torch.dtype) -> Machine:
-    """Measures a device, which takes about a second.
+    """Measures a device, which takes a few seconds.
 
     No random numbers are drawn, and the memory is given back.
 
@@ -205,7 +221,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         long = full((READ // dtype.itemsize,))
         reading = least(long.sum, device)
         rate = 2 * SIDE**3 / product
-        few_rows = _few_rows(long[: len(long) // 4].view(-1, FEATURES), call, rate, device)
+        few_rows = _few_rows(long.view(-1, FEATURES), call, rate, device)
         joined = [_joining(long, n // dtype.itemsize, device) for n in JOINED]
         del long
         filled = [least(functools.partial(full, (n // dtype.itemsize,)), device) for n in SIZES]
@@ -254,23 +270,27 @@ def _joining(source: Tensor, size: int, device: torch.device) -> float:
     return least(join, device) / len(halves)
 
 
-def _few_rows(weights: Tensor, call: float, rate: float, device: torch.device) -> Table:
-    """What products of a few rows take beyond calls and arithmetic, by the bytes of the weight.
+def _few_rows(weights: Tensor, call: float, rate: float, device: torch.device) -> Grid:
+    """What products of some rows take beyond calls and arithmetic, for each byte of the weights.
 
     Args:
-        weights: more of them than a cache holds, one below the other.
+        weights: twice as many as in the largest of `WEIGHTS`, one below the other.
         call: what a call takes.
         rate: floating-point operations in a second.
         device: the device.
     """
-    rows = weights.new_full((ROWS, FEATURES), 0.5)
-    taken = [(WEIGHTS[0], 0.0)]
-    for size in WEIGHTS[1:]:
-        each = torch.split(weights, size // FEATURES // weights.itemsize)
-        products = least(functools.partial(_multiply, rows, each), device)
-        seconds = products / len(each) - call - ROWS * size // weights.itemsize * 2 / rate
-        taken.append((size, max(0.0, seconds)))
-    return tuple(taken)
+
+    def beyond(rows: int, size: int, pieces: int) -> float:
+        read = weights[: 2 * size // FEATURES // weights.itemsize]
+        each = torch.split(read, len(read) // 2 // pieces)
+        row = weights.new_full((rows, FEATURES), 0.5)
+        taken = least(functools.partial(_multiply, row, each), device) - len(each) * call
+        return max(0.0, taken - 2 * rows * read.numel() / rate) / read.nbytes
+
+    def by_pieces(rows: int, size: int) -> Table:
+        return tuple((pieces, beyond(rows, size, pieces)) for pieces in PIECES)
+
+    return tuple((rows, tuple((size, by_pieces(rows, size)) for size in WEIGHTS)) for rows in ROWS)
 
 
 def _multiply(rows: Tensor, weights: Sequence[Tensor]) -> None:

@@ -18,9 +18,6 @@ from conjoin.layers.kind import common
 from conjoin.layers.view import View
 from conjoin.policy.cost import Setting, Work
 
-MANY = 4
-"""Rows from which on a product is taken to cost its arithmetic and its bytes, as of one row."""
-
 
 @dataclasses.dataclass(frozen=True, slots=True)
 class Workload:
@@ -64,7 +61,7 @@ class Workload:
             operations=0 if looked_up else 2 * outputs * weight.numel() // max(width, 1),
             biased="bias" in held,
             contiguous=position in self.contiguous,
-            few=not looked_up and 1 < outputs // max(width, 1) < MANY,
+            rows=outputs // max(width, 1) if weight.dim() == 2 and not looked_up else 0,
         )
 
     def setting(self, *, cut: bool = True) -> Setting:
