@@ -414,6 +414,35 @@ def test_nothing_is_said_where_optimize_would_gain_nothing():
         compiled_by(model, Inner("eager"))(torch.randn(64, 2048))
 
 
+class Normalized(nn.Module):
+    """Convolutions with GroupNorms, of which no mode is asked; some behind code of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = self.heads(3), self.heads(8)
+
+    def heads(self, inputs):
+        return nn.ModuleList(
+            nn.Sequential(nn.Conv2d(inputs, 4, 1), nn.GroupNorm(2, 4)) for _ in range(2)
+        )
+
+    def forward(self, x):
+        y = torch.cat([head(x).sin() for head in self.first], 1)
+        return torch.cat([head(y).cos() for head in self.second], 1)
+
+
+class Asking(nn.Module):
+    """Heads, and a block whose code tells shapes apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = ActorCritic()
+        self.mean, self.spread = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.block(x * 2), self.mean(x).sin(), self.spread(x).cos()
+
+
 def graphs_made(model, x, backend, dynamic):
     """How many graphs are compiled for other batches, in both modes, with gradients and without."""
     torch.compiler.reset()
@@ -445,10 +474,13 @@ def graphs_made(model, x, backend, dynamic):
         ("pyramid", False),
         ("experts", None),
         ("experts", True),
+        ("normalized", None),
+        ("asking", None),
     ],
 )
 def test_no_recompilation_that_the_plain_model_would_not_have(name, dynamic):
     shapes = {"attention": (Attention, (2, 5, 8)), "pyramid": (Pyramid, (2, 8))}
+    shapes |= {"normalized": (Normalized, (2, 3, 5, 4)), "asking": (Asking, (2, 6))}
     make, shape = {**shapes, "experts": (Experts, (2, 6))}[name]
     model = make().double()
     x = torch.randn(shape).double()
