@@ -10,13 +10,14 @@ import torch
 from equivalence import assert_close, gradients, tensors
 from families import merge
 from functorch.compile import make_boxed_func
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
 from torch._inductor.compile_fx import partition_fn
 from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import conjoin
 from conjoin.compiling import PreGradPass, sources
@@ -826,3 +827,52 @@ def test_views_of_every_kind_are_one_call_again(name, training):
                 assert_same_outputs(compiled(*args), model(*args))
     counts = {sum(hazards.called(n) in CALLS for n in g.nodes) for g in inner.graphs}
     assert counts == {expected}
+
+
+class Gated(nn.Module):
+    """Depthwise convolutions, of which a rewritten forward makes one where that pays."""
+
+    def __init__(self):
+        super().__init__()
+        self.value, self.gate = (nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in range(2))
+
+    def forward(self, x):
+        return self.value(x) * torch.sigmoid(self.gate(x))
+
+
+class Checkpointed(nn.Module):
+    """Attention whose activations are computed anew for the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x):
+        return x + checkpoint(self.attention, x.sin(), use_reentrant=False)
+
+
+REWRITTEN = {
+    "gated": (Gated, lambda n: (torch.randn(n, 4, 5, 5).double(),), 1),
+    "checkpointed": (Checkpointed, lambda n: (torch.randn(n, 5, 8).double(),), 2),
+}
+"""Models, what they read for a batch, and the products that are left."""
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_products_that_a_graph_holds_in_another_way(name):
+    make, inputs, products = REWRITTEN[name]
+    model = make().double()
+    fused = conjoin.optimize(model, inputs(3), policy="always")
+    names = []
+
+    def inner(graph_module, example_inputs):
+        graphs = [each for each in graph_module.modules() if isinstance(each, fx.GraphModule)]
+        names.append([hazards.called(n) for graph in graphs for n in graph.graph.nodes])
+        return lookup_backend("aot_eager")(graph_module, example_inputs)
+
+    compiled = compiled_by(fused, inner, fullgraph=True)
+    for batch in (3, 2):
+        assert_same_steps(model, fused, compiled, inputs(batch))
+    for found in names:
+        assert sum(each in ("linear", "conv2d") for each in found) == products
+        assert "cat" not in found

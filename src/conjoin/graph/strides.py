@@ -34,15 +34,11 @@ CONTIGUOUS = frozenset("native_group_norm _pdist_forward".split())
 """Operations that raise where what they read is not contiguous; what they are parts of sees to it.
 """
 
-STRIDE_METHODS = (
-    RANDOM_FILLS
-    | CONTIGUOUS
-    | frozenset(
-        "view view_as _unsafe_view stride is_contiguous data_ptr storage_offset as_strided "
-        "untyped_storage storage numpy __array__ __dlpack__ view_as_complex reshape reshape_as flatten "
-        "ravel contiguous as_strided_ resize_ resize_as_ set_".split()
-    )
-)
+STRIDE_METHODS = frozenset(
+    "view view_as _unsafe_view stride is_contiguous data_ptr storage_offset as_strided "
+    "untyped_storage storage numpy __array__ __dlpack__ view_as_complex reshape reshape_as flatten "
+    "ravel contiguous as_strided_ resize_ resize_as_ set_".split()
+).union(RANDOM_FILLS, CONTIGUOUS)
 """Methods whose result depends on the strides, also in whether it shares memory."""
 
 ABSOLUTE = frozenset("as_strided as_strided_scatter storage_offset".split())
