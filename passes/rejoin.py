@@ -108,13 +108,13 @@ class Rejoin(Rewrite):
 
 def _siblings(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[list[SliceProduct]]:
     """Products with slices of one weight that read one tensor, by their rows."""
-    epochs = functional.epochs(graph, modules)
+    moment = functional.moments(graph, modules)
     groups: dict[Hashable, list[SliceProduct]] = {}
     for node in graph.nodes:
         found = _lookup(node) or _product(node, modules)
         if found is not None:
             key, product = found
-            key = key, product.weight.source, product.bias and product.bias.source, epochs[node]
+            key = key, product.weight.source, product.bias and product.bias.source, moment(node)
             groups.setdefault(key, []).append(product)
     for products in groups.values():
         yield sorted(products, key=lambda product: product.weight.start)

@@ -237,6 +237,34 @@ def test_nothing_moves_past_a_change(between):
     assert sum(inner.products) == 1 + changes
 
 
+class ChangedCopy(nn.Module):
+    """Siblings on a tensor that the graph makes and changes; others on what it does not change."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+
+    def forward(self, x):
+        a, b, c, d, e, f = self.layers
+        y = x.clone()
+        passed = F.dropout(y, training=False)
+        before = a(y), c(x), e(passed)
+        y[:, 1:].mul_(2)
+        return *before, b(y), d(x), f(passed)
+
+
+def test_nothing_moves_past_a_change_of_what_it_reads():
+    model = ChangedCopy().double()
+    x = torch.randn(3, 4).double()
+    fused = copy.deepcopy(model)
+    for start in (0, 2, 4):
+        merge(fused.layers[start : start + 2], enclosing=fused)
+    inner = Inner("eager")  # AOTAutograd itself takes what dropout passes on for a copy.
+    with torch.no_grad():
+        assert_same_outputs(compiled_by(fused, inner)(x), model(x))
+    assert inner.products == [5]
+
+
 class Recounted(nn.Module):
     """Looks rows up, of whose numbers some change in between."""
 
@@ -851,9 +879,30 @@ class Checkpointed(nn.Module):
         return x + checkpoint(self.attention, x.sin(), use_reentrant=False)
 
 
+class Accumulating(nn.Module):
+    """Layers whose outputs are changed in place between the calls of others, on what they gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 4) for _ in range(3))
+        self.d, self.e = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        if x.dim() > 9:
+            raise ValueError
+        found = self.b(x)
+        found += self.a(x).relu_()
+        found.mul_(0.5)
+        outputs = found.new_zeros(3, *found.shape)
+        outputs[0] = self.d(found)
+        outputs[1] = self.e(found)
+        return outputs, self.c(x).clamp_(-1, 1)
+
+
 REWRITTEN = {
     "gated": (Gated, lambda n: (torch.randn(n, 4, 5, 5).double(),), 1),
     "checkpointed": (Checkpointed, lambda n: (torch.randn(n, 5, 8).double(),), 2),
+    "accumulating": (Accumulating, lambda n: (torch.randn(n, 8).double(),), 2),
 }
 """Models, what they read for a batch, and the products that are left."""
 
