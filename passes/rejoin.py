@@ -43,7 +43,7 @@ VIEWING = frozenset({"view", aten.view.default})
 NARROWING = frozenset({"narrow", aten.narrow.default, aten.slice.Tensor})
 """Those that take rows of one."""
 
-CUTTING: frozenset[Any] = frozenset({torch.split, aten.split_with_sizes.default})
+CUTTING: frozenset[Any] = frozenset({torch.split, torch.split_with_sizes})
 """Those that cut one into such slices, all at once."""
 
 ON_THE_TABLE = ("max_norm", "scale_grad_by_freq", "sparse")
