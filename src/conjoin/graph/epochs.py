@@ -141,8 +141,8 @@ def _is_fresh(node: fx.Node, fresh: set[fx.Node], modules: Mapping[str, nn.Modul
 def makes_memory(node: fx.Node) -> bool:
     """Whether a call of a function or method is known to give a tensor with memory of its own."""
     known = node.op == "call_method" or (node.op == "call_function" and of_torch(node.target))
-    creates = known and called(node) in CREATING and "out" not in node.kwargs
-    return creates or node.target in ALLOCATING
+    makes = node.target in ALLOCATING or (known and called(node) in CREATING)
+    return makes and "out" not in node.kwargs
 
 
 def _parts_of_their_own(split: fx.Node) -> set[fx.Node]:
