@@ -807,6 +807,15 @@ def test_changed_afterwards(forward, change, copied):
     assert_close(*outcomes)
 
 
+def test_the_class_of_what_is_made_changes_afterwards(monkeypatch):
+    model = with_forward(makes_activations)
+    optimized = conjoin.optimize(model, (X,))
+    assert rewritten(optimized, X)
+    monkeypatch.setattr(nn.Softmax, "forward", lambda self, x: x * 3)
+    assert not rewritten(optimized, X)
+    assert_close(dict(tensors(optimized(X))), dict(tensors(model(X))))
+
+
 def rewritten(model, *args, **kwargs):
     """Whether a call takes the new forward."""
     return vars(model)[PLAN].find(model, args, kwargs) is not None
