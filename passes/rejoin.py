@@ -43,6 +43,9 @@ VIEWING = frozenset({"view", aten.view.default})
 NARROWING = frozenset({"narrow", aten.narrow.default, aten.slice.Tensor})
 """Those that take rows of one."""
 
+CUTTING: frozenset[Any] = frozenset({torch.split, torch.split_with_sizes})
+"""Those that cut one into such slices, all at once."""
+
 ON_THE_TABLE = ("max_norm", "scale_grad_by_freq", "sparse")
 """Those that act on a table as a whole."""
 
@@ -105,13 +108,13 @@ class Rejoin(Rewrite):
 
 def _siblings(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Iterator[list[SliceProduct]]:
     """Products with slices of one weight that read one tensor, by their rows."""
-    epochs = functional.epochs(graph, modules)
+    moment = functional.moments(graph, modules)
     groups: dict[Hashable, list[SliceProduct]] = {}
     for node in graph.nodes:
         found = _lookup(node) or _product(node, modules)
         if found is not None:
             key, product = found
-            key = key, product.weight.source, product.bias and product.bias.source, epochs[node]
+            key = key, product.weight.source, product.bias and product.bias.source, moment(node)
             groups.setdefault(key, []).append(product)
     for products in groups.values():
         yield sorted(products, key=lambda product: product.weight.start)
@@ -166,6 +169,8 @@ def slice_of(node: object) -> Slice | None:
         if rows is None or rows.shape is not None or len(sizes) < len(given):
             return None
         return Slice((node, *rows.nodes), rows.whole, rows.start, rows.size, sizes)
+    if node.target is operator.getitem:
+        return _cut(node)
     if node.target not in NARROWING or len(arguments) != 4:
         return None
     whole, dim, start, given = arguments
@@ -179,6 +184,19 @@ def slice_of(node: object) -> Slice | None:
         if getattr(value_of(node), "shape", (None,))[0] != size:
             return None
     return Slice((node,), whole, start, size)
+
+
+def _cut(node: fx.Node) -> Slice | None:
+    """The rows that an item of a split has, where it says how many each has."""
+    split, index = node.args
+    if not isinstance(split, fx.Node) or split.target not in CUTTING or split.kwargs:
+        return None
+    given: tuple[Any, ...] = split.args
+    whole, sizes, dim = (*given, 0)[:3]
+    known = isinstance(sizes, (list, tuple)) and all(type(size) is int for size in sizes)
+    if not known or dim != 0 or type(index) is not int or not 0 <= index < len(sizes):
+        return None
+    return Slice((node, split), whole, sum(sizes[:index]), sizes[index])
 
 
 def _runs(products: Sequence[SliceProduct]) -> Iterator[list[SliceProduct]]:
@@ -228,7 +246,8 @@ def _join(graph: fx.Graph, run: Sequence[SliceProduct], modules: Mapping[str, nn
         _read(graph, run)
     else:
         functional.join(graph, [product.part for product in run], modules, joined)
-    edit.erase_unread(graph, [node for slice in (*weights, *biases) for node in slice.nodes])
+    nodes = {node for slice in (*weights, *biases) for node in slice.nodes}
+    edit.erase_unread(graph, sorted(nodes, reverse=True))
 
 
 def rows(graph: fx.Graph, slices: Sequence[Slice]) -> fx.Node:

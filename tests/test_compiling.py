@@ -10,13 +10,14 @@ import torch
 from equivalence import assert_close, gradients, tensors
 from families import merge
 from functorch.compile import make_boxed_func
-from torch import nn
+from torch import fx, nn
 from torch._dynamo.backends.common import aot_autograd
 from torch._dynamo.backends.registry import lookup_backend
 from torch._inductor.compile_fx import partition_fn
 from torch._inductor.decomposition import select_decomp_table
 from torch.nn import functional as F
 from torch.nn.attention import SDPBackend, sdpa_kernel
+from torch.utils.checkpoint import checkpoint
 
 import conjoin
 from conjoin.compiling import PreGradPass, sources
@@ -236,6 +237,34 @@ def test_nothing_moves_past_a_change(between):
     assert sum(inner.products) == 1 + changes
 
 
+class ChangedCopy(nn.Module):
+    """Siblings on a tensor that the graph makes and changes; others on what it does not change."""
+
+    def __init__(self):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(4, 4) for _ in range(6))
+
+    def forward(self, x):
+        a, b, c, d, e, f = self.layers
+        y = x.clone()
+        passed = F.dropout(y, training=False)
+        before = a(y), c(x), e(passed)
+        y[:, 1:].mul_(2)
+        return *before, b(y), d(x), f(passed)
+
+
+def test_nothing_moves_past_a_change_of_what_it_reads():
+    model = ChangedCopy().double()
+    x = torch.randn(3, 4).double()
+    fused = copy.deepcopy(model)
+    for start in (0, 2, 4):
+        merge(fused.layers[start : start + 2], enclosing=fused)
+    inner = Inner("eager")  # AOTAutograd itself takes what dropout passes on for a copy.
+    with torch.no_grad():
+        assert_same_outputs(compiled_by(fused, inner)(x), model(x))
+    assert inner.products == [5]
+
+
 class Recounted(nn.Module):
     """Looks rows up, of whose numbers some change in between."""
 
@@ -278,14 +307,18 @@ class Scaled(nn.Module):
     [lambda y: y.view(3, 2, 3).transpose(1, 2), lambda y: torch.unsqueeze(y, 0)[0]],
     ids=["method", "function"],
 )
-def test_what_is_changed_as_a_view_that_nobody_else_sees(view, shared):
-    """Products may move past it then."""
+def test_what_a_product_gives_is_changed_as_a_view(view, shared):
+    """Products move past it, which do not read that, also where somebody else does."""
     model = Scaled(view, shared).double()
     x = torch.randn(3, 4).double()
     fused = optimized(model, (x,))
     inner = Inner()
-    assert_same_outputs(compiled_by(fused, inner)(x), model(x))
-    assert sum(inner.products) == 1 + shared
+    ours, theirs = (dict(tensors(run(x))) for run in (compiled_by(fused, inner), model))
+    assert_close(ours, theirs)
+    for outputs in (ours, theirs):
+        sum((output * output).sum() for output in outputs.values()).backward()
+    assert_close(gradients(fused), gradients(model))
+    assert inner.products == [1]
 
 
 class Modes(nn.Module):
@@ -414,6 +447,35 @@ def test_nothing_is_said_where_optimize_would_gain_nothing():
         compiled_by(model, Inner("eager"))(torch.randn(64, 2048))
 
 
+class Normalized(nn.Module):
+    """Convolutions with GroupNorms, of which no mode is asked; some behind code of its own."""
+
+    def __init__(self):
+        super().__init__()
+        self.first, self.second = self.heads(3), self.heads(8)
+
+    def heads(self, inputs):
+        return nn.ModuleList(
+            nn.Sequential(nn.Conv2d(inputs, 4, 1), nn.GroupNorm(2, 4)) for _ in range(2)
+        )
+
+    def forward(self, x):
+        y = torch.cat([head(x).sin() for head in self.first], 1)
+        return torch.cat([head(y).cos() for head in self.second], 1)
+
+
+class Asking(nn.Module):
+    """Heads, and a block whose code tells shapes apart."""
+
+    def __init__(self):
+        super().__init__()
+        self.block = ActorCritic()
+        self.mean, self.spread = nn.Linear(6, 3), nn.Linear(6, 3)
+
+    def forward(self, x):
+        return self.block(x * 2), self.mean(x).sin(), self.spread(x).cos()
+
+
 def graphs_made(model, x, backend, dynamic):
     """How many graphs are compiled for other batches, in both modes, with gradients and without."""
     torch.compiler.reset()
@@ -445,10 +507,13 @@ def graphs_made(model, x, backend, dynamic):
         ("pyramid", False),
         ("experts", None),
         ("experts", True),
+        ("normalized", None),
+        ("asking", None),
     ],
 )
 def test_no_recompilation_that_the_plain_model_would_not_have(name, dynamic):
     shapes = {"attention": (Attention, (2, 5, 8)), "pyramid": (Pyramid, (2, 8))}
+    shapes |= {"normalized": (Normalized, (2, 3, 5, 4)), "asking": (Asking, (2, 6))}
     make, shape = {**shapes, "experts": (Experts, (2, 6))}[name]
     model = make().double()
     x = torch.randn(shape).double()
@@ -794,3 +859,73 @@ def test_views_of_every_kind_are_one_call_again(name, training):
                 assert_same_outputs(compiled(*args), model(*args))
     counts = {sum(hazards.called(n) in CALLS for n in g.nodes) for g in inner.graphs}
     assert counts == {expected}
+
+
+class Gated(nn.Module):
+    """Depthwise convolutions, of which a rewritten forward makes one where that pays."""
+
+    def __init__(self):
+        super().__init__()
+        self.value, self.gate = (nn.Conv2d(4, 4, 3, padding=1, groups=4) for _ in range(2))
+
+    def forward(self, x):
+        return self.value(x) * torch.sigmoid(self.gate(x))
+
+
+class Checkpointed(nn.Module):
+    """Attention whose activations are computed anew for the backward pass."""
+
+    def __init__(self):
+        super().__init__()
+        self.attention = Attention()
+
+    def forward(self, x):
+        return x + checkpoint(self.attention, x.sin(), use_reentrant=False)
+
+
+class Accumulating(nn.Module):
+    """Layers whose outputs are changed in place between the calls of others, on what they gave."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b, self.c = (nn.Linear(8, 4) for _ in range(3))
+        self.d, self.e = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        if x.dim() > 9:
+            raise ValueError
+        found = self.b(x)
+        found += self.a(x).relu_()
+        found.mul_(0.5)
+        outputs = found.new_zeros(3, *found.shape)
+        outputs[0] = self.d(found)
+        outputs[1] = self.e(found)
+        return outputs, self.c(x).clamp_(-1, 1)
+
+
+REWRITTEN = {
+    "gated": (Gated, lambda n: (torch.randn(n, 4, 5, 5).double(),), 1),
+    "checkpointed": (Checkpointed, lambda n: (torch.randn(n, 5, 8).double(),), 2),
+    "accumulating": (Accumulating, lambda n: (torch.randn(n, 8).double(),), 2),
+}
+"""Models, what they read for a batch, and the products that are left."""
+
+
+@pytest.mark.parametrize("name", REWRITTEN)
+def test_products_that_a_graph_holds_in_another_way(name):
+    make, inputs, products = REWRITTEN[name]
+    model = make().double()
+    fused = conjoin.optimize(model, inputs(3), policy="always")
+    names = []
+
+    def inner(graph_module, example_inputs):
+        graphs = [each for each in graph_module.modules() if isinstance(each, fx.GraphModule)]
+        names.append([hazards.called(n) for graph in graphs for n in graph.graph.nodes])
+        return lookup_backend("aot_eager")(graph_module, example_inputs)
+
+    compiled = compiled_by(fused, inner, fullgraph=True)
+    for batch in (3, 2):
+        assert_same_steps(model, fused, compiled, inputs(batch))
+    for found in names:
+        assert sum(each in ("linear", "conv2d") for each in found) == products
+        assert "cat" not in found

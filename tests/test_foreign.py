@@ -26,6 +26,13 @@ def test_of_a_long_line_the_first_sentence_is_quoted():
     assert quote(RuntimeError("Bad. Very bad.")) == "RuntimeError: Bad. Very bad."
 
 
+def test_of_a_line_that_announces_others_these_are_quoted_too():
+    text = "Expected:\n  [*]\nbut got:\n  [*, *].\nPlease check the number of inputs."
+    assert quote(ValueError(text)) == f"ValueError: {' '.join(text.split())}"
+    long = f"{text} {'See the documentation. ' * 20}"
+    assert quote(ValueError(long)) == "ValueError: Expected: [*] but got: [*, *]."
+
+
 def test_nothing_is_logged_of_inputs_that_do_not_fit(caplog):
     with caplog.at_level(logging.DEBUG), pytest.raises(ValueError, match="does not run"):
         conjoin.optimize(nn.Sequential(nn.Linear(4, 4)), (torch.randn(3, 3),))

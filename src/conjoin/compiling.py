@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import functools
 import warnings
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -15,6 +15,7 @@ from torch.utils.weak import WeakIdKeyDictionary
 
 import conjoin
 from conjoin import passes
+from conjoin.graph import hazards
 from conjoin.passes import AT_EACH_CALL, COMPILED, join, run_all
 
 BACKEND = "backend"
@@ -54,7 +55,8 @@ def backend(
     """
     inner = dict(options or {})
     compiler = inner.pop(BACKEND, "inductor")
-    run_all(graph_module, COMPILED)
+    for each in _bodies(graph_module):
+        run_all(each, COMPILED)
     found = join.groups(graph_module)
     run_all(graph_module, AT_EACH_CALL)
     _tell(graph_module, found, example_inputs)
@@ -63,6 +65,10 @@ def backend(
         wrapper = functools.partial(torch._TorchCompileWrapper, compiler)
     compiled: Callable[..., Any] = wrapper(mode, inner, None)(graph_module, example_inputs)
     return compiled
+
+
+CHECKPOINT = "tag_activation_checkpoint"
+"""The operation that `torch.utils.checkpoint` is in a graph; the first thing it is given is one."""
 
 
 class PreGradPass(CustomGraphPass):
@@ -79,12 +85,22 @@ class PreGradPass(CustomGraphPass):
         """Changes a graph in place."""
         owner = graph.owning_module
         module = fx.GraphModule(nn.Module(), graph) if owner is None else owner
-        run_all(module, COMPILED)
+        for each in _bodies(module):
+            run_all(each, COMPILED)
         run_all(module, AT_EACH_CALL)
 
     def uuid(self) -> str:
         """What Inductor's cache knows this version of the pass by."""
         return str(get_hash_for_files(sources()))
+
+
+def _bodies(graph_module: fx.GraphModule) -> Iterator[fx.GraphModule]:
+    """A graph, after those of the checkpoints in it, which compute what they say in any case."""
+    for node in graph_module.graph.nodes:
+        if node.op == "call_function" and hazards.called(node) == CHECKPOINT:
+            body: Any = graph_module.get_submodule(str(node.all_input_nodes[0].target))
+            yield from _bodies(body)
+    yield graph_module
 
 
 @functools.cache

@@ -45,7 +45,8 @@ def quote(error: BaseException) -> str:
     lines = [line.strip() for line in text.splitlines() if line.strip()]
     if not lines:
         return type(error).__name__
-    said = lines[0] if len(lines[0]) <= MAX_QUOTE else SENTENCE_ENDS.split(lines[0])[0]
+    said = " ".join(lines) if lines[0].endswith(":") else lines[0]  # What it is about comes next.
+    said = said if len(said) <= MAX_QUOTE else SENTENCE_ENDS.split(said)[0]
     return f"{type(error).__name__}: {said[:MAX_QUOTE]}"
 
 

@@ -10,7 +10,7 @@ from conjoin.graph import edit
 from conjoin.layers import GATHERED, Kind, Norm, kind_of, norm_of
 from conjoin.layers.checks import tensors
 from conjoin.layers.embedding import Embedding
-from conjoin.layers.kind import common
+from conjoin.layers.equal import common
 from conjoin.layers.view import View
 from conjoin.merging import Merger
 

@@ -25,8 +25,8 @@ from conjoin.layers import (
     kind_of,
 )
 from conjoin.layers.checks import TENSORS, tensors
+from conjoin.layers.equal import common, may_lack_bias
 from conjoin.layers.fusing import fuse
-from conjoin.layers.kind import common
 from conjoin.layers.owner import Owner, lend, reclaim
 from conjoin.layers.releasing import release
 from conjoin.layers.view import View, are_merged, wide_of, wides
@@ -321,7 +321,7 @@ class Merger:
             return False
         keys = [common(kind, layer, tensors(layer)) for layer in layers]
         if together and kind.bias_on_some:  # Whether that pays has been looked at.
-            keys = [{**key, "bias": None} for key in keys]
+            return may_lack_bias(keys)
         return all(key == keys[0] for key in keys)
 
     def is_free(self, kind: Kind, layer: nn.Module) -> bool:

@@ -266,6 +266,28 @@ def test_another_difference_is_what_is_told(x):
     assert refused.reason is Reason.DIFFERENT_REQUIRES_GRAD
 
 
+def test_marks_on_all_parameters(x):
+    plain = family(LINEAR, (True, True, True, False))
+    mark = {"scale": 2}
+    for parameter in plain.parameters():
+        parameter.mark = mark
+    (group,) = conjoin.report(plain, (x,)).groups
+    assert group.fused
+    assert_equivalent(conjoin.optimize(plain, (x,)), plain, (x,))
+    plain.layers[1].bias.mark = {}
+    reasons = {group.layers: group.reason for group in conjoin.report(plain, (x,)).groups}
+    assert reasons == {
+        ("layers.0", "layers.2"): None,
+        ("layers.1",): Reason.CUSTOM_PARAMETER,
+        ("layers.3",): Reason.BIAS_ON_SOME,
+    }
+    pair = family(LINEAR, (True, False))
+    for parameter in pair.parameters():
+        parameter.mark = mark
+    (group,) = conjoin.report(pair, (x,)).groups
+    assert group.reason is Reason.BIAS_ON_SOME
+
+
 def test_a_kind_that_does_not_lay_out_the_bias(x):
     class Old(type(conjoin.KINDS[0])):
         bias_on_some = False

@@ -13,7 +13,7 @@ from torch.nn.utils import parametrizations, prune, spectral_norm, weight_norm
 import conjoin
 from conjoin.layers import KINDS, kind_of
 from conjoin.layers.checks import tensors
-from conjoin.layers.kind import common
+from conjoin.layers.equal import common
 from conjoin.legality import Reason
 
 every_kind = pytest.mark.parametrize("case", EVERY_KIND.values(), ids=EVERY_KIND)

@@ -19,6 +19,7 @@ from programs_alike import (
 )
 from torch import nn
 from torch.export import Dim, ExportedProgram, export
+from torch.fx.experimental.proxy_tensor import make_fx
 from torch.nn import functional as F
 from torch.utils import _pytree as pytree
 from zoo import ZOO
@@ -366,6 +367,31 @@ def test_weights_that_a_program_changes_stay_apart() -> None:
     for _ in range(2):
         ours, theirs = (pytree.tree_leaves(module(x)) for module in modules)
         assert_close(ours, theirs)
+
+
+class NormOnOne(nn.Module):
+    """Convolutions, behind one of which is a GroupNorm; decomposed it reads contiguous memory."""
+
+    def __init__(self, *, affine: bool) -> None:
+        super().__init__()
+        self.a, self.b = nn.Conv2d(8, 4, 1), nn.Conv2d(8, 6, 1)
+        self.norm = nn.GroupNorm(2, 4, affine=affine)
+
+    def forward(self, x: torch.Tensor) -> tuple[torch.Tensor, torch.Tensor]:
+        images = x[..., None, None].expand(*x.shape, 3, 2)
+        return self.norm(self.a(images)).sin(), self.b(images).cos()
+
+
+@pytest.mark.parametrize("affine", [True, False])
+def test_a_decomposed_norm_reads_contiguous_memory(affine: bool) -> None:
+    inputs = [(torch.randn(n, 8, dtype=torch.float64),) for n in BATCHES]
+    model = NormOnOne(affine=affine).double()
+    program = exported(model, *inputs[0]).run_decompositions()
+    fused = conjoin.optimize(program)
+    assert count(Unmoded(fused), inputs[0]).products == 1
+    assert_to_and_fro(program, fused, inputs)
+    graph = make_fx(model)(*inputs[0])
+    assert_close(conjoin.optimize(graph)(*inputs[0]), model(*inputs[0]))
 
 
 class Block(nn.Module):

@@ -157,3 +157,22 @@ def test_what_is_computed_of_parameters_is_known_to_be_of_a_module() -> None:
         assert node.op != "call_function" or node.meta.get("nn_module_stack"), node
     unflattened = torch.export.unflatten(wide)
     assert_close([*unflattened(x)], [*plain(x)])
+
+
+class Gated(nn.Module):
+    """Depthwise convolutions, which a rewritten forward that Dynamo reads runs one by one."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.value, self.gate = (nn.Conv1d(4, 4, 3, padding=1, groups=4) for _ in range(2))
+
+    def forward(self, x):
+        return self.value(x) * torch.sigmoid(self.gate(x))
+
+
+def test_slices_that_a_split_makes() -> None:
+    x, more = torch.randn(3, 4, 5).double(), torch.randn(5, 4, 5).double()
+    program = exported(conjoin.optimize(Gated().double(), (x,), policy="always"), x, strict=True)
+    wide = conjoin.optimize(program)
+    assert [products(each) for each in (program, wide)] == [2, 1]
+    assert_to_and_fro(program, wide, [(x,), (more,)])

@@ -331,7 +331,22 @@ def frozen_dtype(self, x):
     return self.a(x).to(torch.get_default_dtype()), self.b(x)
 
 
+def makes_activations(self, x):
+    y = nn.ReLU(inplace=True)(self.a(x))
+    return nn.Softmax(dim=-1)(y), nn.Flatten()(self.b(x))
+
+
+def makes_a_dropout(self, x):
+    return nn.Dropout(0.5)(self.a(x)), self.b(x)
+
+
+def makes_a_setting_of_the_input(self, x):
+    return nn.LeakyReLU(float(x.detach().sum() > 0))(self.a(x)), self.b(x)
+
+
 LEFT = [
+    makes_a_dropout,
+    makes_a_setting_of_the_input,
     asserts,
     raises,
     no_grad,
@@ -466,6 +481,7 @@ def local_functions(self, x):
 
 
 REWRITTEN = [
+    makes_activations,
     plain,
     loop,
     loop_over_pairs,
@@ -789,6 +805,15 @@ def test_changed_afterwards(forward, change, copied):
         except (AssertionError, TypeError, AttributeError, KeyError) as error:
             outcomes.append({"error": torch.tensor(0.0), type(error).__name__: torch.tensor(0.0)})
     assert_close(*outcomes)
+
+
+def test_the_class_of_what_is_made_changes_afterwards(monkeypatch):
+    model = with_forward(makes_activations)
+    optimized = conjoin.optimize(model, (X,))
+    assert rewritten(optimized, X)
+    monkeypatch.setattr(nn.Softmax, "forward", lambda self, x: x * 3)
+    assert not rewritten(optimized, X)
+    assert_close(dict(tensors(optimized(X))), dict(tensors(model(X))))
 
 
 def rewritten(model, *args, **kwargs):

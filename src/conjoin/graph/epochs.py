@@ -135,7 +135,14 @@ def _is_fresh(node: fx.Node, fresh: set[fx.Node], modules: Mapping[str, nn.Modul
     known = node.op == "call_method" or of_torch(node.target)
     if known and called(node) in VIEWS:
         return own or node in fresh
-    return node in fresh or node.target in ALLOCATING or (known and called(node) in CREATING)
+    return node in fresh or makes_memory(node)
+
+
+def makes_memory(node: fx.Node) -> bool:
+    """Whether a call of a function or method is known to give a tensor with memory of its own."""
+    known = node.op == "call_method" or (node.op == "call_function" and of_torch(node.target))
+    makes = node.target in ALLOCATING or (known and called(node) in CREATING)
+    return makes and "out" not in node.kwargs
 
 
 def _parts_of_their_own(split: fx.Node) -> set[fx.Node]:

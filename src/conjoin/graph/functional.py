@@ -19,7 +19,7 @@ from torch import Tensor, fx, nn
 from torch.nn import functional as F
 
 from conjoin.graph import bundles, edit, elementwise, strides
-from conjoin.graph.epochs import Epochs, epochs_of
+from conjoin.graph.epochs import Epochs, epochs_of, makes_memory
 from conjoin.graph.meta import EXAMPLE, VALUE, is_wrapped, storage_of, value_of
 from conjoin.layers.conv import repeated
 
@@ -123,6 +123,11 @@ def epochs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Epochs:
     lie in one storage where the values do. On a later call inputs may lie in one that do not now;
     but not a count of batches, or the like, and what is multiplied or looked up.
     """
+    return epochs_of(graph, modules, _changes_elsewhere(graph))
+
+
+def _changes_elsewhere(graph: fx.Graph) -> Callable[[fx.Node], bool]:
+    """Whether a node that changes its first input changes nothing that a product reads."""
     products = [node for node in graph.nodes if is_product(node) or node.target is F.embedding]
     read = {_storage(input) for node in products for input in node.all_input_nodes}
 
@@ -132,7 +137,36 @@ def epochs(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Epochs:
         whole = isinstance(value, Tensor) and value.dtype in WHOLE
         return whole and None not in read and _storage(changed) not in read
 
-    return epochs_of(graph, modules, is_elsewhere)
+    return is_elsewhere
+
+
+def moments(graph: fx.Graph, modules: Mapping[str, nn.Module]) -> Callable[[fx.Node], Hashable]:
+    """What is equal for products of a graph that may trade places as far as it is known.
+
+    It is their epoch; but what changes memory that was made in the graph, which no input lies in on
+    any call, counts only for those that read that memory.
+    """
+    given = {_storage(n) for n in graph.nodes if n.op in ("placeholder", "get_attr")} - {None}
+    made = {_storage(n) for n in graph.nodes if makes_memory(n)} - given - {None}
+    changes: dict[int | None, list[fx.Node]] = {}
+    is_elsewhere = _changes_elsewhere(graph)
+
+    def is_told_apart(node: fx.Node) -> bool:
+        storage = _storage(node.all_input_nodes[0])
+        if storage in made:
+            changes.setdefault(storage, []).append(node)
+        return storage in made or is_elsewhere(node)
+
+    found = epochs_of(graph, modules, is_told_apart).settled()
+
+    def moment(product: fx.Node) -> Hashable:
+        read = {_storage(input) for input in product.all_input_nodes}
+        # Of other values fake tensors may not tell, such as what dropout passes on.
+        relevant = read & {*changes} if read <= given | made else {*changes}
+        passed = (change for storage in relevant for change in changes[storage])
+        return found[product], sum(change < product for change in passed)
+
+    return moment
 
 
 def join(

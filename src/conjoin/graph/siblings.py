@@ -17,7 +17,7 @@ from conjoin.graph.overlaps import overlaps
 from conjoin.graph.site import Sightings, Site
 from conjoin.layers import Kind, kind_of
 from conjoin.layers.checks import Verdict, tensors
-from conjoin.layers.kind import common
+from conjoin.layers.equal import OF_BIAS, but_bias, common, may_lack_bias
 from conjoin.layers.view import View, wides
 from conjoin.layers.wide import Wide
 from conjoin.legality import Reason, Refusal
@@ -29,6 +29,7 @@ DIFFERENCE = {
     "requires_grad": Reason.DIFFERENT_REQUIRES_GRAD,
     "bias": Reason.BIAS_ON_SOME,
     "attributes": Reason.CUSTOM_PARAMETER,
+    "_bias": Reason.CUSTOM_PARAMETER,
 }
 """The reason where siblings differ in this; any other difference is one of settings."""
 
@@ -255,15 +256,13 @@ def _alike(kind: Kind, keys: dict[str, dict[str, object]]) -> Iterator[list[str]
 
     A bias need not be on all of them, where merging saves more than laying out the bias costs.
     """
-    but_bias: dict[str, Hashable] = {
-        name: tuple(item for item in key.items() if item[0] != "bias") for name, key in keys.items()
-    }
-    for names in _equal(but_bias):
+    for names in _equal({name: but_bias(key) for name, key in keys.items()}):
         launches = 2 if kind.weight_dim == 0 else 3  # The layer, its bias laid out, weights joined.
-        if kind.bias_on_some and len(names) > launches:
+        alike = kind.bias_on_some and may_lack_bias([keys[name] for name in names])
+        if alike and len(names) > launches:
             yield names
         else:
-            yield from _equal({name: keys[name]["bias"] for name in names})
+            yield from _equal({name: tuple(keys[name].items()) for name in names})
 
 
 def _parameters(layer: nn.Module) -> dict[str, nn.Parameter]:
@@ -334,7 +333,8 @@ def _difference(name: str, other: str, keys: dict[str, dict[str, object]]) -> Ve
     """What must be equal and is not."""
     mine, theirs = keys[name], keys[other]
     differing = [key for key in mine if key in theirs and mine[key] != theirs[key]]
-    differing.sort(key="bias".__eq__)  # Last, since it is the least that keeps them apart.
+    # The bias last, since it is the least that keeps them apart.
+    differing.sort(key=lambda key: OF_BIAS.index(key) + 1 if key in OF_BIAS else 0)
     reason = DIFFERENCE.get(differing[0], Reason.DIFFERENT_SETTINGS)
     if reason is Reason.CUSTOM_PARAMETER:
         return reason, f"its parameters carry other attributes than those of {other}"

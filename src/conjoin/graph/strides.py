@@ -30,11 +30,15 @@ RANDOM_FILLS = frozenset(
 )
 """Methods that draw a number for each element, in an order that depends on the strides."""
 
-STRIDE_METHODS = RANDOM_FILLS | frozenset(
+CONTIGUOUS = frozenset("native_group_norm _pdist_forward".split())
+"""Operations that raise where what they read is not contiguous; what they are parts of sees to it.
+"""
+
+STRIDE_METHODS = frozenset(
     "view view_as _unsafe_view stride is_contiguous data_ptr storage_offset as_strided "
     "untyped_storage storage numpy __array__ __dlpack__ view_as_complex reshape reshape_as flatten "
     "ravel contiguous as_strided_ resize_ resize_as_ set_".split()
-)
+).union(RANDOM_FILLS, CONTIGUOUS)
 """Methods whose result depends on the strides, also in whether it shares memory."""
 
 ABSOLUTE = frozenset("as_strided as_strided_scatter storage_offset".split())
@@ -75,7 +79,7 @@ def followed(
             return None
         if node.op == "call_function" and not hazards.of_torch(node.target):
             return None
-        if hazards.called(node) in ABSOLUTE:
+        if hazards.called(node) in ABSOLUTE | CONTIGUOUS:  # Fake tensors do not tell.
             return None
         value = _computed(node, found)
         if value is None or not _is_alike(value, value_of(node)):

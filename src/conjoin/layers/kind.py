@@ -12,12 +12,11 @@ from __future__ import annotations
 
 import functools
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
 
 import torch
 from torch import Tensor, nn
-from torch._subclasses.fake_tensor import FakeTensor
 
 from conjoin.layers.checks import (
     FORWARDS,
@@ -343,34 +342,6 @@ class Kind(ABC):
         Quick models spend most of a call in look-ups.
         """
         return functools.partial(self.apart if apart else self.run, wide)
-
-
-def common(kind: Kind, layer: nn.Module, held: Mapping[str, nn.Parameter]) -> dict[str, object]:
-    """All that must be equal among siblings, the kind's own key included.
-
-    Args:
-        kind: the kind of the layer.
-        layer: the layer.
-        held: the Parameters that hold its `weight` and `bias`.
-    """
-    found: dict[str, object] = dict(kind.key(layer))
-    found["bias"] = "bias" in held
-    for attribute in ("dtype", "device", "requires_grad"):
-        values = {name: getattr(tensor, attribute) for name, tensor in held.items()}
-        uniform = len(set(values.values())) == 1
-        found[attribute] = next(iter(values.values())) if uniform else tuple(values.items())
-    # Any other order than these is lost in a wide weight, and counts as contiguous.
-    format = memory_format(held["weight"])
-    found["memory_format"] = "contiguous" if format == "strided" else format
-    weight: Any = layer.weight
-    found["_shape"] = (*weight.shape[: kind.weight_dim], *weight.shape[kind.weight_dim + 1 :])
-    found["attributes"] = tuple(
-        (name, attribute, id(value))
-        for name, tensor in held.items()
-        if not isinstance(tensor, FakeTensor)  # Its attributes are its own affair.
-        for attribute, value in vars(tensor).items()
-    )
-    return found
 
 
 def _hashable(value: Any) -> Any:

@@ -50,9 +50,14 @@ class Norm(Kind):
 
     def fits(self, wide: Wide, input: Tensor, dim: int) -> bool:
         """Whether `run` gives what the branches give that lie along `dim`."""
-        # One value a channel is an error in training, which is the first branch's to raise.
-        single = wide.training and input.numel() == input.shape[dim]
-        return input.dim() + dim == 1 and not single
+        # Dynamo guards the mode where it is read, so a kind reads it only where it counts.
+        if input.dim() + dim != 1:
+            return False
+        return not self.refuses_one(wide) or input.numel() != input.shape[dim]
+
+    def refuses_one(self, wide: Wide) -> bool:
+        """Whether one value a channel is an error, which is the first branch's to raise."""
+        return False
 
     def _check_shapes(self, layer: nn.Module) -> Verdict | None:
         shape = tuple(layer._parameters["weight"].shape)  # type: ignore[union-attr]
@@ -116,6 +121,10 @@ class _BatchNorm(Norm):
         """Also the types of the running statistics."""
         return {**super().key(layer), "running": _types(self, layer)}
 
+    def refuses_one(self, wide: Wide) -> bool:
+        """It is in training."""
+        return wide.training
+
     def normalize(self, wide: Wide, input: Tensor, held: dict[str, Any], channels: int) -> Tensor:
         """As `nn.BatchNorm1d.forward` does."""
         settings: dict[str, Any] = wide.settings
@@ -162,6 +171,10 @@ class GroupNorm(Norm):
     def key(self, layer: nn.Module) -> dict[str, object]:
         """Also the number of channels that are normalized together."""
         return {**super().key(layer), "channels_per_group": layer.num_channels // layer.num_groups}  # type: ignore[operator]
+
+    def refuses_one(self, wide: Wide) -> bool:
+        """It is where a channel is a group, in both modes."""
+        return wide.settings["channels_per_group"] == 1
 
     def normalize(self, wide: Wide, input: Tensor, held: dict[str, Any], channels: int) -> Tensor:
         """No group straddles branches, since each has a whole number of groups."""

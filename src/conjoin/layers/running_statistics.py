@@ -166,7 +166,8 @@ class Lender(nn.Module):
 
     def hand_back(self, running: dict[str, Tensor]) -> None:
         """Gives the siblings what a call has made of the running buffers that it borrowed."""
-        if self.training and torch.compiler.is_compiling():  # Else these are the running ones.
+        # Else these are the running ones. Without any nothing reads the mode, which Dynamo guards.
+        if running and self.training and torch.compiler.is_compiling():
             pairs = zip(self._lent, self._cut(running), strict=True)
             moved = [(held[name], part) for held, cut in pairs for name, part in cut.items()]
             if moved:

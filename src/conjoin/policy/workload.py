@@ -14,7 +14,7 @@ from conjoin.graph.siblings import Candidate
 from conjoin.graph.site import Shapes, Sightings
 from conjoin.layers import Kind
 from conjoin.layers.checks import tensors
-from conjoin.layers.kind import common
+from conjoin.layers.equal import common
 from conjoin.layers.view import View
 from conjoin.policy.cost import Setting, Work
 

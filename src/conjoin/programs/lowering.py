@@ -22,7 +22,7 @@ from torch.export import ExportedProgram
 from torch.fx.node import map_arg
 from torch.utils import _pytree as pytree
 
-from conjoin.graph import edit, hazards
+from conjoin.graph import edit, hazards, strides
 from conjoin.graph.meta import VALUE
 from conjoin.layers.checks import TENSORS
 from conjoin.layers.owner import Owner
@@ -153,7 +153,7 @@ class Lowering:
                 self._values[node] = self._cut(node, slice) if node.users else None
             elif origins and origins[-1] in self.kept:
                 self._values[node] = self.kept[origins[-1]]
-            elif origins and self._stays(node):
+            elif origins and self._stays(node, origins):
                 self._values[node] = self._keep(node, origins)
             else:
                 self._values[node] = self._named(node, self._lower(node))
@@ -175,14 +175,20 @@ class Lowering:
                 self.wholes[slice.whole] = made = self.graph.placeholder(self._fresh(name))
                 made.meta[VALUE] = fakes.faked(self._mode, slice.tensor)
 
-    def _stays(self, node: fx.Node) -> bool:
+    def _stays(self, node: fx.Node, origins: Sequence[fx.Node]) -> bool:
         """Whether a node is one of the program's."""
         if not self._raised.is_kept(node):
             return False
+        # What they are parts of is written anew, with a copy where the memory needs one.
+        contiguous = any(hazards.called(each) in strides.CONTIGUOUS for each in origins)
         now: dict[fx.Node, fx.Node] = {}
         for before, after in self._raised.replaced(node):
-            whole = isinstance(self._values.get(after), fx.Node)
-            if not whole or now.setdefault(before, after) is not after:
+            value = self._values.get(after)
+            if not isinstance(value, fx.Node) or now.setdefault(before, after) is not after:
+                return False
+            if contiguous and fakes.layout(value.meta.get(VALUE)) != fakes.layout(
+                before.meta.get(VALUE)
+            ):
                 return False
         return True
 

@@ -32,6 +32,7 @@ from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.layers.checks import is_hooked
 from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View
+from conjoin.layers.wide import Wide
 from conjoin.merging import REGION
 from conjoin.nn import Parallel, Split, Unite
 from conjoin.reachable import reachable_from, words
@@ -296,7 +297,9 @@ def _watch_leaf(sandbox: Sandbox, path: str, module: nn.Module) -> None:
     if isinstance(module, View) and module.wide_layer.running:
         sandbox.modes[path] = module.training
     for inner in () if isinstance(module, View) else module.modules():
-        if _reads_mode(plain_class(inner)):  # type: ignore[arg-type]  # A class has a hash.
+        # A wide layer has a mode for the sake of running statistics.
+        asks = inner.running if isinstance(inner, Wide) else _reads_mode(plain_class(inner))  # type: ignore[arg-type]
+        if asks:
             sandbox.modes[sandbox.paths[inner]] = inner.training
 
 

@@ -59,6 +59,12 @@ PLAIN_FORWARDS = (nn.Linear, nn.Conv1d, nn.Conv2d, nn.Conv3d, nn.Embedding, nn.L
 CONTAINERS = (nn.ModuleList, nn.ModuleDict, nn.Sequential)
 """Classes of PyTorch that hold modules in order."""
 
+MADE = (
+    nn.Softmax, nn.LogSoftmax, nn.ReLU, nn.GELU, nn.SiLU, nn.Sigmoid, nn.Tanh, nn.LeakyReLU,
+    nn.ELU, nn.Softplus, nn.Flatten,
+)  # fmt: skip
+"""Classes of PyTorch whose modules hold settings only, so that code may make one and call it."""
+
 SPECIAL_METHODS = frozenset(
     "__call__ _call_impl _wrapped_call_impl __getattr__ __getattribute__ __setattr__ __iter__ "
     "__len__ __getitem__ __contains__ __bool__ __eq__ __hash__".split()

@@ -30,6 +30,7 @@ from conjoin.tracing.sandbox import asking, attributes, bytecode
 from conjoin.tracing.sandbox.allowed import (
     BUILTINS,
     FACTORIES,
+    MADE,
     PACKAGES,
     PLAIN_FORWARDS,
     SPECIAL_METHODS,
@@ -259,6 +260,14 @@ class Sandbox:
             self.refuse(f"it reads {cls.__name__}.{name}")
         self.classes[cls, name] = found
         return self.given(found, name)
+
+    def made(self, cls: type, args: tuple[Any, ...], kwargs: dict[str, Any]) -> nn.Module:
+        """A module that the code makes and that holds nothing but these settings."""
+        if cls not in MADE or not all(map(is_constant, (*args, *kwargs.values()))):
+            self.refuse(f"it makes a {cls.__name__}")
+        self.classes[cls, "forward"] = vars(cls)["forward"]
+        module: nn.Module = cls(*args, **kwargs)
+        return module
 
     def of_super(self, cls: type, module: nn.Module, name: str) -> Any:
         """A method of a base class."""

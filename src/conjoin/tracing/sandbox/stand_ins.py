@@ -35,13 +35,17 @@ class Package:
 
 
 class Class:
-    """A class, which is there to be asked for and not to be called."""
+    """A class, which is there to be asked for, and to be called where nothing comes of it."""
 
     def __init__(self, sandbox: Sandbox, cls: type) -> None:
         self._sandbox, self._cls = sandbox, cls
 
     def __getattr__(self, name: str) -> Any:
         return self._sandbox.of_class(self._cls, name)
+
+    def __call__(self, *args: Any, **kwargs: Any) -> nn.Module:
+        """A module such as `nn.Softmax(dim=-1)`, which is called in the same forward."""
+        return self._sandbox.made(self._cls, args, kwargs)
 
 
 class Super:
