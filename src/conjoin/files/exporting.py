@@ -28,7 +28,8 @@ from conjoin.graph.meta import VALUE
 from conjoin.tracing.copies import Call
 from conjoin.tracing.exported import arguments_by_schema
 from conjoin.tracing.keeping import KeepingTensors
-from conjoin.tracing.undisturbed import start_streams, undisturbed
+from conjoin.tracing.modes import start_streams
+from conjoin.tracing.undisturbed import undisturbed
 from conjoin.verifying import outcome
 from conjoin.verifying.unlike import first_unlike, tolerance_of
 

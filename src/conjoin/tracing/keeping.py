@@ -7,15 +7,14 @@ from collections.abc import Iterator
 from typing import Any
 
 import torch
-from torch import nn
 from torch._ops import OpOverload
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
 from conjoin.tracing.repeating import device_of
 
-PLAIN = (torch.Tensor, nn.Parameter)
-"""Types of tensors that are what they seem."""
+UNTOLD = frozenset({"running_mean", "running_var"})
+"""Arguments that operations change in place, whatever their schemas say."""
 
 
 class KeepingTensors(TorchDispatchMode):
@@ -32,7 +31,7 @@ class KeepingTensors(TorchDispatchMode):
         """Knows the ids of the tensors of the model itself, which may change."""
         super().__init__()  # type: ignore[no-untyped-call]
         self._own = own
-        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor]] = {}
+        self._kept: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
         self._made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
     def __torch_dispatch__(
@@ -48,9 +47,10 @@ class KeepingTensors(TorchDispatchMode):
         kwargs = kwargs or {}
         for value in _written(func, args, kwargs):
             known = id(value) in self._own or id(value) in self._kept or value in self._made
-            if isinstance(value, torch.Tensor) and type(value) in PLAIN and not known:
+            if isinstance(value, torch.Tensor) and _is_plain(value) and not known:
                 with torch._C._DisableTorchDispatch():
-                    self._kept[id(value)] = value, value.detach().clone()
+                    version = 0 if value.is_inference() else value._version
+                    self._kept[id(value)] = value, value.detach().clone(), version
         result = func(*args, **kwargs)
         if type(result) is torch.Tensor and not any(isinstance(a, torch.Tensor) for a in args):
             self._made[result] = None
@@ -60,10 +60,18 @@ class KeepingTensors(TorchDispatchMode):
         """Puts them back."""
         super().__exit__(*error)  # type: ignore[no-untyped-call]
         with torch._C._DisableTorchDispatch():
-            for value, before in reversed(self._kept.values()):  # A view was noted after others.
+            # A view was noted after others.
+            for value, before, version in reversed(self._kept.values()):
                 if value.shape != before.shape:  # `out=` resizes what is too small.
                     value.resize_(before.shape)
                 value.detach().copy_(before)
+                if not value.is_inference():  # A graph that has saved it goes backward as ever.
+                    torch._C._autograd._unsafe_set_version_counter((value,), (version,))
+
+
+def _is_plain(tensor: torch.Tensor) -> bool:
+    """Whether a tensor is what it seems."""
+    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
 
 
 def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[object]:
@@ -81,5 +89,6 @@ def _writes(func: Any) -> tuple[tuple[int, str], ...]:
     return tuple(
         (position, argument.name)
         for position, argument in enumerate(func._schema.arguments)
-        if argument.alias_info is not None and argument.alias_info.is_write
+        if (argument.alias_info is not None and argument.alias_info.is_write)
+        or argument.name in UNTOLD
     )
