@@ -186,7 +186,7 @@ def reached_beside(model: nn.Module, given: object = ()) -> Reached:
     known = reached_by_code(model)
     seen = {key: value for key, value in known.items() if not isinstance(value, nn.Module)}
     seen |= {id(module): module for module in model.modules()}
-    pending = [value for value in known.values() if isinstance(value, nn.Module)]
+    pending = [value for value in known.values() if id(value) not in seen]
     hooks = [value for name, value in vars(nn.modules.module).items() if name in OF_ALL_MODULES]
     pending += [*_held_by_modules(model), *hooks, *pytree.tree_leaves(given)]
     return {id(value): value for value in _walk(pending, _inside_modules, seen)}

@@ -8,6 +8,7 @@ from typing import Any
 
 import torch
 from torch._ops import OpOverload
+from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils.weak import WeakIdKeyDictionary
 
@@ -45,15 +46,20 @@ class KeepingTensors(TorchDispatchMode):
         if (device := device_of(func, args)) is not None:
             return device
         kwargs = kwargs or {}
-        for value in _written(func, args, kwargs):
-            known = id(value) in self._own or id(value) in self._kept or value in self._made
-            if isinstance(value, torch.Tensor) and _is_plain(value) and not known:
-                with torch._C._DisableTorchDispatch():
-                    version = 0 if value.is_inference() else value._version
-                    self._kept[id(value)] = value, value.detach().clone(), version
+        written = [each for each in _written(func, args, kwargs) if _is_plain(each)]
+        for value in written:
+            if id(value) in self._own or id(value) in self._kept or value in self._made:
+                continue
+            with torch._C._DisableTorchDispatch():
+                version = 0 if value.is_inference() else value._version
+                self._kept[id(value)] = value, value.detach().clone(), version
         result = func(*args, **kwargs)
-        if type(result) is torch.Tensor and not any(isinstance(a, torch.Tensor) for a in args):
-            self._made[result] = None
+        if _is_uncounted(func):
+            increment_version([each for each in written if not each.is_inference()])
+        if not _gives_views(func) or (isinstance(args[0], torch.Tensor) and args[0] in self._made):
+            for made in result if isinstance(result, (tuple, list)) else (result,):
+                if type(made) is torch.Tensor:
+                    self._made[made] = None
         return result
 
     def __exit__(self, *error: Any) -> None:
@@ -69,16 +75,31 @@ class KeepingTensors(TorchDispatchMode):
                     torch._C._autograd._unsafe_set_version_counter((value,), (version,))
 
 
-def _is_plain(tensor: torch.Tensor) -> bool:
-    """Whether a tensor is what it seems."""
-    return type(tensor).__torch_dispatch__ is torch.Tensor.__torch_dispatch__
+def _is_plain(value: Any) -> bool:
+    """Whether a value is a tensor that is what it seems."""
+    own = getattr(type(value), "__torch_dispatch__", None)
+    return isinstance(value, torch.Tensor) and own is torch.Tensor.__torch_dispatch__
 
 
-def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[object]:
+def _written(func: Any, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Iterator[Any]:
     """The arguments that an operation changes in place."""
     for position, name in _writes(func):
-        value = kwargs[name] if name in kwargs else args[position : position + 1]
-        yield from value if isinstance(value, (tuple, list)) else (value,)
+        for value in (kwargs[name],) if name in kwargs else args[position : position + 1]:
+            yield from value if isinstance(value, (tuple, list)) else (value,)
+
+
+@functools.cache
+def _is_uncounted(func: Any) -> bool:
+    """Whether version counters do not see what an operation changes while there is a mode."""
+    return isinstance(func, OpOverload) and func.overloadpacket.__name__.startswith("_foreach_")
+
+
+@functools.cache
+def _gives_views(func: Any) -> bool:
+    """Whether what an operation gives shares memory with its first argument, or is that."""
+    if not isinstance(func, OpOverload):
+        return False
+    return any(each.alias_info is not None for each in func._schema.returns)
 
 
 @functools.cache

@@ -6,6 +6,7 @@ A model's code may set them, and may break off between entering a mode and leavi
 from __future__ import annotations
 
 import contextlib
+import functools
 import os
 import random
 import sys
@@ -20,6 +21,22 @@ from torch.utils._python_dispatch import _pop_mode
 
 AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 """Types of device with an autocast mode of their own."""
+
+
+def _autocast(device: str) -> tuple[bool, torch.dtype]:
+    return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
+
+
+def _set_autocast(device: str, held: tuple[bool, torch.dtype]) -> None:
+    torch.set_autocast_enabled(device, held[0])
+    torch.set_autocast_dtype(device, held[1])
+
+
+def _put_back_environment(before: dict[str, str]) -> None:
+    for name in [name for name in os.environ if name not in before]:
+        del os.environ[name]
+    os.environ.update(before)
+
 
 _Setting = tuple[Callable[[], Any], Callable[[Any], object]]
 
@@ -44,17 +61,11 @@ SETTINGS: tuple[_Setting, ...] = (
     ),
     (
         lambda: (cudnn.enabled, cudnn.benchmark, cudnn.deterministic),
-        lambda held: cudnn.set_flags(held[0], held[1], _deterministic=held[2]),
+        lambda held: cudnn.set_flags(held[0], held[1], _deterministic=held[2]),  # type: ignore[no-untyped-call]
     ),
-    (os.environ.copy, lambda held: _put_back_environment(held)),
+    (os.environ.copy, _put_back_environment),
     *(
-        (
-            lambda device=device: (  # type: ignore[misc]
-                torch.is_autocast_enabled(device),
-                torch.get_autocast_dtype(device),
-            ),
-            lambda held, device=device: _set_autocast(device, *held),  # type: ignore[misc]
-        )
+        (functools.partial(_autocast, device), functools.partial(_set_autocast, device))
         for device in AUTOCAST
     ),
 )
@@ -107,23 +118,12 @@ def unchanged_modes() -> Iterator[None]:
         while _autocast_nesting() > nesting:
             torch.autocast_decrement_nesting()
         while torch._C._len_torch_dispatch_stack() > dispatching:
-            _pop_mode()  # type: ignore[no-untyped-call]
+            _pop_mode()
         while _saved_tensor_hooks() not in (hooks, None):
             torch._C._autograd._pop_saved_tensors_default_hooks()
         while forward_ad._current_level > level:
-            forward_ad.exit_dual_level()
+            forward_ad.exit_dual_level()  # type: ignore[no-untyped-call]
         _put_back_functions(functions, default)
-
-
-def _set_autocast(device: str, enabled: bool, dtype: torch.dtype) -> None:
-    torch.set_autocast_enabled(device, enabled)
-    torch.set_autocast_dtype(device, dtype)
-
-
-def _put_back_environment(before: dict[str, str]) -> None:
-    for name in [name for name in os.environ if name not in before]:
-        del os.environ[name]
-    os.environ.update(before)
 
 
 def _autocast_nesting() -> int:

@@ -105,13 +105,13 @@ def save_module(module: nn.Module) -> Undo:
 
 def save_tensor(tensor: Tensor) -> Undo:
     """How to put back what is known of a tensor beside its values, which `keeping` puts back."""
-    plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
-    if not plain or tensor.layout is not torch.strided or tensor.is_inference():
-        return functools.partial(bool)
-    gradient = tensor.grad if tensor.is_leaf or tensor.retains_grad else _MISSING
-    own = vars(tensor)
-    held = tensor.data, tensor.requires_grad, gradient, dict(own)
-    return functools.partial(_put_back_tensor, tensor, own, *held)
+    with torch._C.DisableTorchFunction():
+        plain = type(tensor).__torch_dispatch__ is Tensor.__torch_dispatch__
+        if not plain or tensor.layout is not torch.strided or tensor.is_inference():
+            return functools.partial(bool)
+        gradient = tensor.grad if tensor.is_leaf or tensor.retains_grad else _MISSING
+        held = tensor.data, tensor.requires_grad, gradient, dict(vars(tensor))
+        return functools.partial(_put_back_tensor, tensor, *held)
 
 
 def _save_container(value: Any) -> Undo:
@@ -239,20 +239,16 @@ def _put_back_module(
 
 
 def _put_back_tensor(
-    tensor: Tensor,
-    own: dict[str, Any],
-    data: Tensor,
-    trains: bool,
-    gradient: Any,
-    before: dict[str, Any],
+    tensor: Tensor, data: Tensor, trains: bool, gradient: Any, before: dict[str, Any]
 ) -> None:
-    if tensor.untyped_storage()._cdata != data.untyped_storage()._cdata:
-        tensor.data = data
-    if tensor.requires_grad != trains:
-        tensor.requires_grad_(trains)
-    if gradient is not _MISSING and tensor.grad is not gradient:
-        tensor.grad = gradient
-    _put_back(own, before)
+    with torch._C.DisableTorchFunction():
+        if tensor.untyped_storage()._cdata != data.untyped_storage()._cdata:
+            tensor.data = data
+        if tensor.requires_grad != trains:
+            tensor.requires_grad_(trains)
+        if gradient is not _MISSING and tensor.grad is not gradient:
+            tensor.grad = gradient
+    _put_back(vars(tensor), before)
 
 
 def _put_back_attributes(
