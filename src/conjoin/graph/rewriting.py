@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -68,6 +69,13 @@ def check(graph_module: fx.GraphModule, name: str = "") -> None:
             f"the graph{of} is not sound, so it is left as it is: {why}. Mend it, so that "
             "graph.lint() passes, and try again."
         ) from error
+
+
+class Draft(fx.GraphModule):
+    """A module of a graph that is only rewritten: code of each would be kept for tracebacks."""
+
+    def recompile(self) -> Any:
+        """Makes no code of the graph."""
 
 
 @contextlib.contextmanager

@@ -10,6 +10,7 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -98,15 +99,16 @@ def forget(module: nn.Module) -> None:
         cast(nn.Module, module).__class__ = module.conjoin_base
 
 
-_noting_classes: dict[type, type[Noting]] = {}
+_noting_classes: WeakValueDictionary[type, type[Noting]] = WeakValueDictionary()
 
 
 def noting_class(base: type[nn.Module]) -> type[Noting]:
     """The class of `base` activations that note: a subclass of `base` that goes by its name."""
-    if base not in _noting_classes:
-        made = subclass(Noting, base, _forward(base))
-        _noting_classes[base] = cast("type[Noting]", made)
-    return _noting_classes[base]
+    found = _noting_classes.get(base)
+    if found is None:
+        found = cast("type[Noting]", subclass(Noting, base, _forward(base)))
+        _noting_classes[base] = found
+    return found
 
 
 def _new_noting(base: type[nn.Module]) -> Noting:

@@ -14,6 +14,7 @@ import copy
 from collections.abc import Iterator, Mapping, Sequence
 from types import MappingProxyType
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 from torch import Tensor, fx, nn
 
@@ -282,14 +283,16 @@ def _reclaim(owner: Owner, name: str) -> None:
     owner._modules.pop(key, None)
 
 
-_owner_classes: dict[tuple[type, tuple[str, ...]], type[Owner]] = {}
+_owner_classes: WeakValueDictionary[tuple[type, tuple[str, ...]], type[Owner]]
+_owner_classes = WeakValueDictionary()
 
 
 def owner_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """The class of `base` modules that lent Parameters of these names; `base` itself for none."""
     if not names:
         return base
-    if (base, names) not in _owner_classes:
+    found = _owner_classes.get((base, names))
+    if found is None:
         content: dict[str, Any] = {
             "conjoin_base": base,
             "conjoin_names": names,
@@ -302,9 +305,9 @@ def owner_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module
         if issubclass(base, fx.GraphModule):  # Its own class holds nothing but compiled code.
             plain = base.__bases__[0]
             content |= _OF_GRAPHS
-        made = type(base.__name__, (Owner, plain), content)
-        _owner_classes[base, names] = cast("type[Owner]", made)
-    return _owner_classes[base, names]
+        found = cast("type[Owner]", type(base.__name__, (Owner, plain), content))
+        _owner_classes[base, names] = found
+    return found
 
 
 def _copied_graph(self: Any, memo: dict[int, Any]) -> Any:

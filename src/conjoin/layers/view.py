@@ -17,6 +17,7 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
+from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -250,15 +251,17 @@ class Own(nn.Module):
         self._parameters.update(cast(Any, {name: view._part(name) for name in TENSORS}))
 
 
-_view_classes: dict[type, type[View]] = {}
+_view_classes: WeakValueDictionary[type, type[View]] = WeakValueDictionary()
 
 
 def view_class(base: type[nn.Module]) -> type[View]:
     """The class of views of `base` layers: a subclass of `base` that goes by its name."""
-    if base not in _view_classes:
+    found = _view_classes.get(base)
+    if found is None:
         view = getattr(base, "conjoin_view", View)
-        _view_classes[base] = cast("type[View]", subclass(view, base, _forward(base)))
-    return _view_classes[base]
+        found = cast("type[View]", subclass(view, base, _forward(base)))
+        _view_classes[base] = found
+    return found
 
 
 def _forward(base: type[nn.Module]) -> Callable[..., Any]:

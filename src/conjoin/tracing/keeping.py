@@ -56,11 +56,16 @@ class KeepingTensors(TorchDispatchMode):
         result = func(*args, **kwargs)
         if _is_uncounted(func):
             increment_version([each for each in written if not each.is_inference()])
-        if not _gives_views(func) or (isinstance(args[0], torch.Tensor) and args[0] in self._made):
+        if type(result) in (torch.Tensor, tuple, list) and self._is_new(func, args):
             for made in result if isinstance(result, (tuple, list)) else (result,):
                 if type(made) is torch.Tensor:
                     self._made[made] = None
         return result
+
+    def _is_new(self, func: Any, args: tuple[Any, ...]) -> bool:
+        """Whether what an operation gives is made here, or a view of what is."""
+        viewed = args[0] if args and _gives_views(func) else None
+        return not isinstance(viewed, torch.Tensor) or viewed in self._made
 
     def __exit__(self, *error: Any) -> None:
         """Puts them back."""

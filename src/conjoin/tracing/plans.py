@@ -30,7 +30,7 @@ from conjoin.tracing.structures import Observed, Structure, is_plain, structure_
 PLAN = "conjoin_plan"
 """The attribute of a region that holds its plan."""
 
-region_classes: dict[type, type[nn.Module]] = {}
+region_classes: WeakValueDictionary[type, type[nn.Module]] = WeakValueDictionary()
 """The class that the regions of a class have."""
 
 

@@ -73,9 +73,10 @@ class Region(nn.Module):
 
 def region_class(base: type[nn.Module]) -> type[Region]:
     """The class of regions that are `base` modules: a subclass of `base` that goes by its name."""
-    if base not in region_classes:
-        region_classes[base] = subclass(Region, base, _forward(base))
-    return cast("type[Region]", region_classes[base])
+    found = region_classes.get(base)
+    if found is None:
+        found = region_classes[base] = subclass(Region, base, _forward(base))
+    return cast("type[Region]", found)
 
 
 def _forward(base: type[nn.Module]) -> Callable[..., Any]:

@@ -45,6 +45,9 @@ WARNED = "__warningregistry__"
 SHARED = (functools._lru_cache_wrapper, itertools.count, *map(type, map(iter, ([], (), range(0)))))
 """Types of caches and counters that others stand in for."""
 
+MAY_BE_SHARED = frozenset({*SHARED, staticmethod, classmethod})
+"""Types of them, and of what may hold one."""
+
 
 def savers(reached: Reached) -> list[Callable[[], Undo]]:
     """What notes how objects are now, and says how to put that back, for each that can change."""
@@ -174,6 +177,8 @@ def _save_names(namespace: dict[str, Any], names: tuple[str, ...]) -> Undo:
 
 def _lend(held: dict[Any, Any]) -> None:
     """Has others stand in for the caches and counters that are held."""
+    if MAY_BE_SHARED.isdisjoint(map(type, held.values())):
+        return
     for name, value in held.items():
         if _is_shared(value):
             held[name] = _stand_in(value)
@@ -181,9 +186,9 @@ def _lend(held: dict[Any, Any]) -> None:
 
 def _is_shared(value: object) -> bool:
     """Whether a value is a cache or a counter, or a method that is one."""
-    return type(value) in SHARED or (
-        isinstance(value, (staticmethod, classmethod)) and type(value.__func__) in SHARED
-    )
+    if isinstance(value, (staticmethod, classmethod)):
+        return type(value.__func__) in SHARED
+    return type(value) in SHARED
 
 
 def _stand_in(value: Any) -> Any:

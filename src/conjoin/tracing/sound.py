@@ -16,12 +16,12 @@ Everything else is left to the original forward, in which the views run in locks
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
 from torch import fx, nn
 
@@ -29,6 +29,7 @@ from conjoin import merging
 from conjoin.graph import channelwise, edit, elementwise, products, rising
 from conjoin.graph.bundles import CARRIED
 from conjoin.graph.congruence import INPUTS, Inputs
+from conjoin.graph.rewriting import Draft
 from conjoin.layers.checks import is_hooked
 from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View
@@ -146,7 +147,7 @@ def trace(
     modules = {path: module for module, path in sandbox.paths.items()}
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     _take_out_idle(graph, modules)
-    graph_module = fx.GraphModule(region, graph)
+    graph_module = Draft(region, graph)
     graph_module.meta.update({**(meta or {}), REGION: region})
     inputs: Inputs | None = graph_module.meta.setdefault(INPUTS, None)
     rewritten = rewrite(graph_module)
@@ -296,16 +297,21 @@ def _watch_leaf(sandbox: Sandbox, path: str, module: nn.Module) -> None:
     if isinstance(module, View) and module.wide_layer.running:
         sandbox.modes[path] = module.training
     for inner in () if isinstance(module, View) else module.modules():
-        if _reads_mode(plain_class(inner)):  # type: ignore[arg-type]  # A class has a hash.
+        if _reads_mode(plain_class(inner)):
             sandbox.modes[sandbox.paths[inner]] = inner.training
 
 
-@functools.cache
-def _reads_mode(cls: Any) -> bool:
+_reading: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+"""Whether the code of classes asks for `training`."""
+
+
+def _reads_mode(cls: type) -> bool:
     """Whether the code of a class asks for `training`."""
-    return any(
-        "training" in words(value.__code__)
-        for base in cls.__mro__[: cls.__mro__.index(nn.Module)]
-        for value in vars(base).values()
-        if type(value) is FunctionType
-    )
+    if cls not in _reading:
+        _reading[cls] = any(
+            "training" in words(value.__code__)
+            for base in cls.__mro__[: cls.__mro__.index(nn.Module)]
+            for value in vars(base).values()
+            if type(value) is FunctionType
+        )
+    return _reading[cls]
