@@ -70,12 +70,10 @@ def savers(reached: Reached) -> list[Callable[[], Undo]]:
 
 def _saver_of(value: Any) -> Callable[[Any], Undo] | None:
     """What notes how an object is; None where it cannot change, or is not the model's affair."""
+    if isinstance(value, (Tensor, nn.Module)):  # Those of the model itself may have to change.
+        return None
     if type(value) in CONTAINERS:
         return _save_container
-    if isinstance(value, Tensor):
-        return save_tensor
-    if isinstance(value, nn.Module):
-        return save_module
     if isinstance(value, torch.Generator):
         return lambda generator: functools.partial(generator.set_state, generator.get_state())
     if isinstance(value, random.Random):
@@ -113,7 +111,7 @@ def save_tensor(tensor: Tensor) -> Undo:
         if not plain or tensor.layout is not torch.strided or tensor.is_inference():
             return functools.partial(bool)
         gradient = tensor.grad if tensor.is_leaf or tensor.retains_grad else _MISSING
-        held = tensor.data, tensor.requires_grad, gradient, dict(vars(tensor))
+        held = tensor.data, tensor._version, tensor.requires_grad, gradient, dict(vars(tensor))
         return functools.partial(_put_back_tensor, tensor, *held)
 
 
@@ -244,7 +242,12 @@ def _put_back_module(
 
 
 def _put_back_tensor(
-    tensor: Tensor, data: Tensor, trains: bool, gradient: Any, before: dict[str, Any]
+    tensor: Tensor,
+    data: Tensor,
+    version: int,
+    trains: bool,
+    gradient: Any,
+    before: dict[str, Any],
 ) -> None:
     with torch._C.DisableTorchFunction():
         if tensor.untyped_storage()._cdata != data.untyped_storage()._cdata:
@@ -253,6 +256,8 @@ def _put_back_tensor(
             tensor.requires_grad_(trains)
         if gradient is not _MISSING and tensor.grad is not gradient:
             tensor.grad = gradient
+        if tensor._version != version:  # A fake view counts what is done to it here.
+            torch._C._autograd._unsafe_set_version_counter((tensor,), (version,))
     _put_back(vars(tensor), before)
 
 

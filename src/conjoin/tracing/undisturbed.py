@@ -10,10 +10,10 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 
 import torch
-from torch import nn
+from torch import Tensor, nn
 
 from conjoin.reachable import made_once, reached_beside, reached_by_code
 from conjoin.tracing.modes import unchanged_modes, unmoved_streams
@@ -35,8 +35,9 @@ def undisturbed(
     undos: list[Undo] = []
     try:
         if model is not None:
-            undos += _snapshots(model)
+            undos += _modules(model.modules())
         if model is not None and reached:
+            undos += _tensors((*model.parameters(), *model.buffers()))
             undos += _reached(model, given)
         # Dynamo never again compiles a function that is called within a dispatch mode.
         stance = torch.compiler.set_stance("force_eager")
@@ -76,18 +77,21 @@ def letting_go() -> Iterator[None]:
         raise
 
 
-def _snapshots(model: nn.Module) -> Iterator[Undo]:
-    """How to put back what the model's modules hold."""
-    for module in model.modules():
-        yield save_module(module)
+def _modules(modules: Iterable[object]) -> Iterator[Undo]:
+    """How to put back what modules hold."""
+    return (save_module(module) for module in modules if isinstance(module, nn.Module))
+
+
+def _tensors(tensors: Iterable[object]) -> Iterator[Undo]:
+    """How to put back what is known of tensors beside their values."""
+    return (save_tensor(tensor) for tensor in tensors if isinstance(tensor, Tensor))
 
 
 def _reached(model: nn.Module, given: object = ()) -> Iterator[Undo]:
     """How to put back what the model's code can reach and change, but for its modules."""
-    for module in model.modules():
-        for held in (module._parameters, module._buffers):
-            yield from (save_tensor(tensor) for tensor in held.values() if tensor is not None)
-    for save in made_once(savers, reached_by_code(model)):
-        yield save()
-    for save in savers(reached_beside(model, given)):
+    code, beside = reached_by_code(model), reached_beside(model, given)
+    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
+    yield from _tensors(v for v in (*code.values(), *beside.values()) if id(v) not in own)
+    yield from _modules(beside.values())
+    for save in (*made_once(savers, code), *savers(beside)):
         yield save()
