@@ -219,6 +219,18 @@ def test_a_model_that_its_own_code_can_reach():
     torch.testing.assert_close(model(ONES), expected)
 
 
+@every_look
+def test_hooks_of_the_model(look):
+    model, seen = Heads(), []
+    model.register_forward_hook(lambda module, args, output: seen.append(output))
+    model.a.register_full_backward_hook(lambda module, given, got: seen.append(got))
+    model.a.weight.register_hook(seen.append)
+    model.b.weight.register_post_accumulate_grad_hook(seen.append)
+    model.register_state_dict_pre_hook(lambda module, prefix, keep: seen.append(prefix))
+    look(model, (ONES,))
+    assert seen == []
+
+
 class Cache:
     def __init__(self):
         self.held, self.total = [torch.zeros(2, 4)], torch.zeros(())

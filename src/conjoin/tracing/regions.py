@@ -16,6 +16,7 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
@@ -220,7 +221,7 @@ def _is_chain(
 
     Then no two of them have branches in common, and each is looked at by itself.
     """
-    if not calls or plain_class(module).forward is not nn.Sequential.forward:
+    if not calls or getattr(plain_class(module), "forward", None) is not nn.Sequential.forward:
         return False
     holders = (f"{name}.{key}".lstrip(".") for key, child in module._modules.items() if _has(child))
     return all({*calls.get(holder, ())} == {1} for holder in holders)
@@ -252,7 +253,8 @@ def suspended(model: nn.Module) -> Iterator[None]:
 
 
 def _may_be_region(module: nn.Module) -> bool:
-    return not copies_itself(plain_class(module))
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return not scripted and not copies_itself(plain_class(module))
 
 
 def _become(module: nn.Module, traced: list[Traced]) -> None:

@@ -23,6 +23,7 @@ from types import CellType, FunctionType
 from typing import Any
 from weakref import WeakKeyDictionary
 
+import torch
 from torch import fx, nn
 
 from conjoin import merging
@@ -271,7 +272,8 @@ def _is_leaf(module: nn.Module, region: nn.Module) -> bool:
         return False
     if is_hooked(module):
         return True
-    if isinstance(module, (View, fx.GraphModule)):  # The graph of the second is rewritten itself.
+    # The graph of the second is rewritten itself, and what is scripted is no Python.
+    if isinstance(module, (View, fx.GraphModule, torch.jit.ScriptModule)):
         return True
     cls = plain_class(module)
     if cls in (*CONTAINERS, *OF_CONJOIN):
@@ -281,14 +283,15 @@ def _is_leaf(module: nn.Module, region: nn.Module) -> bool:
         type(forward) is not FunctionType
         or forward.__module__.split(".")[0] in ("torch", "conjoin")
         or "forward" in vars(module)
-    ) and cls.forward not in (nn.Sequential.forward, Parallel.forward)
+    ) and forward not in (nn.Sequential.forward, Parallel.forward)
 
 
 def _watch_leaf(sandbox: Sandbox, path: str, module: nn.Module) -> None:
     """What makes a module that is called another function, without replacing the module."""
     own = vars(module)
     sandbox.attributes[path, "__dict__", "forward"] = own.get("forward", MISSING)
-    sandbox.classes[plain_class(module), "forward"] = plain_class(module).forward
+    if not isinstance(module, torch.jit.ScriptModule):
+        sandbox.classes[plain_class(module), "forward"] = plain_class(module).forward
     if "inplace" in own:
         sandbox.attributes[path, "__dict__", "inplace"] = own["inplace"]
     if type(module) in SUNK:
