@@ -27,11 +27,14 @@ LOOKS = {
     "report": lambda model, call: conjoin.report(model, call),
     "optimize": lambda model, call: conjoin.optimize(model, call),
     "within memory": lambda model, call: conjoin.optimize(model, call, memory_budget=2**30),
+    "measured": lambda model, call: conjoin.optimize(model, call, policy="measure"),
     "traced": lambda model, call: conjoin.optimize(model),
     "verify": lambda model, call: conjoin.verify(model, model, call),
 }
 
-every_look = pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+QUICK = {name: look for name, look in LOOKS.items() if name != "measured"}
+
+every_look = pytest.mark.parametrize("look", QUICK.values(), ids=QUICK)
 
 
 class Heads(nn.Module):
@@ -199,7 +202,7 @@ class OfHeld(Heads):
         return super().forward(x * len(HELD))
 
 
-@every_look
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
 def test_hooks_of_all_modules(look):
     seen = []
     handle = register_module_forward_hook(lambda module, args, output: seen.append(output))
