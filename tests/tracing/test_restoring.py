@@ -403,13 +403,8 @@ def test_copies_that_draw_random_numbers(look):
     assert torch.equal(torch.get_rng_state(), before)
 
 
-def collect():
-    gc.collect()
-    gc.collect()  # A class goes after the last one that was made of it.
-
-
 def sizes():
-    collect()
+    gc.collect()
     return len(gc.get_objects()), len(linecache.cache), len(graph_module._loader.eval_cache)
 
 
@@ -439,5 +434,5 @@ def test_what_is_optimized_goes_with_its_class():
     fused(ONES)
     left = [weakref.ref(each) for each in (Own, type(fused), fused, fused.a)]
     del Own, fused
-    collect()
+    gc.collect()
     assert [each() for each in left] == [None] * 4

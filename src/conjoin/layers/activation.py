@@ -10,7 +10,6 @@ from __future__ import annotations
 import functools
 from collections.abc import Callable
 from typing import Any, cast
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -21,7 +20,7 @@ from conjoin.layers import origin
 from conjoin.layers.checks import CALL_HOOKS
 from conjoin.layers.lockstep import PLAIN_TENSORS, in_transform, runs_python
 from conjoin.layers.origin import Step
-from conjoin.layers.subclass import plain_class, subclass
+from conjoin.layers.subclass import made_of, plain_class, subclass
 
 PURE: dict[type[nn.Module], tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     nn.CELU: (F.celu, ("alpha",)),
@@ -99,16 +98,10 @@ def forget(module: nn.Module) -> None:
         cast(nn.Module, module).__class__ = module.conjoin_base
 
 
-_noting_classes: WeakValueDictionary[type, type[Noting]] = WeakValueDictionary()
-
-
 def noting_class(base: type[nn.Module]) -> type[Noting]:
     """The class of `base` activations that note: a subclass of `base` that goes by its name."""
-    found = _noting_classes.get(base)
-    if found is None:
-        found = cast("type[Noting]", subclass(Noting, base, _forward(base)))
-        _noting_classes[base] = found
-    return found
+    made = made_of(base, Noting, lambda: subclass(Noting, base, _forward(base)))
+    return cast("type[Noting]", made)
 
 
 def _new_noting(base: type[nn.Module]) -> Noting:

@@ -17,7 +17,6 @@ import functools
 import operator
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
-from weakref import WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
@@ -30,7 +29,7 @@ from conjoin.layers.enclosing import listing
 from conjoin.layers.lockstep import in_transform
 from conjoin.layers.part import lend, unshared
 from conjoin.layers.releasing import take_out
-from conjoin.layers.subclass import subclass
+from conjoin.layers.subclass import made_of, subclass
 from conjoin.layers.wide import WIDE, Sibling, Wide, fits, like
 
 DATA_PARALLEL = "torch.nn.parallel.distributed"
@@ -251,17 +250,10 @@ class Own(nn.Module):
         self._parameters.update(cast(Any, {name: view._part(name) for name in TENSORS}))
 
 
-_view_classes: WeakValueDictionary[type, type[View]] = WeakValueDictionary()
-
-
 def view_class(base: type[nn.Module]) -> type[View]:
     """The class of views of `base` layers: a subclass of `base` that goes by its name."""
-    found = _view_classes.get(base)
-    if found is None:
-        view = getattr(base, "conjoin_view", View)
-        found = cast("type[View]", subclass(view, base, _forward(base)))
-        _view_classes[base] = found
-    return found
+    view = getattr(base, "conjoin_view", View)
+    return cast("type[View]", made_of(base, View, lambda: subclass(view, base, _forward(base))))
 
 
 def _forward(base: type[nn.Module]) -> Callable[..., Any]:

@@ -21,12 +21,12 @@ from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from conjoin.layers.owner import Owner, copies_itself, owner_class, raw_parameters
-from conjoin.layers.subclass import plain_class, subclass
+from conjoin.layers.subclass import made_of, plain_class, subclass
 from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
 from conjoin.merging import MERGER, Merger
 from conjoin.nn import Split, Unite
-from conjoin.tracing.plans import PLAN, Plan, Unbound, bind, marks_of, region_classes
+from conjoin.tracing.plans import PLAN, REGION_CLASS, Plan, Unbound, bind, marks_of
 from conjoin.tracing.proxies import UnsoundError
 from conjoin.tracing.rounds import Known, State, Structures, state_of, trace
 from conjoin.tracing.sound import Traced
@@ -74,10 +74,8 @@ class Region(nn.Module):
 
 def region_class(base: type[nn.Module]) -> type[Region]:
     """The class of regions that are `base` modules: a subclass of `base` that goes by its name."""
-    found = region_classes.get(base)
-    if found is None:
-        found = region_classes[base] = subclass(Region, base, _forward(base))
-    return cast("type[Region]", found)
+    made = made_of(base, REGION_CLASS, lambda: subclass(Region, base, _forward(base)))
+    return cast("type[Region]", made)
 
 
 def _forward(base: type[nn.Module]) -> Callable[..., Any]:
