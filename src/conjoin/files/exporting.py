@@ -157,7 +157,7 @@ Outputs = list[Tensor]
 def _run(function: Callable[..., Any], call: Call, model: nn.Module | None = None) -> Outputs:
     """The tensors that a call gives, on inputs of its own; the model stays as it is."""
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), call)
-    with undisturbed(model), torch.no_grad(), KeepingTensors(frozenset()):
+    with undisturbed(model), torch.no_grad(), KeepingTensors():
         start_streams(SEED)
         return [t.detach().cpu().clone() for t in _tensors(function(*args, **kwargs))]
 

@@ -128,7 +128,7 @@ def _recompute(graph_module: fx.GraphModule) -> None:
     try:
         # Buffers are real: what changes one, and reads nothing else, would change it for real.
         # Without Python's dispatcher, products fix sizes that are open in PyTorch 2.11.
-        with torch.no_grad(), KeepingTensors(frozenset()), enable_python_dispatcher():
+        with torch.no_grad(), KeepingTensors(), enable_python_dispatcher():
             FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
     except Exception:  # noqa: BLE001 - Whatever fake tensors do not carry: the new nodes have none.
         return

@@ -59,8 +59,6 @@ class Copy:
         self._mode = RepeatingFakeTensorMode() if fake else None
         self.model = self._copied(model)
         regions.uninstall(self.model)  # So that every view is called.
-        own = (*self.model.parameters(), *self.model.buffers())
-        self._own = frozenset(map(id, own))
         graph_modules.separate_all(self.model)
 
     def _copied(self, model: nn.Module) -> nn.Module:
@@ -97,13 +95,14 @@ class Copy:
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
+        keeping = KeepingTensors((*self.model.parameters(), *self.model.buffers()))
         if self._mode is None:
-            with KeepingTensors(self._own):
+            with keeping:
                 yield
             return
         # PyTorch logs the traceback of an operation that does not run, before it raises.
         unlogged = quieter("torch._subclasses.fake_tensor", logging.CRITICAL)
-        with self._mode, _NoMemory(), KeepingTensors(self._own), unlogged:
+        with self._mode, _NoMemory(), keeping, unlogged:
             yield
 
     def _argument(self, tensor: Tensor) -> Tensor:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from typing import Any
 
 import torch
@@ -28,10 +28,10 @@ class KeepingTensors(TorchDispatchMode):
     # One that runs code, such as `torch.cond`, runs as it is, and has no schema.
     supports_higher_order_operators = True
 
-    def __init__(self, own: frozenset[int]) -> None:
-        """Knows the ids of the tensors of the model itself, which may change."""
+    def __init__(self, own: Iterable[torch.Tensor] = ()) -> None:
+        """Knows the tensors of the model itself, which may change."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self._own = own
+        self._own = {id(tensor): tensor for tensor in own}  # Alive, so that no id is used twice.
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
         self._made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 

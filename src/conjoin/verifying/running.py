@@ -44,7 +44,7 @@ def run(
             torch.set_default_dtype(exact(torch.get_default_dtype()))
         inputs = [arguments(call, setting, convert) for call in calls]
         run = contextvars.copy_context().run
-        with KeepingTensors(frozenset(map(id, (*copied.parameters(), *copied.buffers())))):
+        with KeepingTensors((*copied.parameters(), *copied.buffers())):
             return [
                 run(_play, copied, call, leaves, setting.gradients, SEED + number, watch)
                 for number, (call, leaves) in enumerate(inputs)
