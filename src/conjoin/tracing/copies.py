@@ -21,7 +21,7 @@ from torch.utils import _pytree as pytree
 from conjoin.foreign import quieter, quote
 from conjoin.launches import StepCount, count_layers
 from conjoin.tracing import graph_modules, regions
-from conjoin.tracing.keeping import KeepingTensors
+from conjoin.tracing.keeping import KeepingTensors, own_tensors
 from conjoin.tracing.modes import start_streams
 from conjoin.tracing.repeating import RepeatingFakeTensorMode
 from conjoin.tracing.undisturbed import letting_go
@@ -59,6 +59,7 @@ class Copy:
         self._mode = RepeatingFakeTensorMode() if fake else None
         self.model = self._copied(model)
         regions.uninstall(self.model)  # So that every view is called.
+        self._own = own_tensors(self.model)
         graph_modules.separate_all(self.model)
 
     def _copied(self, model: nn.Module) -> nn.Module:
@@ -95,14 +96,13 @@ class Copy:
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:
-        keeping = KeepingTensors((*self.model.parameters(), *self.model.buffers()))
         if self._mode is None:
-            with keeping:
+            with KeepingTensors(self._own):
                 yield
             return
         # PyTorch logs the traceback of an operation that does not run, before it raises.
         unlogged = quieter("torch._subclasses.fake_tensor", logging.CRITICAL)
-        with self._mode, _NoMemory(), keeping, unlogged:
+        with self._mode, _NoMemory(), KeepingTensors(self._own), unlogged:
             yield
 
     def _argument(self, tensor: Tensor) -> Tensor:

@@ -3,10 +3,11 @@
 from __future__ import annotations
 
 import functools
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from typing import Any
 
 import torch
+from torch import nn
 from torch._ops import OpOverload
 from torch.autograd.graph import increment_version
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -28,10 +29,10 @@ class KeepingTensors(TorchDispatchMode):
     # One that runs code, such as `torch.cond`, runs as it is, and has no schema.
     supports_higher_order_operators = True
 
-    def __init__(self, own: Iterable[torch.Tensor] = ()) -> None:
+    def __init__(self, own: WeakIdKeyDictionary | None = None) -> None:
         """Knows the tensors of the model itself, which may change."""
         super().__init__()  # type: ignore[no-untyped-call]
-        self._own = {id(tensor): tensor for tensor in own}  # Alive, so that no id is used twice.
+        self._own = WeakIdKeyDictionary() if own is None else own
         self._kept: dict[int, tuple[torch.Tensor, torch.Tensor, int]] = {}
         self._made: WeakIdKeyDictionary = WeakIdKeyDictionary()
 
@@ -48,7 +49,7 @@ class KeepingTensors(TorchDispatchMode):
         kwargs = kwargs or {}
         written = [each for each in _written(func, args, kwargs) if _is_plain(each)]
         for value in written:
-            if id(value) in self._own or id(value) in self._kept or value in self._made:
+            if value in self._own or id(value) in self._kept or value in self._made:
                 continue
             with torch._C._DisableTorchDispatch():
                 version = 0 if value.is_inference() else value._version
@@ -78,6 +79,11 @@ class KeepingTensors(TorchDispatchMode):
                 value.detach().copy_(before)
                 if not value.is_inference():  # A graph that has saved it goes backward as ever.
                     torch._C._autograd._unsafe_set_version_counter((value,), (version,))
+
+
+def own_tensors(model: nn.Module) -> WeakIdKeyDictionary:
+    """The parameters and buffers of a model, as long as each is in use."""
+    return WeakIdKeyDictionary(dict.fromkeys((*model.parameters(), *model.buffers())))
 
 
 def _is_plain(value: Any) -> bool:

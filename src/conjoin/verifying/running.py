@@ -13,7 +13,7 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conjoin.tracing.copies import Call
-from conjoin.tracing.keeping import KeepingTensors
+from conjoin.tracing.keeping import KeepingTensors, own_tensors
 from conjoin.tracing.modes import start_streams
 from conjoin.tracing.undisturbed import undisturbed
 from conjoin.verifying import outcome
@@ -44,7 +44,7 @@ def run(
             torch.set_default_dtype(exact(torch.get_default_dtype()))
         inputs = [arguments(call, setting, convert) for call in calls]
         run = contextvars.copy_context().run
-        with KeepingTensors((*copied.parameters(), *copied.buffers())):
+        with KeepingTensors(own_tensors(copied)):
             return [
                 run(_play, copied, call, leaves, setting.gradients, SEED + number, watch)
                 for number, (call, leaves) in enumerate(inputs)
