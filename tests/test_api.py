@@ -300,6 +300,29 @@ def test_a_model_without_a_backward_pass_is_reported(x):
     assert group.reason is conjoin.Reason.INPUT_MUTATED
 
 
+class PartlyScripted(nn.Module):
+    """Of which a part is no Python"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+        self.scripted = torch.jit.script(nn.Sequential(nn.Linear(3, 2), nn.ReLU()))
+
+    def forward(self, x):
+        return self.scripted(self.a(x)), self.scripted(self.b(x))
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")
+@pytest.mark.parametrize("observed", [True, False])
+def test_scripted_modules_stay(observed):
+    model, x = PartlyScripted(), torch.randn(3, 4)
+    fused = conjoin.optimize(model, (x,) if observed else None)
+    assert [group.layers for group in conjoin.report(fused).groups if group.fused] == [("a", "b")]
+    assert conjoin.verify(model, fused, (x,))
+    # PyTorch 2.13 copies what is scripted with the history of its parameters.
+    assert all(parameter.grad is None for parameter in model.parameters())
+
+
 def test_public_names():
     assert all(hasattr(conjoin, name) for name in conjoin.__all__)
 

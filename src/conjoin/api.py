@@ -24,6 +24,7 @@ from conjoin.reachable import remembering
 from conjoin.reporting import report_model, report_program
 from conjoin.reports.report import Report
 from conjoin.tracing import graph_modules
+from conjoin.tracing.undisturbed import undisturbed
 
 Model = TypeVar("Model", bound="nn.Module | ExportedProgram")
 Module = TypeVar("Module", bound=nn.Module)
@@ -225,7 +226,8 @@ def _has_graphs(model: nn.Module) -> bool:
 
 def _copy(model: Module) -> Module:
     try:
-        return copy.deepcopy(model)
+        with undisturbed():  # A copy may be made by code of the model's own.
+            return copy.deepcopy(model)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ValueError(
             f"the model cannot be copied ({error}). Pass inplace=True to change it itself."

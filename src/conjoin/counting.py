@@ -109,13 +109,14 @@ class Counts:
 
 def count_model(model: nn.Module, call: Call) -> StepCount:
     """The launches and the memory of a call of a model as it is."""
-    with undisturbed(model):
+    with undisturbed(model, call):
         return on_copies(model, lambda copied: copied().count(call, {})) or UNCOUNTED
 
 
 def count_groups(model: nn.Module, call: Call, decision: Decision) -> Counts:
     """The launches of a call of the model, plain and optimized."""
-    return on_copies(model, lambda copied: _count_on(copied, call, decision)) or Counts()
+    with undisturbed(model, call):
+        return on_copies(model, lambda copied: _count_on(copied, call, decision)) or Counts()
 
 
 def find_products(model: nn.Module, decision: Decision) -> Counts:
@@ -138,22 +139,21 @@ def _count_on(copied: Callable[[], Copy], call: Call, decision: Decision) -> Cou
     merged = merged_in(optimized.model)
     told = (*found, *refused, *merged.values())
     names = {name for candidate in told for name in candidate.layers}
-    with undisturbed(plain.model):
-        depths.noting = True
-        optimized.count(call, {})
-        depths.noting = False
-        fused = optimized.count(call, {min(each.layers): wide for wide, each in merged.items()})
-        launched = fused.by_layer or {}
-        idle = [each.layers for each in merged.values() if not launched.get(min(each.layers))]
-        return Counts(
-            plain=plain.count(call, _named(plain.model, names), _products(plain.model, names)),
-            optimized=fused,
-            apart=_count_apart(copied(), call, decision, idle) if idle else UNCOUNTED,
-            levels=(*merger.levels, *map(merged.__getitem__, depths.roots)),
-            depths=_depths(depths, merged),
-            refused=refused,
-            found=found,
-        )
+    depths.noting = True
+    optimized.count(call, {})
+    depths.noting = False
+    fused = optimized.count(call, {min(each.layers): wide for wide, each in merged.items()})
+    launched = fused.by_layer or {}
+    idle = [each.layers for each in merged.values() if not launched.get(min(each.layers))]
+    return Counts(
+        plain=plain.count(call, _named(plain.model, names), _products(plain.model, names)),
+        optimized=fused,
+        apart=_count_apart(copied(), call, decision, idle) if idle else UNCOUNTED,
+        levels=(*merger.levels, *map(merged.__getitem__, depths.roots)),
+        depths=_depths(depths, merged),
+        refused=refused,
+        found=found,
+    )
 
 
 def _count_apart(

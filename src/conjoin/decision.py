@@ -83,11 +83,11 @@ def _fit(model: nn.Module, call: Call, decision: Decision, limit: int) -> Decisi
         plain = copied()
         restore(plain.model)
         merged = frozenset(name for name, _ in views(model))
-        with undisturbed(plain.model):
-            peak = plain.count(call, {}).peak or 0
-            return fit(tuple(decision.found), decision.sightings, need, peak, limit, merged)
+        peak = plain.count(call, {}).peak or 0
+        return fit(tuple(decision.found), decision.sightings, need, peak, limit, merged)
 
-    settled = on_copies(model, fitted)
+    with undisturbed(model, call):
+        settled = on_copies(model, fitted)
     if settled is None:
         raise ValueError(
             "memory_budget was given, and how much memory the model needs is predicted on copies "

@@ -10,7 +10,9 @@ import argparse
 import contextlib
 import dataclasses
 import functools
+import queue
 import sys
+import threading
 from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, defaultdict, deque
 from collections.abc import Callable, Iterable, Iterator
 from contextvars import ContextVar
@@ -24,9 +26,12 @@ from types import (
     SimpleNamespace,
 )
 from typing import Any, TypeVar
+from weakref import WeakKeyDictionary, WeakSet, WeakValueDictionary
 
 import torch
 from torch import Tensor, nn
+from torch.utils import _pytree as pytree
+from torch.utils.weak import WeakIdKeyDictionary
 
 from conjoin.layers.subclass import plain_class
 
@@ -47,7 +52,13 @@ BASES = (OrderedDict, dict, list, set, deque)
 NAMESPACES = (SimpleNamespace, argparse.Namespace)
 """Classes of Python's own whose objects are what their attributes are, and nothing else."""
 
-HOLDERS = (*NAMESPACES, UserDict, UserList, ChainMap)
+QUEUES = (queue.Queue, queue.LifoQueue, queue.PriorityQueue)
+"""Classes of queues whose contents can be put back."""
+
+WEAK = (WeakKeyDictionary, WeakValueDictionary, WeakSet, WeakIdKeyDictionary)
+"""Classes of containers that do not keep alive what is in them."""
+
+HOLDERS = (*NAMESPACES, UserDict, UserList, ChainMap, *WEAK, *QUEUES, threading.local)
 """Classes of Python's own that code keeps things in by their attributes."""
 
 SIMPLE = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device)
@@ -59,6 +70,11 @@ OF_MODULES = frozenset(vars(nn.Module()))
 HOOKS = frozenset(name for name in OF_MODULES if name.endswith(("_hooks", "_hooks_with_kwargs")))
 """Those among them that hold functions."""
 
+
+OF_ALL_MODULES = frozenset(
+    name for name in vars(nn.modules.module) if name.startswith("_global_") and "hooks" in name
+)
+"""The hooks that are called for every module there is."""
 
 Reached = dict[int, object]
 """Objects by their ids, which are kept alive so."""
@@ -144,12 +160,36 @@ def reached_by_code(model: nn.Module) -> Reached:
 
 def reached_beyond(model: nn.Module, known: Reached) -> Iterator[object]:
     """What the model's modules themselves can reach beside what is known already."""
-    pending: list[object] = [*{type(module) for module in model.modules()}]
+    yield from _walk(_held_by_modules(model), _inside, known.copy())
+
+
+def _held_by_modules(model: nn.Module) -> list[object]:
+    """The classes of the model's modules, and what these hold beside what every module has."""
+    found: list[object] = [*{type(module) for module in model.modules()}]
     for module in model.modules():
         for name, value in vars(module).items():
             if type(value) not in SIMPLE and (name not in OF_MODULES or (value and name in HOOKS)):
-                pending.append(value)
-    yield from _walk(pending, _inside, known.copy())
+                found.append(value)
+    return found
+
+
+def reached_beside(model: nn.Module, given: object = ()) -> Reached:
+    """What code that runs can reach beside the model's modules and what their code can reach.
+
+    That is what the modules hold, what they are given, what other modules hold that are reached,
+    and the hooks of all modules.
+
+    Args:
+        model: the model.
+        given: what it is called with.
+    """
+    known = reached_by_code(model)
+    seen = {key: value for key, value in known.items() if not isinstance(value, nn.Module)}
+    seen |= {id(module): module for module in model.modules()}
+    pending = [value for value in known.values() if id(value) not in seen]
+    hooks = [value for name, value in vars(nn.modules.module).items() if name in OF_ALL_MODULES]
+    pending += [*_held_by_modules(model), *hooks, *pytree.tree_leaves(given)]
+    return {id(value): value for value in _walk(pending, _inside_modules, seen)}
 
 
 def made_once(make: Callable[[Reached], Made], reached: Reached) -> Made:
@@ -172,7 +212,7 @@ def _walk(
     inside: Callable[[object], Iterable[object]],
     seen: Reached,
 ) -> Iterator[object]:
-    """Each object once; modules are left out, since they are looked at by themselves.
+    """Each object once.
 
     Args:
         pending: where to begin.
@@ -182,14 +222,14 @@ def _walk(
     """
     while pending:
         value = pending.pop()
-        if id(value) not in seen and not isinstance(value, nn.Module):
+        if id(value) not in seen:
             seen[id(value)] = value
             yield value
             pending += () if type(value) in SIMPLE else inside(value)
 
 
 def _data(value: Any) -> Iterable[object]:
-    if isinstance(value, (type, ModuleType, Tensor)):
+    if isinstance(value, (type, ModuleType, Tensor, nn.Module)):
         return ()
     if isinstance(value, (list, dict, set, deque)):
         return contents(value)
@@ -203,7 +243,9 @@ def _data(value: Any) -> Iterable[object]:
 
 
 def _inside(value: Any) -> Iterable[object]:
-    """What an object holds or, of a class or function, what its code names."""
+    """What an object holds or, of a class or function, what its code names; no modules'."""
+    if isinstance(value, nn.Module):
+        return ()
     if type(value) in CONTAINERS:
         return contents(value)
     if isinstance(value, type):
@@ -213,6 +255,13 @@ def _inside(value: Any) -> Iterable[object]:
     if (held := _wrapped(value)) or not keeps(value):
         return held
     return type(value), *_kept(value), *own_items(value)
+
+
+def _inside_modules(value: Any) -> Iterable[object]:
+    """What an object holds, a module too."""
+    if isinstance(value, nn.Module):
+        return type(value), *vars(value).values()
+    return _inside(value)
 
 
 def is_trusted(value: Any) -> bool:
@@ -242,6 +291,8 @@ def own_items(value: Any) -> list[Any]:
 
 def attributes(value: object) -> dict[str, Any] | None:
     """The attributes that an object itself has; None where it cannot have any."""
+    if isinstance(value, threading.local):
+        return vars(value)  # Those of this thread.
     try:
         found = object.__getattribute__(value, "__dict__")
     except AttributeError:

@@ -28,7 +28,8 @@ from conjoin.graph.meta import VALUE
 from conjoin.tracing.copies import Call
 from conjoin.tracing.exported import arguments_by_schema
 from conjoin.tracing.keeping import KeepingTensors
-from conjoin.tracing.undisturbed import start_streams, undisturbed
+from conjoin.tracing.modes import start_streams
+from conjoin.tracing.undisturbed import undisturbed
 from conjoin.verifying import outcome
 from conjoin.verifying.unlike import first_unlike, tolerance_of
 
@@ -156,7 +157,7 @@ Outputs = list[Tensor]
 def _run(function: Callable[..., Any], call: Call, model: nn.Module | None = None) -> Outputs:
     """The tensors that a call gives, on inputs of its own; the model stays as it is."""
     args, kwargs = pytree.tree_map_only(Tensor, lambda tensor: tensor.detach().clone(), call)
-    with undisturbed(model), torch.no_grad(), KeepingTensors(frozenset()):
+    with undisturbed(model), torch.no_grad(), KeepingTensors():
         start_streams(SEED)
         return [t.detach().cpu().clone() for t in _tensors(function(*args, **kwargs))]
 

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import contextlib
 from collections.abc import Collection, Iterator
+from typing import Any
 
 import torch
 from torch import fx
@@ -70,6 +71,13 @@ def check(graph_module: fx.GraphModule, name: str = "") -> None:
         ) from error
 
 
+class Draft(fx.GraphModule):
+    """A module of a graph that is only rewritten: code of each would be kept for tracebacks."""
+
+    def recompile(self) -> Any:
+        """Makes no code of the graph."""
+
+
 @contextlib.contextmanager
 def in_training(graph_module: fx.GraphModule) -> Iterator[None]:
     """Puts the modules in training mode for a while.
@@ -120,7 +128,7 @@ def _recompute(graph_module: fx.GraphModule) -> None:
     try:
         # Buffers are real: what changes one, and reads nothing else, would change it for real.
         # Without Python's dispatcher, products fix sizes that are open in PyTorch 2.11.
-        with torch.no_grad(), KeepingTensors(frozenset()), enable_python_dispatcher():
+        with torch.no_grad(), KeepingTensors(), enable_python_dispatcher():
             FakeTensorProp(graph_module, mode).propagate_dont_convert_inputs(*inputs)
     except Exception:  # noqa: BLE001 - Whatever fake tensors do not carry: the new nodes have none.
         return

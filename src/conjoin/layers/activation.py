@@ -20,7 +20,7 @@ from conjoin.layers import origin
 from conjoin.layers.checks import CALL_HOOKS
 from conjoin.layers.lockstep import PLAIN_TENSORS, in_transform, runs_python
 from conjoin.layers.origin import Step
-from conjoin.layers.subclass import plain_class, subclass
+from conjoin.layers.subclass import made_of, plain_class, subclass
 
 PURE: dict[type[nn.Module], tuple[Callable[..., Tensor], tuple[str, ...]]] = {
     nn.CELU: (F.celu, ("alpha",)),
@@ -98,15 +98,10 @@ def forget(module: nn.Module) -> None:
         cast(nn.Module, module).__class__ = module.conjoin_base
 
 
-_noting_classes: dict[type, type[Noting]] = {}
-
-
 def noting_class(base: type[nn.Module]) -> type[Noting]:
     """The class of `base` activations that note: a subclass of `base` that goes by its name."""
-    if base not in _noting_classes:
-        made = subclass(Noting, base, _forward(base))
-        _noting_classes[base] = cast("type[Noting]", made)
-    return _noting_classes[base]
+    made = made_of(base, Noting, lambda: subclass(Noting, base, _forward(base)))
+    return cast("type[Noting]", made)
 
 
 def _new_noting(base: type[nn.Module]) -> Noting:

@@ -22,6 +22,7 @@ from conjoin.layers.enclosing import listing
 from conjoin.layers.part import unshared
 from conjoin.layers.product import SUFFIX, Product
 from conjoin.layers.releasing import take_out
+from conjoin.layers.subclass import made_of
 from conjoin.layers.view import DATA_PARALLEL, View
 
 LENT = "conjoin_lent"
@@ -282,29 +283,27 @@ def _reclaim(owner: Owner, name: str) -> None:
     owner._modules.pop(key, None)
 
 
-_owner_classes: dict[tuple[type, tuple[str, ...]], type[Owner]] = {}
-
-
 def owner_class(base: type[nn.Module], names: tuple[str, ...]) -> type[nn.Module]:
     """The class of `base` modules that lent Parameters of these names; `base` itself for none."""
     if not names:
         return base
-    if (base, names) not in _owner_classes:
-        content: dict[str, Any] = {
-            "conjoin_base": base,
-            "conjoin_names": names,
-            "__module__": base.__module__,
-            "__qualname__": base.__qualname__,
-            "__doc__": base.__doc__,
-            **{name: _place_of(name) for name in names},
-        }
-        plain = base
-        if issubclass(base, fx.GraphModule):  # Its own class holds nothing but compiled code.
-            plain = base.__bases__[0]
-            content |= _OF_GRAPHS
-        made = type(base.__name__, (Owner, plain), content)
-        _owner_classes[base, names] = cast("type[Owner]", made)
-    return _owner_classes[base, names]
+    return cast("type[Owner]", made_of(base, (Owner, names), lambda: _owner_class(base, names)))
+
+
+def _owner_class(base: type[nn.Module], names: tuple[str, ...]) -> type:
+    content: dict[str, Any] = {
+        "conjoin_base": base,
+        "conjoin_names": names,
+        "__module__": base.__module__,
+        "__qualname__": base.__qualname__,
+        "__doc__": base.__doc__,
+        **{name: _place_of(name) for name in names},
+    }
+    plain = base
+    if issubclass(base, fx.GraphModule):  # Its own class holds nothing but compiled code.
+        plain = base.__bases__[0]
+        content |= _OF_GRAPHS
+    return type(base.__name__, (Owner, plain), content)
 
 
 def _copied_graph(self: Any, memo: dict[int, Any]) -> Any:

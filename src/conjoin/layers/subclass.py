@@ -2,10 +2,29 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Hashable
 from typing import Any
+from weakref import WeakKeyDictionary, WeakValueDictionary
 
 from torch import nn
+
+_made: WeakKeyDictionary[type, WeakValueDictionary[Hashable, type]] = WeakKeyDictionary()
+"""The classes that were made of others and are in use, by what they are for."""
+
+
+def made_of(base: type, purpose: Hashable, make: Callable[[], type]) -> Any:
+    """The class that is made of another one for a purpose: the same one while it is in use."""
+    known = _made.setdefault(base, WeakValueDictionary())
+    found = known.get(purpose)
+    if found is None:
+        found = known[purpose] = make()
+    return found
+
+
+def known_of(base: type, purpose: Hashable) -> type | None:
+    """The class that is in use; None where there is none."""
+    known = _made.get(base)
+    return None if known is None else known.get(purpose)
 
 
 def subclass(mixin: type, base: type[nn.Module], forward: Callable[..., Any]) -> type:

@@ -29,7 +29,7 @@ from conjoin.layers.enclosing import listing
 from conjoin.layers.lockstep import in_transform
 from conjoin.layers.part import lend, unshared
 from conjoin.layers.releasing import take_out
-from conjoin.layers.subclass import subclass
+from conjoin.layers.subclass import made_of, subclass
 from conjoin.layers.wide import WIDE, Sibling, Wide, fits, like
 
 DATA_PARALLEL = "torch.nn.parallel.distributed"
@@ -250,15 +250,10 @@ class Own(nn.Module):
         self._parameters.update(cast(Any, {name: view._part(name) for name in TENSORS}))
 
 
-_view_classes: dict[type, type[View]] = {}
-
-
 def view_class(base: type[nn.Module]) -> type[View]:
     """The class of views of `base` layers: a subclass of `base` that goes by its name."""
-    if base not in _view_classes:
-        view = getattr(base, "conjoin_view", View)
-        _view_classes[base] = cast("type[View]", subclass(view, base, _forward(base)))
-    return _view_classes[base]
+    view = getattr(base, "conjoin_view", View)
+    return cast("type[View]", made_of(base, View, lambda: subclass(view, base, _forward(base))))
 
 
 def _forward(base: type[nn.Module]) -> Callable[..., Any]:

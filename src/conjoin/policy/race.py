@@ -21,6 +21,7 @@ from conjoin.merging import Merger
 from conjoin.policy.forms import Form
 from conjoin.policy.machine import timed
 from conjoin.tracing import regions
+from conjoin.tracing.undisturbed import undisturbed
 
 SECONDS = 0.3
 """About how long a race takes, beside a warm-up."""
@@ -71,7 +72,8 @@ def run(
         The seconds, by form, in the order of `among`.
     """
     plain = Siblings(copy.deepcopy(list(layers))).train(training)
-    with torch.set_grad_enabled(training):
+    # Hooks of all modules are called for these layers too, and may note that.
+    with undisturbed(plain), torch.set_grad_enabled(training):
         steps = [_step(_as(plain, kind, contiguous, form), input, training) for form in among]
         return dict(zip(among, _median(steps, input.device), strict=True))
 

@@ -21,6 +21,7 @@ from torch.export.graph_signature import InputKind, InputSpec
 from torch.fx.node import map_arg
 
 from conjoin.graph.meta import VALUE
+from conjoin.graph.rewriting import Draft
 from conjoin.layers.owner import Held
 from conjoin.tracing.exported import raise_
 
@@ -80,7 +81,7 @@ def form(node: fx.Node) -> Spelling:
 
 def raised(program: ExportedProgram) -> Raised:
     """Raises the graph of a program, which stays as it is."""
-    module = fx.GraphModule(nn.Module(), fx.Graph())
+    module = Draft(nn.Module(), fx.Graph())
     module.add_module(ROOT, Held())
     for name, tensor in tensors(program).items():
         _hold(module, f"{ROOT}.{name}", tensor)

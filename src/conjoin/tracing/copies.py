@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 import copy
 import functools
 import inspect
@@ -20,9 +21,10 @@ from torch.utils import _pytree as pytree
 from conjoin.foreign import quieter, quote
 from conjoin.launches import StepCount, count_layers
 from conjoin.tracing import graph_modules, regions
-from conjoin.tracing.keeping import KeepingTensors
+from conjoin.tracing.keeping import KeepingTensors, own_tensors
+from conjoin.tracing.modes import start_streams
 from conjoin.tracing.repeating import RepeatingFakeTensorMode
-from conjoin.tracing.undisturbed import letting_go, start_streams
+from conjoin.tracing.undisturbed import letting_go
 
 Call = tuple[tuple[Any, ...], dict[str, Any]]
 """The positional and the keyword arguments of one call of the model."""
@@ -57,8 +59,7 @@ class Copy:
         self._mode = RepeatingFakeTensorMode() if fake else None
         self.model = self._copied(model)
         regions.uninstall(self.model)  # So that every view is called.
-        own = (*self.model.parameters(), *self.model.buffers())
-        self._own = frozenset(map(id, own))
+        self._own = own_tensors(self.model)
         graph_modules.separate_all(self.model)
 
     def _copied(self, model: nn.Module) -> nn.Module:
@@ -76,7 +77,8 @@ class Copy:
         """Runs the copy on arguments like these, and gives its output."""
         args, kwargs = pytree.tree_map_only(Tensor, self._argument, call)
         with self._entered(), letting_go():
-            output = self.model(*args, **kwargs)
+            # What it sets of variables of a context is gone with that.
+            output = contextvars.copy_context().run(self.model, *args, **kwargs)
             return list(output) if inspect.isgenerator(output) else output
 
     def count(
@@ -89,7 +91,8 @@ class Copy:
         args, kwargs = pytree.tree_map_only(Tensor, self._argument, call)
         start_streams(SEED)  # A model that leaves out layers at random leaves out the same ones.
         with self._entered(), letting_go():
-            return count_layers(self.model, args, kwargs, layers, weights)
+            count = contextvars.copy_context().run
+            return count(count_layers, self.model, args, kwargs, layers, weights)
 
     @contextlib.contextmanager
     def _entered(self) -> Iterator[None]:

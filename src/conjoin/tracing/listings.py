@@ -79,7 +79,7 @@ def listed_by_code(model: nn.Module, kinds: tuple[Kind, ...]) -> dict[str, set[s
     """
     found: dict[str, set[str]] = {}
     for root, module in model.named_modules():
-        code = getattr(type(module).forward, "__code__", None)
+        code = getattr(getattr(type(module), "forward", None), "__code__", None)
         if code is not None and LISTING.intersection(words(code)):
             for name, layer in module.named_modules(prefix=root):
                 if kind_of(layer, kinds) is not None:

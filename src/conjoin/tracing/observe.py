@@ -19,7 +19,8 @@ from conjoin.graph.site import Sightings, Untraced
 from conjoin.layers import Kind
 from conjoin.reachable import functions_of, words
 from conjoin.tracing.copies import SEED, Call, Copy
-from conjoin.tracing.undisturbed import start_streams, undisturbed
+from conjoin.tracing.modes import start_streams
+from conjoin.tracing.undisturbed import undisturbed
 from conjoin.tracing.watch import Watch
 
 
@@ -37,7 +38,7 @@ def observe(model: nn.Module, calls: Sequence[Call], kinds: tuple[Kind, ...]) ->
     Raises:
         ValueError: the model does not run on the arguments in any mode.
     """
-    with undisturbed(model):
+    with undisturbed(model, calls):
         try:
             return _observe(Copy(model, fake=True), calls, kinds)
         except Exception:  # noqa: BLE001 - Whatever fake tensors do not carry, the real run decides.

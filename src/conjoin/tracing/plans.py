@@ -18,7 +18,7 @@ from torch.nn.modules.module import _has_any_global_hook
 from conjoin.layers.checks import CALL_HOOKS
 from conjoin.layers.lockstep import in_functorch, in_transform
 from conjoin.layers.owner import Owner
-from conjoin.layers.subclass import plain_class
+from conjoin.layers.subclass import known_of, plain_class
 from conjoin.layers.view import View
 from conjoin.tracing.inlined import BY_IDENTITY, RISES, finder_of, has_tensors
 from conjoin.tracing.quick import Conditions, at_path, holding
@@ -30,8 +30,8 @@ from conjoin.tracing.structures import Observed, Structure, is_plain, structure_
 PLAN = "conjoin_plan"
 """The attribute of a region that holds its plan."""
 
-region_classes: dict[type, type[nn.Module]] = {}
-"""The class that the regions of a class have."""
+REGION_CLASS = "region"
+"""What the classes of regions are made for."""
 
 
 @dataclass(slots=True)
@@ -316,7 +316,7 @@ def _bound(
 def _last_class(cls: Any, name: str, owners: Mapping[Any, type]) -> Any:
     """The class that regions of a class have, on which somebody may set an attribute as well."""
     last = owners.get(cls, cls)
-    return cls if name == "forward" else region_classes.get(last, last)
+    return cls if name == "forward" else known_of(last, REGION_CLASS) or last
 
 
 def _held(at: dict[str, nn.Module], traced: Traced) -> Iterator[tuple[Mapping[str, Any], str, Any]]:

@@ -16,16 +16,17 @@ import itertools
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
+import torch
 from torch import nn
 from torch.compiler import is_dynamo_compiling
 
 from conjoin.layers.owner import Owner, copies_itself, owner_class, raw_parameters
-from conjoin.layers.subclass import plain_class, subclass
+from conjoin.layers.subclass import made_of, plain_class, subclass
 from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
 from conjoin.merging import MERGER, Merger
 from conjoin.nn import Split, Unite
-from conjoin.tracing.plans import PLAN, Plan, Unbound, bind, marks_of, region_classes
+from conjoin.tracing.plans import PLAN, REGION_CLASS, Plan, Unbound, bind, marks_of
 from conjoin.tracing.proxies import UnsoundError
 from conjoin.tracing.rounds import Known, State, Structures, state_of, trace
 from conjoin.tracing.sound import Traced
@@ -73,9 +74,8 @@ class Region(nn.Module):
 
 def region_class(base: type[nn.Module]) -> type[Region]:
     """The class of regions that are `base` modules: a subclass of `base` that goes by its name."""
-    if base not in region_classes:
-        region_classes[base] = subclass(Region, base, _forward(base))
-    return cast("type[Region]", region_classes[base])
+    made = made_of(base, REGION_CLASS, lambda: subclass(Region, base, _forward(base)))
+    return cast("type[Region]", made)
 
 
 def _forward(base: type[nn.Module]) -> Callable[..., Any]:
@@ -219,7 +219,7 @@ def _is_chain(
 
     Then no two of them have branches in common, and each is looked at by itself.
     """
-    if not calls or plain_class(module).forward is not nn.Sequential.forward:
+    if not calls or getattr(plain_class(module), "forward", None) is not nn.Sequential.forward:
         return False
     holders = (f"{name}.{key}".lstrip(".") for key, child in module._modules.items() if _has(child))
     return all({*calls.get(holder, ())} == {1} for holder in holders)
@@ -251,7 +251,8 @@ def suspended(model: nn.Module) -> Iterator[None]:
 
 
 def _may_be_region(module: nn.Module) -> bool:
-    return not copies_itself(plain_class(module))
+    scripted = isinstance(module, torch.jit.ScriptModule)
+    return not scripted and not copies_itself(plain_class(module))
 
 
 def _become(module: nn.Module, traced: list[Traced]) -> None:

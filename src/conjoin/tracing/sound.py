@@ -16,19 +16,21 @@ Everything else is left to the original forward, in which the views run in locks
 
 from __future__ import annotations
 
-import functools
 import inspect
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from types import CellType, FunctionType
 from typing import Any
+from weakref import WeakKeyDictionary
 
+import torch
 from torch import fx, nn
 
 from conjoin import merging
 from conjoin.graph import channelwise, edit, elementwise, products, rising
 from conjoin.graph.bundles import CARRIED
 from conjoin.graph.congruence import INPUTS, Inputs
+from conjoin.graph.rewriting import Draft
 from conjoin.layers.checks import is_hooked
 from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View
@@ -147,7 +149,7 @@ def trace(
     modules = {path: module for module, path in sandbox.paths.items()}
     called = [str(node.target) for node in graph.nodes if node.op == "call_module"]
     _take_out_idle(graph, modules)
-    graph_module = fx.GraphModule(region, graph)
+    graph_module = Draft(region, graph)
     graph_module.meta.update({**(meta or {}), REGION: region})
     inputs: Inputs | None = graph_module.meta.setdefault(INPUTS, None)
     rewritten = rewrite(graph_module)
@@ -271,7 +273,8 @@ def _is_leaf(module: nn.Module, region: nn.Module) -> bool:
         return False
     if is_hooked(module):
         return True
-    if isinstance(module, (View, fx.GraphModule)):  # The graph of the second is rewritten itself.
+    # The graph of the second is rewritten itself, and what is scripted is no Python.
+    if isinstance(module, (View, fx.GraphModule, torch.jit.ScriptModule)):
         return True
     cls = plain_class(module)
     if cls in (*CONTAINERS, *OF_CONJOIN):
@@ -281,14 +284,15 @@ def _is_leaf(module: nn.Module, region: nn.Module) -> bool:
         type(forward) is not FunctionType
         or forward.__module__.split(".")[0] in ("torch", "conjoin")
         or "forward" in vars(module)
-    ) and cls.forward not in (nn.Sequential.forward, Parallel.forward)
+    ) and forward not in (nn.Sequential.forward, Parallel.forward)
 
 
 def _watch_leaf(sandbox: Sandbox, path: str, module: nn.Module) -> None:
     """What makes a module that is called another function, without replacing the module."""
     own = vars(module)
     sandbox.attributes[path, "__dict__", "forward"] = own.get("forward", MISSING)
-    sandbox.classes[plain_class(module), "forward"] = plain_class(module).forward
+    if not isinstance(module, torch.jit.ScriptModule):
+        sandbox.classes[plain_class(module), "forward"] = plain_class(module).forward
     if "inplace" in own:
         sandbox.attributes[path, "__dict__", "inplace"] = own["inplace"]
     if type(module) in SUNK:
@@ -298,17 +302,22 @@ def _watch_leaf(sandbox: Sandbox, path: str, module: nn.Module) -> None:
         sandbox.modes[path] = module.training
     for inner in () if isinstance(module, View) else module.modules():
         # A wide layer has a mode for the sake of running statistics.
-        asks = inner.running if isinstance(inner, Wide) else _reads_mode(plain_class(inner))  # type: ignore[arg-type]
+        asks = inner.running if isinstance(inner, Wide) else _reads_mode(plain_class(inner))
         if asks:
             sandbox.modes[sandbox.paths[inner]] = inner.training
 
 
-@functools.cache
-def _reads_mode(cls: Any) -> bool:
+_reading: WeakKeyDictionary[type, bool] = WeakKeyDictionary()
+"""Whether the code of classes asks for `training`."""
+
+
+def _reads_mode(cls: type) -> bool:
     """Whether the code of a class asks for `training`."""
-    return any(
-        "training" in words(value.__code__)
-        for base in cls.__mro__[: cls.__mro__.index(nn.Module)]
-        for value in vars(base).values()
-        if type(value) is FunctionType
-    )
+    if cls not in _reading:
+        _reading[cls] = any(
+            "training" in words(value.__code__)
+            for base in cls.__mro__[: cls.__mro__.index(nn.Module)]
+            for value in vars(base).values()
+            if type(value) is FunctionType
+        )
+    return _reading[cls]

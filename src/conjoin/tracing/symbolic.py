@@ -10,6 +10,7 @@ whenever it runs, because it shares a call only where the inputs are the very sa
 
 from __future__ import annotations
 
+import contextvars
 from collections.abc import Hashable, Mapping
 from dataclasses import dataclass, field
 from typing import Any
@@ -140,7 +141,7 @@ def _trace(model: nn.Module, kinds: tuple[Kind, ...], mode: bool | None, seen: _
         if not isinstance(module, CONTAINERS) and any(True for _ in module.children()):
             try:
                 with letting_go():
-                    graph = _Tracer(kinds).trace(module)
+                    graph = contextvars.copy_context().run(_Tracer(kinds).trace, module)
             except (Exception, UnsoundError) as error:  # noqa: BLE001 - The model's own code.
                 seen.untraced[Untraced(name, quote(error))] = None
             else:

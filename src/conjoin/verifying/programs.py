@@ -18,7 +18,8 @@ from conjoin.programs.program import duplicate, record_of
 from conjoin.programs.raised import aliases
 from conjoin.programs.record import originals
 from conjoin.tracing.copies import Call
-from conjoin.tracing.undisturbed import start_streams, undisturbed
+from conjoin.tracing.modes import start_streams
+from conjoin.tracing.undisturbed import undisturbed
 from conjoin.verifying import outcome
 from conjoin.verifying.comparison import Comparison
 from conjoin.verifying.outcome import Pieces

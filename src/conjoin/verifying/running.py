@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import contextlib
+import contextvars
 from collections.abc import Callable, Mapping, Sequence
 from typing import Any
 
@@ -12,7 +13,9 @@ from torch.utils import _pytree as pytree
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from conjoin.tracing.copies import Call
-from conjoin.tracing.undisturbed import start_streams, undisturbed
+from conjoin.tracing.keeping import KeepingTensors, own_tensors
+from conjoin.tracing.modes import start_streams
+from conjoin.tracing.undisturbed import undisturbed
 from conjoin.verifying import outcome
 from conjoin.verifying.copying import arguments, exact, prepared
 from conjoin.verifying.outcome import Pieces, tensors_in
@@ -34,16 +37,18 @@ def run(
     watch: contextlib.AbstractContextManager[object],
 ) -> list[Left]:
     """The calls, one after another, of a copy of the model."""
-    copied = prepared(model, setting, convert)
     # What the code keeps in globals and on classes is put back, so that both find the same there.
-    with undisturbed(copied):
+    with undisturbed(model):
+        copied = prepared(model, setting, convert)
         if convert:  # What the code makes without naming a dtype goes with its weights.
             torch.set_default_dtype(exact(torch.get_default_dtype()))
         inputs = [arguments(call, setting, convert) for call in calls]
-        return [
-            _play(copied, call, leaves, setting.gradients, SEED + number, watch)
-            for number, (call, leaves) in enumerate(inputs)
-        ]
+        run = contextvars.copy_context().run
+        with KeepingTensors(own_tensors(copied)):
+            return [
+                run(_play, copied, call, leaves, setting.gradients, SEED + number, watch)
+                for number, (call, leaves) in enumerate(inputs)
+            ]
 
 
 def _play(

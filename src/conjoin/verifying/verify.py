@@ -89,15 +89,16 @@ def verify(
             "a model on the meta device has no values to compare: load its weights first, with "
             "to_empty and load_state_dict."
         )
-    unlike = unlike_weights(optimized, original)
-    if unlike is not None:
-        what = "the two models hold different weights"
-        return Verification(Difference("", 0, what, " ".join(unlike)), len(calls))
-    with undisturbed(), torch.inference_mode(False), torch.enable_grad():
-        found = compare(original, optimized, calls, convert=True)
-        if found.raised:
-            plain = compare(original, optimized, calls, convert=False)
-            found = plain if found.raised - plain.raised else found
+    with undisturbed(original), undisturbed(optimized):
+        unlike = unlike_weights(optimized, original)
+        if unlike is not None:
+            what = "the two models hold different weights"
+            return Verification(Difference("", 0, what, " ".join(unlike)), len(calls))
+        with torch.inference_mode(False), torch.enable_grad():
+            found = compare(original, optimized, calls, convert=True)
+            if found.raised:
+                plain = compare(original, optimized, calls, convert=False)
+                found = plain if found.raised - plain.raised else found
     return _result(found, calls)
 
 
