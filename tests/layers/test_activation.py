@@ -814,6 +814,7 @@ def test_notes_on_tensors_that_are_no_more_do_not_pile_up():
     assert len(origin._thread.origins) < 6 * origin.LIMIT
 
 
+@pytest.mark.usefixtures("_fresh")
 def test_memory_stays_flat_over_many_iterations():
     optimized = fused(Blocks())
     counts = []
