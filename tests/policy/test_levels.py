@@ -86,13 +86,6 @@ def test_a_batched_product_has_to_be_quicker():
     assert level(costly, large, convolutions, "beside").layers == 1
 
 
-@pytest.mark.parametrize(("operations", "layers"), [(100, 2), (10, 1)])
-def test_what_it_saves_has_to_be_more_than_the_estimate_may_be_out(operations, layers):
-    figures = level(FLAT, [work(operations=operations)] * 2, FORWARD, "stack")
-    assert figures.apart - figures.whole == 1
-    assert figures.layers == layers
-
-
 def test_a_batched_product_has_a_rate_of_its_own():
     slow = dataclasses.replace(FLAT, batched=0.5)
     figures = level(slow, [work()] * 3, FORWARD, "stack")

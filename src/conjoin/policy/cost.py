@@ -202,10 +202,9 @@ def _seconds_of(machine: Machine, form: Form, works: Sequence[Work], setting: Se
 def level(machine: Machine, works: Sequence[Work], setting: Setting, layout: Layout) -> Figures:
     """What layers take that read tensors of their own, by themselves and as one layer.
 
-    A batched product must be the quicker by itself, by more than an estimate may be out. Where
-    tensors are joined for it, no bundle was there before, so that one operation behind is taken
-    to run at once as well. A convolution in groups reads what lies side by side as it is, so it
-    is left apart only where it is slower.
+    A batched product must be the quicker by itself. Where tensors are joined for it, no bundle was
+    there before, so that one operation behind is taken to run at once as well. A convolution in
+    groups reads what lies side by side as it is, so it is left apart only where it is slower.
 
     Args:
         machine: what is measured of the device.
@@ -231,7 +230,7 @@ def level(machine: Machine, works: Sequence[Work], setting: Setting, layout: Lay
     if setting.stacked:
         whole += machine.cut * (layout != "apart")
         whole += setting.training * (machine.call + machine.copy(given))
-    most = apart * (1 - MARGIN if setting.stacked else 1 + MARGIN)
+    most = apart if setting.stacked else apart * (1 + MARGIN)
     chosen, layers = (whole, 1) if whole <= most else (apart, len(works))
     return Figures(apart, whole, chosen, layers, measured=False, training=setting.training)
 
