@@ -4,10 +4,12 @@
 
 PyTorch's own gradient of a product of x and W^T is x^T g, so that of W comes transposed: to add it
 to W's is a copy across the memory's lines, which with few rows takes longer than the product does.
-With few outputs x^T g is slow by itself. So here the gradient of W is g^T x.
+With few outputs x^T g is slow by itself. So here the gradient of W is g^T x. With few inputs that
+is the slow one, the more so the wider W; there it is x^T g, and a weight so small is soon copied.
 
-With one row that is each number of g times each of x, at which libraries for products are slow
-(benchmark `twin_critics_1`).
+With one row that is each number of g times each of x, and with one output the gradient of x is each
+number of g times each of W: nothing is added up, at which libraries for products are slow
+(benchmarks `twin_critics_1` and `twin_critics_256`).
 """
 
 from __future__ import annotations
@@ -17,26 +19,53 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.compiler import is_compiling
+from torch.nn import functional as F
 
-from conjoin.layers.lockstep import is_traced
+from conjoin.layers.lockstep import PLAIN_TENSORS, is_traced
 
 LARGE = 2**14
 """How many elements a weight has at least, or the rows beside few outputs, for that to pay.
 
 A function of one's own takes time in a step of training, too: about what it saves at this size."""
 
+VERY_LARGE = 2**17
+"""How many elements the outputs of few inputs have at least, likewise. One product that is not
+batched takes less time than a function of one's own and its views do."""
+
 FEW = 8
-"""Up to so many outputs x^T g is slow beside g^T x."""
+"""Up to so many outputs x^T g is slow beside g^T x; up to so many inputs it is the other way."""
+
+
+def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
+    """(..., in), (out, in) and (out) -> (..., out): as `F.linear`, also in what it refuses."""
+    if not is_compiling() and _has_few_inputs(input, weight):
+        rows = input.reshape(1, -1, weight.shape[1])
+        if _is_own(rows, weight[None]):
+            biases = None if bias is None else bias.view(1, 1, -1)
+            made: Tensor = _Product.apply(rows, weight[None], biases)  # type: ignore[no-untyped-call]
+            return made.view(*input.shape[:-1], len(weight))
+    return F.linear(input, weight, bias)
+
+
+def _has_few_inputs(input: Tensor, weight: Tensor) -> bool:
+    """Whether a plain tensor has rows for a weight with few inputs."""
+    width = weight.shape[1]
+    known = width <= FEW and type(input) in PLAIN_TENSORS and input.layout is torch.strided
+    like = input.dtype is weight.dtype and input.device == weight.device
+    return known and like and input.dim() > 0 and input.shape[-1] == width and input.numel() > 0
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(n, rows, in), (n, out, in) and (n, 1, out) -> (n, rows, out)."""
-    trained = weight.requires_grad and torch.is_grad_enabled() and not is_compiling()
-    if not (trained and _is_large(rows, weight)):
-        return _multiply(rows, weight, bias)
-    if _is_plain(rows):
+    if _is_own(rows, weight):
         return _Product.apply(rows, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
     return _multiply(rows, weight, bias)
+
+
+def _is_own(rows: Tensor, weight: Tensor) -> bool:
+    """Whether the product has a gradient of its own, which pays and which nothing looks into."""
+    trained = weight.requires_grad and torch.is_grad_enabled() and not is_compiling()
+    return trained and _is_large(rows, weight) and _is_plain(rows)
 
 
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -49,7 +78,8 @@ def _is_large(rows: Tensor, weight: Tensor) -> bool:
     if not isinstance(number, int):  # A symbol, of which nothing may be asked.
         return False
     _, out, width = weight.shape
-    return max(out, number if out <= FEW else 0) * width >= LARGE
+    few_inputs = width <= FEW and number * out >= VERY_LARGE
+    return few_inputs or max(out, number if out <= FEW else 0) * width >= LARGE
 
 
 def _is_plain(rows: Tensor) -> bool:
@@ -69,12 +99,19 @@ class _Product(torch.autograd.Function):
         (grad,), (rows, weight) = grads, ctx.saved_tensors
         of_rows, of_weight, of_bias = ctx.needs_input_grad
         return (
-            torch.bmm(grad, weight.conj()) if of_rows else None,
-            _of_weight(grad.transpose(1, 2), rows.conj()) if of_weight else None,
+            _times(grad, weight.conj()) if of_rows else None,
+            _of_weight(grad, rows.conj()) if of_weight else None,
             grad.sum(1, keepdim=True) if of_bias else None,
         )
 
 
-def _of_weight(columns: Tensor, rows: Tensor) -> Tensor:
-    """(n, out, rows) and (n, rows, in) -> (n, out, in)."""
-    return columns * rows if rows.shape[1] == 1 else torch.bmm(columns, rows)
+def _of_weight(grad: Tensor, rows: Tensor) -> Tensor:
+    """(n, rows, out) and (n, rows, in) -> (n, out, in)."""
+    if rows.shape[2] <= FEW < grad.shape[2]:
+        return _times(rows.transpose(1, 2), grad).transpose(1, 2).contiguous()
+    return _times(grad.transpose(1, 2), rows)
+
+
+def _times(first: Tensor, second: Tensor) -> Tensor:
+    """(n, p, k) and (n, k, q) -> (n, p, q)."""
+    return first * second if second.shape[1] == 1 else torch.bmm(first, second)

@@ -33,7 +33,7 @@ class Linear(Kind):
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:
         """(..., in) -> (..., sum out_i)."""
-        return F.linear(input, wide.weight, self.biases(wide))
+        return batched.linear(input, wide.weight, self.biases(wide))
 
     def apart(self, wide: Wide, input: Tensor) -> Tensor:
         """(n, ..., in) -> (n, ..., out)."""
@@ -60,7 +60,9 @@ class Linear(Kind):
         if len({*wide.biased}) > 1:
             return super().direct(wide, apart=apart)
         held: dict[str, Any] = wide._parameters
-        linear, shape = F.linear, (len(wide.widths), *wide.shapes[0])
+        few = wide.weight.shape[1] <= batched.FEW
+        linear = batched.linear if few else F.linear
+        shape = (len(wide.widths), *wide.shapes[0])
         if apart:
             return lambda input: _batched(input, held["weight"], held["bias"], shape)
         return lambda input: linear(input, held["weight"], held["bias"])
