@@ -65,6 +65,16 @@ def test_tensors_of_their_own_are_joined_first():
     assert (figures.apart, figures.whole) == (3 * 3, 1 + 3 * 2 + 1 - 2)
 
 
+@pytest.mark.parametrize(("operations", "layers"), [(10, 2), (2, 1)])
+def test_tensors_of_their_own_are_joined_in_training_where_that_saves_much(operations, layers):
+    group = [work(operations=operations)] * 3
+    figures = level(FLAT, group, TRAINING, "apart")
+    assert figures.whole < figures.apart
+    assert figures.layers == layers
+    from_memory = level(dataclasses.replace(FLAT, bandwidth=100.0), group, TRAINING, "apart")
+    assert from_memory.whole - figures.whole == pytest.approx(2 * 3 * 8 / 100)
+
+
 def test_gradients_are_copied_into_place():
     stack, beside = (level(FLAT, [work()] * 3, TRAINING, lie) for lie in ("stack", "beside"))
     # Three products for each layer; where it is cut, the parts' gradients are joined.

@@ -41,7 +41,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any, Literal
 
-from conjoin.policy.figures import MARGIN, Figures, pick
+from conjoin.policy.figures import LEAST_GAIN, MARGIN, Figures, pick
 from conjoin.policy.forms import Form, forms, in_order, ordered
 
 MOST_BETWEEN = 3
@@ -203,8 +203,10 @@ def level(machine: Machine, works: Sequence[Work], setting: Setting, layout: Lay
     """What layers take that read tensors of their own, by themselves and as one layer.
 
     A batched product must be the quicker by itself. Where tensors are joined for it, no bundle was
-    there before, so that one operation behind is taken to run at once as well. A convolution in
-    groups reads what lies side by side as it is, so it is left apart only where it is slower.
+    there before, so that one operation behind is taken to run at once as well. In training much was
+    computed since these tensors were, and compilers are slow at joining what they compute, so there
+    it must save more. A convolution in groups reads what lies side by side as it is, so it is left
+    apart only where it is slower.
 
     Args:
         machine: what is measured of the device.
@@ -219,9 +221,13 @@ def level(machine: Machine, works: Sequence[Work], setting: Setting, layout: Lay
     whole = _layer(machine, [_together(works)], setting, among, arithmetic)
     read, given = (sum(getattr(work, name) for work in works) for name in ("input", "output"))
     copied = machine.call + machine.copy(read)
+    gain = 0.0 if setting.stacked else -MARGIN
     if layout == "apart":
         behind = (len(works) - 1) * machine.call * (1 + setting.training)
         whole += copied - behind
+        if setting.training:
+            whole += max(0.0, 2 * read / machine.bandwidth - machine.copy(read))
+            gain = LEAST_GAIN
     else:
         apart += machine.cut
         if setting.training and setting.passed_on:
@@ -230,8 +236,7 @@ def level(machine: Machine, works: Sequence[Work], setting: Setting, layout: Lay
     if setting.stacked:
         whole += machine.cut * (layout != "apart")
         whole += setting.training * (machine.call + machine.copy(given))
-    most = apart if setting.stacked else apart * (1 + MARGIN)
-    chosen, layers = (whole, 1) if whole <= most else (apart, len(works))
+    chosen, layers = (whole, 1) if whole <= apart * (1 - gain) else (apart, len(works))
     return Figures(apart, whole, chosen, layers, measured=False, training=setting.training)
 
 
