@@ -65,7 +65,7 @@ def test_tensors_of_their_own_are_joined_first():
     assert (figures.apart, figures.whole) == (3 * 3, 1 + 3 * 2 + 1 - 2)
 
 
-@pytest.mark.parametrize(("operations", "layers"), [(10, 2), (2, 1)])
+@pytest.mark.parametrize(("operations", "layers"), [(10, 3), (2, 1)])
 def test_tensors_of_their_own_are_joined_in_training_where_that_saves_much(operations, layers):
     group = [work(operations=operations)] * 3
     figures = level(FLAT, group, TRAINING, "apart")
