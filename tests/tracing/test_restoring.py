@@ -436,3 +436,35 @@ def test_what_is_optimized_goes_with_its_class():
     del Own, fused
     gc.collect()
     assert [each() for each in left] == [None] * 4
+
+
+class Sealed(type):
+    def __setattr__(cls, name, value):
+        raise TypeError("nothing may be set on this class")
+
+
+class Scales(metaclass=Sealed):
+    """A cache on a class that lets nobody set an attribute."""
+
+    @staticmethod
+    @functools.lru_cache
+    def scale(number):
+        return number / 2
+
+
+class Scaled(nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 4), nn.Linear(4, 4)
+
+    def forward(self, x):
+        return self.a(x) * Scales.scale(3), self.b(x)
+
+
+@pytest.mark.parametrize("look", [conjoin.report, conjoin.optimize])
+def test_caches_of_classes_that_are_sealed_stay(look):
+    Scales.scale(1)
+    before, held = Scales.scale.cache_info(), vars(Scales)["scale"]
+    look(Scaled(), (torch.randn(2, 4),))
+    assert Scales.scale.cache_info() == before
+    assert vars(Scales)["scale"] is held

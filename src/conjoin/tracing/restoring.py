@@ -130,7 +130,7 @@ def _save_class(cls: type) -> Undo:
     before = dict(vars(cls))
     for name, value in before.items():
         if _is_shared(value):
-            setattr(cls, name, _stand_in(value))
+            type.__setattr__(cls, name, _stand_in(value))  # Whatever its own class thinks of it.
     return functools.partial(_put_back_class, cls, before)
 
 
@@ -292,10 +292,10 @@ def _put_back_names(
 
 def _put_back_class(cls: type, before: dict[str, Any]) -> None:
     for name in [name for name in vars(cls) if name not in before]:
-        delattr(cls, name)
+        type.__delattr__(cls, name)
     for name, value in before.items():
         if vars(cls).get(name) is not value:
-            setattr(cls, name, value)
+            type.__setattr__(cls, name, value)
 
 
 def _put_back_cache(cache: Any, before: Any) -> None:
