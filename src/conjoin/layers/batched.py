@@ -38,21 +38,23 @@ FEW = 8
 
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., in), (out, in) and (out) -> (..., out): as `F.linear`, also in what it refuses."""
-    if not is_compiling() and _has_few_inputs(input, weight):
-        rows = input.reshape(1, -1, weight.shape[1])
+    out, width = weight.shape
+    if _is_trained(weight) and width <= FEW and _has_rows(input, weight):
+        rows = input.reshape(1, -1, width)
         if _is_own(rows, weight[None]):
-            biases = None if bias is None else bias.view(1, 1, -1)
+            biases = None if bias is None else bias.view(1, 1, out)
             made: Tensor = _Product.apply(rows, weight[None], biases)  # type: ignore[no-untyped-call]
-            return made.view(*input.shape[:-1], len(weight))
+            return made.view(*input.shape[:-1], out)
     return F.linear(input, weight, bias)
 
 
-def _has_few_inputs(input: Tensor, weight: Tensor) -> bool:
-    """Whether a plain tensor has rows for a weight with few inputs."""
-    width = weight.shape[1]
-    known = width <= FEW and type(input) in PLAIN_TENSORS and input.layout is torch.strided
+def _has_rows(input: Tensor, weight: Tensor) -> bool:
+    """Whether a plain tensor has rows for a plain weight."""
+    plain = all(type(each) in PLAIN_TENSORS for each in (input, weight))
+    if not plain or input.layout is not torch.strided or input.dim() == 0:
+        return False
     like = input.dtype is weight.dtype and input.device == weight.device
-    return known and like and input.dim() > 0 and input.shape[-1] == width and input.numel() > 0
+    return like and input.shape[-1] == weight.shape[1] and input.numel() > 0
 
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
@@ -64,8 +66,11 @@ def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
 
 def _is_own(rows: Tensor, weight: Tensor) -> bool:
     """Whether the product has a gradient of its own, which pays and which nothing looks into."""
-    trained = weight.requires_grad and torch.is_grad_enabled() and not is_compiling()
-    return trained and _is_large(rows, weight) and _is_plain(rows)
+    return _is_trained(weight) and _is_large(rows, weight) and _is_plain(rows)
+
+
+def _is_trained(weight: Tensor) -> bool:
+    return weight.requires_grad and torch.is_grad_enabled() and not is_compiling()
 
 
 def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
