@@ -114,22 +114,28 @@ class Machine:
 
 def _between(table: Table, size: float) -> float:
     """The seconds for a size, between and beyond what was measured."""
-    sizes = [at for at, _ in table]
-    right = max(min(bisect.bisect_left(sizes, size), len(sizes) - 1), 1)
-    (low, before), (high, after) = table[right - 1], table[right]
-    return max(0.0, before + (after - before) * (size - low) / (high - low))
+    return max(0.0, _on_line(size, *_around(table, size)))
 
 
 def _within(table: Sequence[tuple[float, Any]], at: float, *more: float) -> float:
     """What a table of tables holds at or between what was measured, and beyond that at its end."""
-    places = [place for place, _ in table]
-    at = min(max(at, places[0]), places[-1])
-    right = max(bisect.bisect_left(places, at), 1)
-    (low, before), (high, after) = table[right - 1], table[right]
+    at = min(max(at, table[0][0]), table[-1][0])
+    ends = _around(table, at)
     if more:
-        before, after = _within(before, *more), _within(after, *more)
-    held: float = before + (after - before) * (at - low) / (high - low)
-    return held
+        ends = [(place, _within(held, *more)) for place, held in ends]
+    return _on_line(at, *ends)
+
+
+def _around(table: Sequence[tuple[float, Any]], at: float) -> Sequence[tuple[float, Any]]:
+    """The two entries of a table between which something is, or the nearest two."""
+    places = [place for place, _ in table]
+    right = max(min(bisect.bisect_left(places, at), len(places) - 1), 1)
+    return table[right - 1 : right + 1]
+
+
+def _on_line(at: float, start: tuple[float, float], end: tuple[float, float]) -> float:
+    """The value at a place on the line through two points."""
+    return start[1] + (end[1] - start[1]) * (at - start[0]) / (end[0] - start[0])
 
 
 @dataclass(frozen=True, slots=True)
