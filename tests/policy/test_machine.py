@@ -171,11 +171,14 @@ print(resource.getrusage(resource.RUSAGE_SELF).ru_minflt - before)
 
 @pytest.mark.skipif(platform.libc_ver()[0] != "glibc", reason="it is glibc that adapts so")
 def test_the_allocator_keeps_what_a_step_gives_back():
-    faults = {
-        way: int(subprocess.check_output([sys.executable, "-c", STEPS, way]))
-        for way in ("fresh", "settled")
-    }
-    assert faults["settled"] < faults["fresh"] / 10
+    # Now and then something lies at the end of the heap by chance, and a fresh process keeps it too.
+    fresh = max(_faults("fresh") for _ in range(4))
+    assert _faults("settled") < fresh / 10
+
+
+def _faults(way):
+    """The pages that steps of training have to get from the system."""
+    return int(subprocess.check_output([sys.executable, "-c", STEPS, way]))
 
 
 def test_what_cannot_be_measured(constants, monkeypatch):
