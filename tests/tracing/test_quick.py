@@ -16,7 +16,7 @@ import conjoin
 from conjoin.layers.view import wides
 from conjoin.layers.wide import Wide
 from conjoin.tracing import regions
-from conjoin.tracing.quick import Conditions
+from conjoin.tracing.conditions import Conditions
 from conjoin.tracing.sandbox.objects import MISSING
 
 
@@ -117,6 +117,30 @@ def dictionary_replaced(wide):
     held["weight"] = nn.Parameter(wide.weight.detach() * 2)
 
 
+def all_hooks_taken_away(module):
+    module._forward_hooks = collections.OrderedDict()
+
+
+def all_hooks_taken_away_by_hand(module):
+    vars(module)["_forward_hooks"] = collections.OrderedDict()
+
+
+@pytest.mark.parametrize("away", [all_hooks_taken_away, all_hooks_taken_away_by_hand])
+@pytest.mark.parametrize("path", ["first.0", "norms.1", "act", "last"])
+def test_hooks_in_a_dictionary_that_somebody_made(away, path):
+    plain, optimized, x = made()
+    plain.eval(), optimized.eval()
+    assert all(runs_of(optimized, x) == 0 for _ in range(4))
+    calls = []
+    for model in (plain, optimized):
+        module = model.get_submodule(path)
+        away(module)
+        model(x)
+        module.register_forward_hook(lambda *_, model=model: calls.append(model))
+    assert_close(optimized(x), plain(x))
+    assert calls.count(optimized) == calls.count(plain) > 0
+
+
 CHANGES = (parametrized, doubled_in_place, doubled_data, replaced, dictionary_replaced)
 
 
@@ -169,11 +193,10 @@ class Counting(dict):
 
 def test_conditions():
     flags, module = {"training": True, "rate": 2}, nn.ReLU()
-    hooks, present, children = {}, {"bias": 1}, collections.OrderedDict(a=1, b=2)
+    present, children = {"bias": 1}, collections.OrderedDict(a=1, b=2)
     contents, namespace = [1, 2], Counting(word=3)
     owner = type("Class", (), {"there": flags})
     conditions = Conditions(
-        hooks=(hooks,),
         values=((flags, "training", True), (flags, "rate", flags["rate"]), (namespace, "word", 3)),
         kinds=((module, nn.ReLU),),
         present=((present, "bias"),),
@@ -188,7 +211,10 @@ def test_conditions():
             lambda: namespace.update(word=4),
             lambda: namespace.update(word=3),
         ),
-        "a hook": (lambda: hooks.update({1: 1}), hooks.clear),
+        "a hook": (
+            lambda: module._forward_hooks.update({1: 1}),
+            lambda: module._forward_hooks.clear(),
+        ),
         "a class": (
             lambda: setattr(module, "__class__", nn.Tanh),
             lambda: setattr(module, "__class__", nn.ReLU),
@@ -216,7 +242,7 @@ def test_conditions():
 def test_conditions_of_what_is_missing():
     own, owner = {}, type("Class", (), {})
     conditions = Conditions(
-        (), ((own, "forward", MISSING),), (), (), (), ((owner, "more", MISSING),), ()
+        ((own, "forward", MISSING),), (), (), (), ((owner, "more", MISSING),), ()
     )
     holds = conditions.check()
     assert holds()
@@ -329,7 +355,7 @@ def test_somebody_else_calls_the_modules(monkeypatch):
 def test_names_of_children(change):
     first, second = {"a": None, "b": None}, {"c": None}
     children = ((first, ("a", "b")), (second, ("c",)))
-    holds = Conditions((), (), (), (), children, (), ()).check()
+    holds = Conditions((), (), (), children, (), ()).check()
     assert holds()
     change(first, second)
     assert not holds()

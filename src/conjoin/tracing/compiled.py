@@ -10,7 +10,8 @@ import torch
 from torch import fx
 from torch.fx.graph import _format_target
 
-from conjoin.tracing.quick import CALL, Names, Written, restoring_mode, storing
+from conjoin.tracing.quick import CALL, Written, restoring_mode, storing
+from conjoin.tracing.source import Names
 
 CALLED = re.compile(r'(?<= = )(?:getattr\()*self(?:\.\w+|, "[^"]*"\))+(?=\()')
 """How torch.fx writes what it calls of the region, `getattr(self.layers, "0")` for one."""

@@ -23,7 +23,9 @@ from conjoin.layers.activation import PURE
 from conjoin.layers.checks import TENSORS
 from conjoin.layers.embedding import unstack
 from conjoin.layers.wide import Wide
-from conjoin.tracing.quick import CALL, Names, Written, at_path, calls_forward, code
+from conjoin.tracing.fitting import expressions
+from conjoin.tracing.quick import CALL, Written, at_path, calls_forward
+from conjoin.tracing.source import Names, code
 from conjoin.tracing.spelled import CELL, condition_of, module_at
 from conjoin.tracing.structures import Structure, structure_of
 
@@ -134,27 +136,12 @@ def _is_plain(tensor: str, names: Names) -> str:
 
 def _attempt(number: int, variant: Variant, condition: str) -> str:
     """What returns the forward of a variant, if it may run."""
-    fits = " and ".join(("True", *_fitting(variant)))
+    fits = " and ".join(("True", *expressions(variant.traced)))
     return (
         f"way = way_{number}() if {fits} else 0\nknown = way & {BY_IDENTITY}\n"
         f"if way and {condition}:\n"
         f"    return (risen_{number} if way & {RISES} else forward_{number}), args\n"
     )
-
-
-def _fitting(variant: Variant) -> list[str]:
-    """What `Variant.fits` asks of the tensors."""
-    traced = variant.traced
-    facts = [f"args[{number}].ndim == {rank}" for number, rank in traced.ranks]
-    if traced.most is None:
-        return facts
-    first: dict[int, int] = {}
-    for at, number in enumerate(traced.observed.alike):
-        one, other = f"args[{first.setdefault(number, at)}]", f"args[{at}]"
-        for what in ("shape", "dtype", "device", "requires_grad") if one != other else ():
-            facts.append(f"{one}.{what} == {other}.{what}")
-    elements = " + ".join(f"args[{at}].numel()" for at in range(len(traced.observed.alike)))
-    return [*facts, f"{elements or 'sum([each.numel() for each in args])'} <= {traced.most}"]
 
 
 def _forwards(number: int, traced: Traced, at: Mapping[str, nn.Module], names: Names) -> str:

@@ -15,13 +15,14 @@ from torch import Tensor, is_grad_enabled, nn
 from torch.compiler import assume_constant_result, is_compiling
 from torch.nn.modules.module import _has_any_global_hook
 
-from conjoin.layers.checks import CALL_HOOKS
 from conjoin.layers.lockstep import in_functorch, in_transform
 from conjoin.layers.owner import Owner
 from conjoin.layers.subclass import known_of, plain_class
 from conjoin.layers.view import View
+from conjoin.tracing.conditions import Conditions
+from conjoin.tracing.fitting import fitting
 from conjoin.tracing.inlined import BY_IDENTITY, RISES, finder_of, has_tensors
-from conjoin.tracing.quick import Conditions, at_path, holding
+from conjoin.tracing.quick import at_path
 from conjoin.tracing.sandbox.constants import frozen, snapshots
 from conjoin.tracing.sandbox.objects import held_at, holder_of
 from conjoin.tracing.sound import Traced
@@ -44,6 +45,7 @@ class Variant:
         conditions: what it takes for granted.
         classes: classes and functions, the names of attributes, and their values, among that.
         way: for Dynamo, whether the forward may run; see `inlined.py`.
+        fits: whether the tensors of a call do; None where all do.
         holds: whether the conditions hold; made when that is first asked.
         quick: the forward bound to the modules, and whether it may run as it is; made when the
             forward is first called.
@@ -54,21 +56,9 @@ class Variant:
     conditions: Conditions
     classes: tuple[tuple[Any, str, Any], ...]
     way: Callable[[], int]
+    fits: Callable[[Sequence[Tensor]], bool] | None
     holds: Callable[[], bool] | None = None
     quick: tuple[Callable[..., Any], Callable[[], bool]] | None = None
-
-    def fits(self, tensors: Sequence[Tensor]) -> bool:
-        """Whether the tensors of a call are as the new forward takes for granted."""
-        for number, rank in self.traced.ranks:
-            if tensors[number].ndim != rank:
-                return False
-        if self.traced.most is None:
-            return True
-        first: dict[int, Tensor] = {}
-        for number, tensor in zip(self.traced.observed.alike, tensors, strict=False):
-            if not _are_alike(first.setdefault(number, tensor), tensor):
-                return False
-        return sum([tensor.numel() for tensor in tensors]) <= self.traced.most
 
     def exported(self) -> Callable[..., Any] | None:
         """The new forward for a graph of it; None where something makes it another function."""
@@ -92,15 +82,6 @@ class Variant:
         if self.holds is None:
             self.holds = self.conditions.check()
         return self.holds()
-
-
-def _are_alike(tensor: Tensor, other: Tensor) -> bool:
-    return tensor is other or (
-        tensor.shape == other.shape
-        and tensor.dtype is other.dtype
-        and tensor.device == other.device
-        and tensor.requires_grad is other.requires_grad
-    )
 
 
 @dataclass(slots=True)
@@ -141,7 +122,7 @@ class Plan:
         if exported and (in_functorch() or _has_any_global_hook()):  # type: ignore[no-untyped-call]
             return None
         for variant in variants:
-            if variant.fits(args):
+            if variant.fits is None or variant.fits(args):
                 function = variant.exported() if exported else variant.function(region)
                 if function is not None:
                     return function, args
@@ -265,7 +246,7 @@ def _way_of(region: nn.Module, traced: Traced, number: int) -> Callable[[], int]
         if not conditions.check()():
             return 0
         modules = [at_path(region, path) for _, path in called]
-        if not (all(map(has_tensors, modules)) and holding(conditions, modules)()):
+        if not (all(map(has_tensors, modules)) and conditions.check(modules)()):
             return 0
         if alone is None:  # Dynamo may trace twice, and other regions be collected meanwhile.
             alone = len(_regions[plan.cls]) == 1
@@ -291,9 +272,7 @@ def _bound(
         *((held_at(at, place), "__class__", cls) for place, cls in traced.objects),
     )
     enclosed = tuple((cell, "cell_contents", value) for cell, value in traced.cells)
-    called = dict.fromkeys(modules)
     conditions = Conditions(
-        hooks=tuple(vars(module)[kind] for module in called for kind in CALL_HOOKS),
         values=(
             *((vars(at[path]), "training", flag) for path, flag in traced.modes),
             *(
@@ -310,7 +289,8 @@ def _bound(
         classes=(*classes, *enclosed),
         contents=(*traced.shared, *_contents(at, traced)),
     )
-    return Variant(traced, number, conditions, classes, _way_of(at[""], traced, number))
+    way, fits = _way_of(at[""], traced, number), fitting(traced)
+    return Variant(traced, number, conditions, classes, way, fits)
 
 
 def _last_class(cls: Any, name: str, owners: Mapping[Any, type]) -> Any:

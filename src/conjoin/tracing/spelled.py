@@ -28,7 +28,6 @@ from torch import nn
 from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View
 from conjoin.layers.wide import WIDE
-from conjoin.tracing.quick import Names
 from conjoin.tracing.sandbox.constants import MUTABLE
 from conjoin.tracing.sandbox.objects import (
     MISSING,
@@ -39,6 +38,7 @@ from conjoin.tracing.sandbox.objects import (
     is_of_items,
 )
 from conjoin.tracing.sound import Traced
+from conjoin.tracing.source import Names
 
 WORDS = (type(None), bool)
 """Types of values that are what they are written as."""
