@@ -143,7 +143,7 @@ def test_constants_that_are_equal_and_no_same_objects_keep_the_new_forward():
     fused = conjoin.optimize(model, (x,))
     for block in fused:
         variants = vars(block)[PLAN].variants
-        assert all(any(each.function(block) for each in of) for of in variants.values())
+        assert all(any(each.function(block, (x,), {}) for each in of) for of in variants.values())
 
 
 def test_a_change_of_one_of_two_like_modules_concerns_it_alone():

@@ -39,12 +39,12 @@ FEW = 8
 def linear(input: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(..., in), (out, in) and (out) -> (..., out): as `F.linear`, also in what it refuses."""
     out, width = weight.shape
-    if _is_trained(weight) and width <= FEW and _has_rows(input, weight):
+    few = _is_trained(weight) and width <= FEW and _has_rows(input, weight)
+    if few and _is_large(input.numel() // width, out, width) and _is_plain(input):
         rows = input.reshape(1, -1, width)
-        if _is_own(rows, weight[None]):
-            biases = None if bias is None else bias.view(1, 1, out)
-            made: Tensor = _Product.apply(rows, weight[None], biases)  # type: ignore[no-untyped-call]
-            return made.view(*input.shape[:-1], out)
+        biases = None if bias is None else bias.view(1, 1, out)
+        made: Tensor = _Product.apply(rows, weight[None], biases)  # type: ignore[no-untyped-call]
+        return made.view(*input.shape[:-1], out)
     return F.linear(input, weight, bias)
 
 
@@ -59,14 +59,10 @@ def _has_rows(input: Tensor, weight: Tensor) -> bool:
 
 def product(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     """(n, rows, in), (n, out, in) and (n, 1, out) -> (n, rows, out)."""
-    if _is_own(rows, weight):
+    large = _is_trained(weight) and _is_large(rows.shape[1], *weight.shape[1:])
+    if large and _is_plain(rows):
         return _Product.apply(rows, weight, bias)  # type: ignore[no-any-return, no-untyped-call]
     return _multiply(rows, weight, bias)
-
-
-def _is_own(rows: Tensor, weight: Tensor) -> bool:
-    """Whether the product has a gradient of its own, which pays and which nothing looks into."""
-    return _is_trained(weight) and _is_large(rows, weight) and _is_plain(rows)
 
 
 def _is_trained(weight: Tensor) -> bool:
@@ -78,11 +74,10 @@ def _multiply(rows: Tensor, weight: Tensor, bias: Tensor | None) -> Tensor:
     return torch.bmm(rows, turned) if bias is None else torch.baddbmm(bias, rows, turned)
 
 
-def _is_large(rows: Tensor, weight: Tensor) -> bool:
-    number = rows.shape[1]
+def _is_large(number: int, out: int, width: int) -> bool:
+    """Whether a gradient of its own pays for a product of so many rows, outputs and inputs."""
     if not isinstance(number, int):  # A symbol, of which nothing may be asked.
         return False
-    _, out, width = weight.shape
     few_inputs = width <= FEW and number * out >= VERY_LARGE
     return few_inputs or max(out, number if out <= FEW else 0) * width >= LARGE
 

@@ -6,9 +6,9 @@ import keyword
 from collections import OrderedDict
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from operator import is_
 from typing import Any
 
+import torch.compiler
 from torch import nn
 from torch._C import _get_tracing_state
 from torch._C._functorch import maybe_current_level
@@ -34,6 +34,16 @@ MODULE_CALL = nn.Module.__call__
 """What calls of modules do; tools put something else there for a while."""
 
 
+def alone(names: Names) -> Iterator[Fact]:
+    """That no transform, compiler, record of TorchScript or hook of all modules follows a call."""
+    yield Fact(f"{names.name(maybe_current_level)}() is None")
+    yield Fact(f"{names.name(_get_tracing_state)}() is None")
+    levels, compiling = vars(forward_ad), vars(torch.compiler)
+    yield Fact(f"{names.name(levels)}['_current_level'] < 0", levels)
+    yield _item(compiling, "_is_compiling_flag", False, names)
+    yield from _unhooked([(vars(nn_module), name) for name in GLOBAL_HOOKS], names)
+
+
 @dataclass(frozen=True, slots=True)
 class Conditions:
     """What a rewritten forward takes for granted, of the modules of one region.
@@ -54,17 +64,20 @@ class Conditions:
     classes: tuple[tuple[object, str, Any], ...]
     contents: tuple[tuple[Any, tuple[Any, ...]], ...]
 
-    def check(self, called: Sequence[nn.Module] = (), *, alone: bool = False) -> Callable[[], bool]:
-        """A function that tells whether all of it holds.
+    def check(self, called: Sequence[nn.Module] = ()) -> Callable[[], bool]:
+        """A function that tells whether all of it holds; `called` as for `facts`."""
+        names = Names()
+        return function_of(self.facts(names, called), names)
+
+    def facts(self, names: Names, called: Sequence[nn.Module] = ()) -> list[Fact]:
+        """All of it.
 
         Args:
+            names: what the facts refer to.
             called: modules between whose calls and forwards there must be nothing either.
-            alone: whether nobody must follow what is computed.
         """
-        names = Names()
         modules = [*dict.fromkeys(called)]
         facts = [
-            *(_alone(names) if alone else ()),
             *_classes({module: type(module) for module in modules} | dict(self.kinds), names),
             *(_attribute(*each, names) for each in self.classes),
             *(_item(*each, names) for each in self.values),
@@ -74,7 +87,7 @@ class Conditions:
         ]
         if self.contents:
             facts.append(Fact(f"{names.name(self.contents_hold)}()"))
-        return function_of(facts, names)
+        return facts
 
     def contents_hold(self) -> bool:
         """Whether the containers hold what they did."""
@@ -86,19 +99,11 @@ def _is_as_before(container: Any, before: tuple[Any, ...]) -> bool:
     return len(now) == len(before) and all(a is b for a, b in zip(now, before, strict=True))
 
 
-def _alone(names: Names) -> Iterator[Fact]:
-    """That no transform, no record of TorchScript and no hook of all modules follows a call."""
-    yield Fact(f"{names.name(maybe_current_level)}() is None")
-    yield Fact(f"{names.name(_get_tracing_state)}() is None")
-    levels = vars(forward_ad)
-    yield Fact(f"{names.name(levels)}['_current_level'] < 0", levels)
-    yield from _unhooked([(vars(nn_module), name) for name in GLOBAL_HOOKS], names)
-
-
 def _classes(kinds: Mapping[nn.Module, type], names: Names) -> Iterator[Fact]:
     """That the modules have these classes, and no hooks."""
-    same, modules, classes = map(names.name, (is_, tuple(kinds), tuple(kinds.values())))
-    yield Fact(f"all(map({same}, map(type, {modules}), {classes}))", reads=tuple(kinds))
+    modules, classes = map(names.name, (tuple(kinds), [*kinds.values()]))
+    # Classes are equal where they are the same.
+    yield Fact(f"[*map(type, {modules})] == {classes}", reads=tuple(kinds))
     yield from _unhooked([(vars(each), name) for each in kinds for name in CALL_HOOKS], names)
 
 

@@ -48,21 +48,27 @@ class Fact:
     reads: tuple[Any, ...] = ()
 
 
-def function_of(facts: Iterable[Fact], names: Names) -> Callable[[], bool]:
-    """A function that tells whether all facts hold, which those before make sense of."""
+def function_of(facts: Iterable[Fact], names: Names, parameters: str = "") -> Callable[..., bool]:
+    """A function that tells whether all facts hold, which those before make sense of.
+
+    Args:
+        facts: the facts.
+        names: what they refer to.
+        parameters: what else those without a mapping refer to, with which it is called.
+    """
     facts = [*facts]
     looked_at = itertools.chain.from_iterable((*fact.reads, fact.of) for fact in facts)
     reads = {id(each): each for each in looked_at if each is not None}
     touched = [Fact(f"[*{names.name(tuple(reads.values()))}]")] if reads else []
     if dict_version is None:
-        return _spelled([*touched, *facts], names)
+        return _spelled([*touched, *facts], names, parameters)
     numbered: list[Fact] = []
     others = touched
     for fact in facts:
         (numbered if type(fact.of) is dict and fact.of else others).append(fact)
     if numbered:
         others.append(Fact(Unchanged(numbered, dict_version, names).source()))
-    return _spelled(others, names)
+    return _spelled(others, names, parameters)
 
 
 class Unchanged:
@@ -118,11 +124,11 @@ class Unchanged:
         ]
 
 
-def _spelled(facts: Iterable[Fact], names: Names) -> Callable[[], bool]:
+def _spelled(facts: Iterable[Fact], names: Names, parameters: str = "") -> Callable[..., bool]:
     """A function that looks at each of the facts."""
     lines = "".join(f"            and {each}\n" for each in dict.fromkeys(f.source for f in facts))
     source = (
-        "def holds():\n    try:\n        return (\n            True\n"
+        f"def holds({parameters}):\n    try:\n        return (\n            True\n"
         f"{lines}        )\n    except (KeyError, AttributeError, ValueError):\n"
         "        return False\n"
     )

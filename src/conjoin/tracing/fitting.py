@@ -2,11 +2,13 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from torch import Tensor
+from torch import Tensor, nn
 
+from conjoin.layers.lockstep import PLAIN_TENSORS
+from conjoin.tracing.facts import Fact
 from conjoin.tracing.source import Names
 
 if TYPE_CHECKING:
@@ -27,6 +29,20 @@ def expressions(traced: Traced) -> list[str]:
                 found.append(" == ".join(f"{tensor}.{what}" for tensor in tensors))
     elements = " + ".join(f"args[{at}].numel()" for at in range(len(traced.observed.alike)))
     return [*found, f"{elements or 'sum([each.numel() for each in args])'} <= {traced.most}"]
+
+
+def asked(traced: Traced, cls: type[nn.Module], names: Names) -> Iterator[Fact]:
+    """What must be true of a `region` of a class and of its `args` and `kwargs`.
+
+    That is all where the call is one with tensors only, and nothing where it is any other.
+    """
+    count = traced.structure
+    if not isinstance(count, int):
+        return
+    yield Fact(f"type(region) is {names.name(cls)} and len(args) == {count} and not kwargs")
+    for each in (f"args[{at}]" for at in range(count)):
+        yield Fact(f"type({each}) in {names.name(PLAIN_TENSORS)} and not {each}.is_nested")
+    yield from map(Fact, expressions(traced))
 
 
 def fitting(traced: Traced) -> Callable[[Sequence[Tensor]], bool] | None:

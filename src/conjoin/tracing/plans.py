@@ -19,13 +19,15 @@ from conjoin.layers.lockstep import in_functorch, in_transform
 from conjoin.layers.owner import Owner
 from conjoin.layers.subclass import known_of, plain_class
 from conjoin.layers.view import View
-from conjoin.tracing.conditions import Conditions
-from conjoin.tracing.fitting import fitting
+from conjoin.tracing.conditions import Conditions, alone
+from conjoin.tracing.facts import function_of
+from conjoin.tracing.fitting import asked, fitting
 from conjoin.tracing.inlined import BY_IDENTITY, RISES, finder_of, has_tensors
 from conjoin.tracing.quick import at_path
 from conjoin.tracing.sandbox.constants import frozen, snapshots
 from conjoin.tracing.sandbox.objects import held_at, holder_of
 from conjoin.tracing.sound import Traced
+from conjoin.tracing.source import Names
 from conjoin.tracing.structures import Observed, Structure, is_plain, structure_of
 
 PLAN = "conjoin_plan"
@@ -33,6 +35,10 @@ PLAN = "conjoin_plan"
 
 REGION_CLASS = "region"
 """What the classes of regions are made for."""
+
+
+Quick = tuple[Callable[..., Any], Callable[..., bool]]
+"""A rewritten forward, and whether it may run in a call: of a region, arguments and keywords."""
 
 
 @dataclass(slots=True)
@@ -47,8 +53,8 @@ class Variant:
         way: for Dynamo, whether the forward may run; see `inlined.py`.
         fits: whether the tensors of a call do; None where all do.
         holds: whether the conditions hold; made when that is first asked.
-        quick: the forward bound to the modules, and whether it may run as it is; made when the
-            forward is first called.
+        quick: the forward bound to the modules, and whether it may run as it is in a call of the
+            region with arguments; made when the forward is first called.
     """
 
     traced: Traced
@@ -58,23 +64,34 @@ class Variant:
     way: Callable[[], int]
     fits: Callable[[Sequence[Tensor]], bool] | None
     holds: Callable[[], bool] | None = None
-    quick: tuple[Callable[..., Any], Callable[[], bool]] | None = None
+    quick: Quick | None = None
 
     def exported(self) -> Callable[..., Any] | None:
         """The new forward for a graph of it; None where something makes it another function."""
         return self.traced.function if self._holds() else None
 
-    def function(self, region: nn.Module) -> Callable[..., Any] | None:
+    def function(
+        self, region: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Any]
+    ) -> Callable[..., Any] | None:
         """The new forward; None where something has happened that makes it another function."""
-        if self.quick is not None and self.quick[1]():
+        if self.quick is not None and self.quick[1](region, args, kwargs):
             return self.quick[0]
         if in_transform() or not self._holds():
             return None
         if self.quick is None:
-            self.quick = self.traced.written.bound(region, self.conditions)
-            return self.function(region)
+            self.quick = self._quick(region)
+            return self.function(region, args, kwargs)
         # Somebody follows the calls of the modules.
         return self.traced.function
+
+    def _quick(self, region: nn.Module) -> Quick:
+        written, names = self.traced.written, Names()
+        facts = [
+            *alone(names),
+            *asked(self.traced, type(region), names),
+            *self.conditions.facts(names, written.modules(region)),
+        ]
+        return written.bound(region), function_of(facts, names, "region, args, kwargs")
 
     def _holds(self) -> bool:
         if _has_any_global_hook():  # type: ignore[no-untyped-call]
@@ -93,17 +110,22 @@ class Plan:
         variants: by the structure of the call; of those for one structure, the first that holds.
         finder: what finds a forward where Dynamo traces; see `inlined.py`.
         holding: for that, what the variants take for granted, by their numbers.
+        last: what ran last of a call with tensors only, which the next call may be like.
     """
 
     cls: type[nn.Module]
     variants: dict[Structure, tuple[Variant, ...]]
     finder: Callable[..., tuple[Callable[..., Any], tuple[Tensor, ...]] | None]
     holding: tuple[Conditions, ...]
+    last: Quick | None = None
 
     def find(
         self, region: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> tuple[Callable[..., Any], tuple[Tensor, ...]] | None:
         """The forward for a call, and the call's tensors; None where the original must run."""
+        last = self.last
+        if last is not None and last[1](region, args, kwargs):
+            return last[0], args
         if type(region) is not self.cls:
             return None
         if not kwargs and all(map(is_plain, args)):
@@ -123,8 +145,12 @@ class Plan:
             return None
         for variant in variants:
             if variant.fits is None or variant.fits(args):
-                function = variant.exported() if exported else variant.function(region)
+                function = (
+                    variant.exported() if exported else variant.function(region, args, kwargs)
+                )
                 if function is not None:
+                    if not exported and isinstance(structure, int):
+                        self.last = variant.quick
                     return function, args
         return None
 

@@ -21,7 +21,6 @@ from torch import nn
 from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
-from conjoin.tracing.conditions import Conditions
 from conjoin.tracing.source import Names
 
 UNFLATTEN = "conjoin_unflatten"
@@ -58,21 +57,22 @@ class Written:
     restores: bool
     stored: tuple[tuple[str, str], ...]
 
-    def bound(
-        self, region: nn.Module, conditions: Conditions
-    ) -> tuple[Callable[..., Any], Callable[[], bool]]:
-        """The forward for the modules of a region, and what tells that it may run as it is.
+    def modules(self, region: nn.Module) -> list[nn.Module]:
+        """The modules that it calls, of a region."""
+        return [at_path(region, path) for _, path in self.called]
 
-        That is where the conditions hold, nothing stands between a call of a module and its
-        forward, and nobody follows what is computed.
+    def bound(self, region: nn.Module) -> Callable[..., Any]:
+        """The forward for the modules of a region.
+
+        It may run where nothing stands between a call of a module and its forward, and nobody
+        follows what is computed.
         """
         names = Names(self.globals)
         ways: dict[str, set[str]] = {}
         for found in CALLS.finditer(self.source):
             ways.setdefault(found[1], set()).add(found[2])
-        modules = [at_path(region, path) for _, path in self.called]
         apart: set[str] = set()
-        for (name, _), module in zip(self.called, modules, strict=True):
+        for (name, _), module in zip(self.called, self.modules(region), strict=True):
             if type(module) is Wide and len(ways.get(name, ())) == 1:
                 [way] = ways[name]
                 names[name] = module.direct(apart=way == APART, along=way == ALONG)
@@ -87,8 +87,7 @@ class Written:
         source = UNFLATTENED.sub(rf"{UNFLATTEN}(\1, \2)", source)
         function = names.define(source, "forward")
         function = restoring_mode(function) if self.restores else function
-        function = storing(function, self.stored) if self.stored else function
-        return function, conditions.check(modules, alone=True)
+        return storing(function, self.stored) if self.stored else function
 
 
 def restoring_mode(function: Callable[..., Any]) -> Callable[..., Any]:
