@@ -25,6 +25,8 @@ SMALL = Machine(
     rate=1e15,
     batched=1e15,
     bandwidth=1e15,
+    shared=0.0,
+    alias=0.0,
     written=ASKING,
     joined=ASKING,
     few_rows=HIDDEN,
@@ -220,6 +222,54 @@ def test_where_a_forward_is_rewritten_they_may_not_be_needed():
         assert wides(conjoin.optimize(Straight(), (x,)))
 
 
+class Asking(nn.Module):
+    """A forward that is not rewritten, whose layers share runs."""
+
+    def __init__(self, count):
+        super().__init__()
+        self.layers = nn.ModuleList(nn.Linear(8, 4) for _ in range(count))
+
+    def forward(self, x):
+        if x.sum() > 1e9:
+            return None
+        return [layer(x) for layer in self.layers]
+
+
+class Told(Asking):
+    """The same, where the forward is rewritten."""
+
+    def forward(self, x):
+        return [layer(x) for layer in self.layers]
+
+
+@pytest.mark.parametrize("policy", ["auto", "measure"])
+def test_what_it_takes_to_share_a_run_counts(policy, on, monkeypatch):
+    def run(kind, layers, contiguous, input, among, *, training):
+        return {form: 1e-6 * (2 * len(form)) for form in among}
+
+    monkeypatch.setattr(race, "run", run)
+    on(dataclasses.replace(STEADY, shared=STEADY.call))
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        assert wides(conjoin.optimize(Told(3), (x,), policy=policy))
+        optimized = conjoin.optimize(Asking(3), (x,), policy=policy)
+        assert not wides(optimized)
+        (group,) = conjoin.report(optimized, (x,)).groups
+        assert group.reason is Reason.DOES_NOT_PAY
+        assert group.figures.measured is (policy == "measure")
+        assert wides(conjoin.optimize(Asking(3), (x,), policy="always"))
+
+
+def test_in_training_an_alias_counts_where_the_input_gets_a_gradient(on):
+    on(dataclasses.replace(STEADY, alias=1e-3))
+    model, x = Asking(3), torch.randn(4, 8)
+    assert wides(conjoin.optimize(model, (x,)))
+    passed_on = nn.Sequential(nn.Linear(8, 8), Asking(3))
+    assert not wides(conjoin.optimize(passed_on, (x,)))
+    with torch.no_grad():
+        assert wides(conjoin.optimize(passed_on, (x,)))
+
+
 def test_measured(x, monkeypatch):
     raced = []
 
@@ -304,7 +354,7 @@ def test_regions_know_what_was_left_apart():
             assert branch._get_name() == "Branch"
             assert type(branch) is not Branch  # A region, of which the plan holds.
             ((variant,),) = vars(branch)["conjoin_plan"].variants.values()
-            assert variant.function(branch) is not None
+            assert variant.function(branch, (x,), {}) is not None
         report = conjoin.report(optimized, (x,))
         assert str(report) == str(conjoin.report(model, (x,)))
         assert {g.layers[0]: g.reason for g in report.groups}["one.conv"] is Reason.DOES_NOT_PAY

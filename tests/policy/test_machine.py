@@ -27,7 +27,7 @@ def table(sizes, *more):
 
 
 FOUND = Machine(
-    *(1e-6, 1e-6, 2e-5, 1e11, 1e11, 1e10),
+    *(1e-6, 1e-6, 2e-5, 1e11, 1e11, 1e10, 3e-6, 1e-5),
     *(table(*sizes) for sizes in machine.TABLES.values()),
 )
 
@@ -46,13 +46,17 @@ def constants():
     return fresh
 
 
-def test_what_was_measured_is_possible():
-    found = machine.measure(CPU, torch.float32)
+@pytest.mark.parametrize("mode", [torch.enable_grad, torch.no_grad, torch.inference_mode])
+def test_what_was_measured_is_possible(mode):
+    with mode():
+        found = machine.measure(CPU, torch.float32)
     assert machine._is_possible(found)
     taken = [seconds for _, seconds in found.written]
     assert taken == sorted(taken)
     assert found.new(2**26) > found.new(2**20) > 0
     assert found.batched <= found.rate
+    assert found.shared > 0
+    assert found.alias > 0
 
 
 def test_measuring_draws_no_random_numbers():

@@ -11,6 +11,7 @@ each parameter. All constants are measured on the machine (see `machine.py`). Wh
 
 - launches: one forward and, in training, one for each gradient of a layer; one each to add the
   layers' gradients of x; for a wide layer also one where the weights are joined at each call;
+- what it takes siblings to share a run, where they are called one by one (`sharing.py`);
 - what it takes to cut a wide output where nothing carries the wide form on: the split itself, the
   cat that is its backward pass, and a copy for each part that must be contiguous;
 - bytes: x is read once for each layer; sums are new bytes, and so are tensors of a weight's size
@@ -70,6 +71,8 @@ class Machine:
         rate: floating-point operations in a second.
         batched: likewise in a batched product; no more than `rate`.
         bandwidth: bytes read in a second, from memory.
+        shared: what it takes a sibling in lockstep to share a run; see `sharing.py`.
+        alias: what the alias takes that such a run reads where there is a backward pass.
         written: what it takes to fill a tensor that is new, beyond `call`, by its number of bytes,
             which ascend.
         joined: likewise what it takes to join two tensors side by side, by the bytes of the result.
@@ -83,6 +86,8 @@ class Machine:
     rate: float
     batched: float
     bandwidth: float
+    shared: float
+    alias: float
     written: Table
     joined: Table
     few_rows: Grid
@@ -98,6 +103,10 @@ class Machine:
     def again(self, size: float) -> float:
         """Seconds to read `size` bytes that were new a while ago: what a copy takes beyond them."""
         return max(0.0, self.copy(size) - self.new(size))
+
+    def sharing(self, count: int, setting: Setting) -> float:
+        """Seconds that it takes so many siblings in lockstep to share a run."""
+        return count * self.shared + self.alias * (setting.training and setting.passed_on)
 
     def beside_rows(self, rows: int, weight: float, among: float) -> float:
         """Seconds that a weight takes beside rows, beyond the arithmetic.
@@ -182,6 +191,7 @@ class Setting:
         cut: whether its output is cut right behind it; otherwise more may run on it first, or it
             may not be cut at all.
         stacked: whether layers that read tensors of their own are one batched product.
+        lockstep: whether the siblings are called one by one, and share a run of the wide layer.
     """
 
     training: bool
@@ -190,6 +200,7 @@ class Setting:
     one_by_one: bool = False
     cut: bool = True
     stacked: bool = False
+    lockstep: bool = False
 
 
 def seconds(machine: Machine, forms: Sequence[Sequence[Work]], setting: Setting) -> float:
@@ -294,6 +305,8 @@ def _layer(
         new += [*back, *[weight] * TEMPORARIES]
     fixed = (launches + len(copies)) * machine.call + cut * machine.cut
     fixed += setting.training * (1 + any(biased)) * machine.step
+    if setting.lockstep and len(layers) > 1:
+        fixed += machine.sharing(len(layers), setting)
     moved = sum(map(machine.new, new)) + sum(map(machine.copy, copies))
     if not setting.training:
         moved += machine.again(output)

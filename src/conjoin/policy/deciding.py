@@ -82,7 +82,19 @@ def _decided(
         form, figures = _raced(group, known, raced)
     except RuntimeError:  # No memory for the copies, or no such operation on what they read here.
         return (candidate,)
+    if known is not None and len(form) == 1:
+        candidate = dataclasses.replace(
+            candidate, lockstep=_against_lockstep(known, group, figures)
+        )
     return _chosen(candidate, form, figures, sightings)
+
+
+def _against_lockstep(known: Machine, group: Workload, figures: Figures) -> Figures | None:
+    """What is against a wide layer that won a race, where its siblings are called one by one."""
+    whole = figures.whole + known.sharing(len(group.layers), group.setting())
+    if whole <= figures.apart:
+        return None
+    return dataclasses.replace(figures, whole=whole, chosen=figures.apart, layers=len(group.layers))
 
 
 def _raced(
@@ -115,7 +127,7 @@ def _estimated(
     works = group.works()
     form, figures = choose(known, works, group.names, group.setting(cut=False))
     apart = tuple((position,) for position in range(len(works)))
-    in_lockstep, cut = choose(known, works, group.names, group.setting())
+    in_lockstep, cut = choose(known, works, group.names, group.setting(lockstep=True))
     if in_lockstep == apart:
         candidate = dataclasses.replace(candidate, lockstep=cut)
     # A forward that is rewritten reads a part as it lies, nearly everywhere.

@@ -26,9 +26,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.optim.adam import adam
 
+from conjoin.policy import sharing
 from conjoin.policy.cost import Grid, Machine, Table
 
-FORMAT = 4
+FORMAT = 5
 """The version of what is measured, and of the files that hold it."""
 
 DEVICES = ("cpu", "cuda")
@@ -175,8 +176,7 @@ def _is_possible(found: Machine) -> bool:
     positive = (found.call, found.cut, found.rate, found.batched, found.bandwidth)
     return (
         all(math.isfinite(number) and number > 0 for number in positive)
-        and math.isfinite(found.step)
-        and found.step >= 0
+        and all(math.isfinite(n) and n >= 0 for n in (found.step, found.shared, found.alias))
         and all(_is_table(getattr(found, name), *sizes) for name, sizes in TABLES.items())
     )
 
@@ -225,6 +225,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         joined = [_joining(long, n // dtype.itemsize, device) for n in JOINED]
         del long
         filled = [least(functools.partial(full, (n // dtype.itemsize,)), device) for n in SIZES]
+    shared, alias = sharing.measure(device, dtype, call, cut, least)
     few_parameters, more = (_step_of_adam(device, dtype, count) for count in (1, 1 + MORE))
     return Machine(
         call=call,
@@ -233,6 +234,8 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         rate=rate,
         batched=rate * min(1.0, product / batched),
         bandwidth=READ / reading,
+        shared=shared,
+        alias=alias,
         written=_table(SIZES, filled),
         joined=_table(JOINED, joined),
         few_rows=few_rows,

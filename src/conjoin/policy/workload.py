@@ -64,14 +64,14 @@ class Workload:
             rows=outputs // max(width, 1) if weight.dim() == 2 and not looked_up else 0,
         )
 
-    def setting(self, *, cut: bool = True) -> Setting:
-        """What their calls have in common; `cut` as in `Setting`."""
+    def setting(self, *, cut: bool = True, lockstep: bool = False) -> Setting:
+        """What their calls have in common; `cut` and `lockstep` as in `Setting`."""
         widths = [tensors(layer)["weight"].shape[self.kind.weight_dim] for layer in self.layers]
         passed_on = any(shapes.passed_on for shapes in self.shapes)
         joined = self.kind.joins(widths)
         one_by_one = self.kind.reads_one_by_one(widths, training=self.training)
         stacked = bool(self.kind.stacked)
-        return Setting(self.training, passed_on, joined, one_by_one, cut, stacked)
+        return Setting(self.training, passed_on, joined, one_by_one, cut, stacked, lockstep)
 
     def example(self) -> Tensor:
         """Something that the layers can be called with."""
