@@ -21,14 +21,14 @@ from conjoin.layers.subclass import known_of, plain_class
 from conjoin.layers.view import View
 from conjoin.tracing.conditions import Conditions, alone
 from conjoin.tracing.facts import function_of
-from conjoin.tracing.fitting import asked, fitting
+from conjoin.tracing.fitting import asked, fitting, spelled
 from conjoin.tracing.inlined import BY_IDENTITY, RISES, finder_of, has_tensors
 from conjoin.tracing.quick import at_path
 from conjoin.tracing.sandbox.constants import frozen, snapshots
 from conjoin.tracing.sandbox.objects import held_at, holder_of
 from conjoin.tracing.sound import Traced
 from conjoin.tracing.source import Names
-from conjoin.tracing.structures import Observed, Structure, is_plain, structure_of
+from conjoin.tracing.structures import Observed, Structure, structure_of
 
 PLAN = "conjoin_plan"
 """The attribute of a region that holds its plan."""
@@ -37,8 +37,19 @@ REGION_CLASS = "region"
 """What the classes of regions are made for."""
 
 
-Quick = tuple[Callable[..., Any], Callable[..., bool]]
-"""A rewritten forward, and whether it may run in a call: of a region, arguments and keywords."""
+@dataclass(frozen=True, slots=True)
+class Quick:
+    """A rewritten forward, bound to the modules of a region.
+
+    Attributes:
+        function: the forward.
+        holds: whether it may run as it is in a call, of a region, `args` and `kwargs`.
+        tensors: the tensors of these; None where `holds` does not look at the structure of a call.
+    """
+
+    function: Callable[..., Any]
+    holds: Callable[..., bool]
+    tensors: Callable[..., tuple[Tensor, ...]] | None
 
 
 @dataclass(slots=True)
@@ -53,8 +64,7 @@ class Variant:
         way: for Dynamo, whether the forward may run; see `inlined.py`.
         fits: whether the tensors of a call do; None where all do.
         holds: whether the conditions hold; made when that is first asked.
-        quick: the forward bound to the modules, and whether it may run as it is in a call of the
-            region with arguments; made when the forward is first called.
+        quick: the forward bound to the modules; made when it is first called.
     """
 
     traced: Traced
@@ -71,11 +81,11 @@ class Variant:
         return self.traced.function if self._holds() else None
 
     def function(
-        self, region: nn.Module, args: Sequence[Tensor], kwargs: Mapping[str, Any]
+        self, region: nn.Module, args: tuple[Any, ...], kwargs: dict[str, Any]
     ) -> Callable[..., Any] | None:
         """The new forward; None where something has happened that makes it another function."""
-        if self.quick is not None and self.quick[1](region, args, kwargs):
-            return self.quick[0]
+        if self.quick is not None and self.quick.holds(region, args, kwargs):
+            return self.quick.function
         if in_transform() or not self._holds():
             return None
         if self.quick is None:
@@ -86,12 +96,14 @@ class Variant:
 
     def _quick(self, region: nn.Module) -> Quick:
         written, names = self.traced.written, Names()
+        call = spelled(self.traced.structure, names)
         facts = [
             *alone(names),
-            *asked(self.traced, type(region), names),
+            *asked(self.traced, call, type(region), names),
             *self.conditions.facts(names, written.modules(region)),
         ]
-        return written.bound(region), function_of(facts, names, "region, args, kwargs")
+        holds = function_of(facts, names, "region, args, kwargs")
+        return Quick(written.bound(region), holds, None if call is None else call.function(names))
 
     def _holds(self) -> bool:
         if _has_any_global_hook():  # type: ignore[no-untyped-call]
@@ -110,7 +122,7 @@ class Plan:
         variants: by the structure of the call; of those for one structure, the first that holds.
         finder: what finds a forward where Dynamo traces; see `inlined.py`.
         holding: for that, what the variants take for granted, by their numbers.
-        last: what ran last of a call with tensors only, which the next call may be like.
+        last: what ran last, which the next call may be like.
     """
 
     cls: type[nn.Module]
@@ -124,17 +136,14 @@ class Plan:
     ) -> tuple[Callable[..., Any], tuple[Tensor, ...]] | None:
         """The forward for a call, and the call's tensors; None where the original must run."""
         last = self.last
-        if last is not None and last[1](region, args, kwargs):
-            return last[0], args
+        if last is not None and last.holds(region, args, kwargs):
+            return last.function, last.tensors(args, kwargs)  # type: ignore[misc]
         if type(region) is not self.cls:
             return None
-        if not kwargs and all(map(is_plain, args)):
-            structure: Structure = len(args)
-        else:
-            found = structure_of(args, kwargs)
-            if found is None:
-                return None
-            structure, args = found
+        found = structure_of(args, kwargs)
+        if found is None:
+            return None
+        structure, tensors = found
         variants = self.variants.get(structure)
         if variants is None:
             return None
@@ -144,14 +153,15 @@ class Plan:
         if exported and (in_functorch() or _has_any_global_hook()):  # type: ignore[no-untyped-call]
             return None
         for variant in variants:
-            if variant.fits is None or variant.fits(args):
-                function = (
-                    variant.exported() if exported else variant.function(region, args, kwargs)
-                )
+            if variant.fits is None or variant.fits(tensors):
+                if exported:
+                    function = variant.exported()
+                else:
+                    function = variant.function(region, args, kwargs)
                 if function is not None:
-                    if not exported and isinstance(structure, int):
+                    if variant.quick is not None and variant.quick.tensors is not None:
                         self.last = variant.quick
-                    return function, args
+                    return function, tensors
         return None
 
     def __deepcopy__(self, memo: dict[int, Any]) -> Unbound:
