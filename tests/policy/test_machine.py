@@ -56,7 +56,7 @@ def test_what_was_measured_is_possible(mode):
     assert found.new(2**26) > found.new(2**20) > 0
     assert found.batched <= found.rate
     assert found.shared > 0
-    assert found.alias > 0
+    assert found.alias >= 0
 
 
 def test_measuring_draws_no_random_numbers():

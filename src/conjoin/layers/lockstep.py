@@ -96,11 +96,6 @@ class _Alias(torch.autograd.Function):
         return grads[0]
 
 
-def alias_of(input: Tensor) -> Tensor:
-    """An input that requires a gradient in a tensor object of its own."""
-    return _Alias.apply(input)  # type: ignore[no-any-return, no-untyped-call]
-
-
 def take(wide: Wide, index: int, input: Any) -> Tensor | None:
     """The `index`-th part of the wide layer's output for `input`.
 
@@ -190,7 +185,7 @@ def _alias(input: Tensor, source: Tensor, steps: tuple[Step, ...]) -> Tensor:
         return input
     if not input.requires_grad:
         return input.detach()
-    alias = alias_of(source)
+    alias: Tensor = _Alias.apply(source)  # type: ignore[no-untyped-call]
     for function, settings in steps:
         alias = function(alias, **dict(settings))
     return alias

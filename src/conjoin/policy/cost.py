@@ -52,6 +52,10 @@ TEMPORARIES = 2
 """How many tensors of a weight's size Adam's step makes for it, on a CPU: the root of the second
 moment, and that divided."""
 
+IN_A_MODEL = 2
+"""How many times as long Python takes in a step of a model, where its code and its data are in no
+cache, as in a loop of its own."""
+
 Table = tuple[tuple[float, float], ...]
 """Numbers of bytes, which ascend, and the seconds that were measured with them."""
 
@@ -105,8 +109,9 @@ class Machine:
         return max(0.0, self.copy(size) - self.new(size))
 
     def sharing(self, count: int, setting: Setting) -> float:
-        """Seconds that it takes so many siblings in lockstep to share a run."""
-        return count * self.shared + self.alias * (setting.training and setting.passed_on)
+        """Seconds that it takes so many siblings in lockstep to share a run within a model."""
+        aliases = setting.training and setting.passed_on
+        return IN_A_MODEL * (count * self.shared + aliases * self.alias)
 
     def beside_rows(self, rows: int, weight: float, among: float) -> float:
         """Seconds that a weight takes beside rows, beyond the arithmetic.

@@ -225,21 +225,21 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         joined = [_joining(long, n // dtype.itemsize, device) for n in JOINED]
         del long
         filled = [least(functools.partial(full, (n // dtype.itemsize,)), device) for n in SIZES]
-    shared, alias = sharing.measure(device, dtype, call, cut, least)
     few_parameters, more = (_step_of_adam(device, dtype, count) for count in (1, 1 + MORE))
-    return Machine(
+    found = Machine(
         call=call,
         cut=cut,
         step=max(0.0, more - few_parameters) / MORE,
         rate=rate,
         batched=rate * min(1.0, product / batched),
         bandwidth=READ / reading,
-        shared=shared,
-        alias=alias,
+        shared=0.0,
+        alias=0.0,
         written=_table(SIZES, filled),
         joined=_table(JOINED, joined),
         few_rows=few_rows,
     )
+    return sharing.measured(found, device, dtype, least)
 
 
 def _products(square: Tensor, device: torch.device) -> tuple[float, float]:

@@ -1,12 +1,16 @@
 """What it takes siblings in lockstep to share a run, beyond what that run itself takes.
 
 Each sibling looks whether another one has run the wide layer on this input, and whether nothing has
-changed since, which is Python. Where there is a backward pass, the wide layer reads an alias of the
-input, which is an operation written in Python. Small layers take less than that.
+changed since, which is Python. Where there is a backward pass, the wide layer also reads an alias
+of the input, which is an operation written in Python. Small layers take less than that.
+
+It is what is left between siblings that share runs and layers that do not, where the cost model has
+told all else.
 """
 
 from __future__ import annotations
 
+import dataclasses
 import functools
 from collections.abc import Callable
 from typing import Any
@@ -16,7 +20,7 @@ from torch import Tensor, nn
 
 from conjoin.layers.fusing import fuse
 from conjoin.layers.linear import Linear
-from conjoin.layers.lockstep import alias_of
+from conjoin.policy.cost import Machine, Setting, Work, seconds
 
 COUNT = 4
 """How many siblings are measured, since the first one takes longer than the others."""
@@ -24,35 +28,50 @@ COUNT = 4
 FEATURES = 8
 """How wide they are."""
 
+TURNS = 5
+"""How often both are timed in turn. The least counts: what disturbs a timing only adds."""
+
 Least = Callable[[Callable[[], object], torch.device], float]
 """What tells the seconds of something on a device."""
 
 
-def measure(
-    device: torch.device, dtype: torch.dtype, call: float, cut: float, least: Least
-) -> tuple[float, float]:
-    """The seconds for each sibling, and for each alias.
+def measured(known: Machine, device: torch.device, dtype: torch.dtype, least: Least) -> Machine:
+    """What is known of a device, and what it takes there to share a run.
 
     Args:
+        known: the other constants.
         device: the device.
         dtype: the type of the numbers.
-        call: what a layer takes that has next to nothing to do.
-        cut: what it takes to cut a tensor in two.
         least: what measures.
     """
+    known = dataclasses.replace(known, shared=0.0, alias=0.0)
     with torch.inference_mode(mode=False), torch.enable_grad():
-        row = torch.full((1, FEATURES), 0.5, device=device, dtype=dtype)
+        row = torch.full((1, FEATURES), 0.5, device=device, dtype=dtype, requires_grad=True)
         plain, views = (_layers(device, dtype) for _ in range(2))
         fuse(Linear(), [*views], views)
-        with torch.no_grad():
-            runs = (functools.partial(_run, layers, row) for layers in (plain, views))
-            apart, together = (least(run, device) for run in runs)
-        row.requires_grad_()
-        passes = (functools.partial(_pass, make, row) for make in (alias_of, torch.neg))
-        alias, other = (least(each, device) for each in passes)
-    # Layers are called in the same way in both; a shared run is one launch and one cut.
-    shared = (together - cut - call - (apart - COUNT * call)) / COUNT
-    return max(0.0, shared), max(0.0, alias - other + call)
+
+        def more(training: bool) -> float:
+            """The seconds that views take more than layers, and more than is known."""
+            run = _train if training else _infer
+            steps = [functools.partial(run, layers, row) for layers in (plain, views)]
+            # In turn, since it is their difference that decides.
+            taken = [[least(step, device) for step in steps] for _ in range(TURNS)]
+            apart, together = map(min, zip(*taken, strict=True))
+            beyond: float = together - apart - _told(known, training, dtype)
+            return beyond
+
+        shared = max(0.0, more(training=False) / COUNT)
+        alias = max(0.0, more(training=True) - COUNT * shared)
+    return dataclasses.replace(known, shared=shared, alias=alias)
+
+
+def _told(known: Machine, training: bool, dtype: torch.dtype) -> float:
+    """How many seconds one wide layer takes more than several, as far as is known."""
+    row, weight = FEATURES * dtype.itemsize, FEATURES**2 * dtype.itemsize
+    works = [Work(row, row, weight, weight, 2 * FEATURES**2, biased=True, rows=1)] * COUNT
+    without_optimizer, setting = dataclasses.replace(known, step=0.0), Setting(training)
+    whole = seconds(without_optimizer, [works], setting)
+    return whole - seconds(without_optimizer, [[work] for work in works], setting)
 
 
 def _layers(device: torch.device, dtype: torch.dtype) -> nn.ModuleList:
@@ -65,11 +84,15 @@ def _layers(device: torch.device, dtype: torch.dtype) -> nn.ModuleList:
     return made
 
 
-def _run(layers: nn.ModuleList, input: Tensor) -> None:
-    for layer in layers:
-        layer.forward(input)  # Not as modules, whose calls somebody may follow.
+def _run(layers: nn.ModuleList, input: Tensor) -> list[Tensor]:
+    return [layer.forward(input) for layer in layers]  # Somebody may follow calls of modules.
 
 
-def _pass(make: Callable[..., Tensor], input: Tensor) -> None:
-    """A forward and a backward pass of one operation."""
-    torch.autograd.grad(make(input), input, input.detach())
+def _infer(layers: nn.ModuleList, row: Tensor) -> None:
+    with torch.no_grad():
+        _run(layers, row.detach())
+
+
+def _train(layers: nn.ModuleList, row: Tensor) -> None:
+    outputs = _run(layers, row.neg())
+    torch.autograd.grad(outputs, [row, *layers.parameters()], [each.detach() for each in outputs])
