@@ -503,7 +503,8 @@ class Exponential(Shifted):
 
 def test_models_that_run_in_no_mode(x):
     model = Net()
-    with pytest.raises(ValueError, match="does not run on the example inputs: RuntimeError: mat1"):
+    told = r"does not run on the example inputs: RuntimeError: (addmm: )?mat1"
+    with pytest.raises(ValueError, match=told):
         conjoin.verify(model, copy.deepcopy(model), (x[:, :2],))
 
 

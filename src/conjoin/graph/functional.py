@@ -222,20 +222,17 @@ def memory_format(node: fx.Node) -> torch.memory_format | None:
     others goes by these.
     """
     value = value_of(node)
-    if not isinstance(value, Tensor):
+    if not isinstance(value, Tensor) or value.is_sparse:
         return None
     ranks = {torch.channels_last: 4, torch.channels_last_3d: 5}
+    possible = [each for each in MEMORY_FORMATS if ranks.get(each, value.dim()) == value.dim()]
     with strides.quietly(value), torch.no_grad():
-        found = [
-            memory_format
-            for memory_format in MEMORY_FORMATS
-            if ranks.get(memory_format, value.dim()) == value.dim()
-            and value.is_contiguous(memory_format=memory_format)
-        ]
-        for memory_format in found[1:]:
-            made = torch.empty_like(value, memory_format=memory_format)
+        found = [each for each in possible if value.is_contiguous(memory_format=each)]
+        # Of sizes that are symbols, some versions of PyTorch know less than the strides tell.
+        for each in found[1:] if found else possible:
+            made = torch.empty_like(value, memory_format=each)
             if str(made.stride()) == str(value.stride()):
-                return memory_format
+                return each
     return found[0] if found else None
 
 

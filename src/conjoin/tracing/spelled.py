@@ -244,7 +244,9 @@ def _got(of: str, name: str, value: Any, of_class: Any, names: Names) -> str:
     if value is not MISSING or of_class is MISSING:
         return _same(got, value, names)
     if type(of_class) is FunctionType:
-        return f"{got}.__func__ is {names.name(of_class)}"
+        # With newer versions of Dynamo the method leaves no guard on the class.
+        function, method = names.name(of_class), _of(f"type({of})", name)
+        return f"{got}.__func__ is {function} and {method} is {function}"
     return _same(got, getattr(of_class, "__func__", of_class), names)
 
 
