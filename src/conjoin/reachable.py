@@ -34,6 +34,7 @@ from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
 from conjoin.layers.subclass import plain
+from conjoin.layers.wide import Wide
 
 TRUSTED = frozenset({"torch", "conjoin", "numpy", "_pytest", *sys.stdlib_module_names}) - {
     "__main__"
@@ -166,6 +167,9 @@ def _held_by_modules(modules: Sequence[nn.Module]) -> list[object]:
     """The classes of a model's modules, and what these hold beside what every module has."""
     found: list[object] = [*{type(module) for module in modules}]
     for module in modules:
+        if isinstance(module, Wide):  # No code but conjoin's own knows of what it holds.
+            found.append(module.kind)
+            continue
         found += [
             value
             for name, value in vars(module).items()
