@@ -142,7 +142,7 @@ def _facts(tensor: Tensor) -> tuple[Hashable, ...]:
 def _value(value: Any, paths: Mapping[nn.Module, str]) -> Hashable:
     """A constant by what it is, and anything else by itself."""
     if type(value) in MUTABLE and not value:  # As most of what each module has.
-        return type(value)
+        return "constant", (type(value),)
     try:
         return "constant", frozen(value, paths)
     except (UnsoundError, RecursionError):

@@ -10,12 +10,12 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
 
-from conjoin.reachable import Reached, made_once, reached_beside, reached_by_code
+from conjoin.reachable import made_once, reached_beside, reached_by_code
 from conjoin.tracing.modes import unchanged_modes, unmoved_streams
 from conjoin.tracing.restoring import Undo, save_module, save_tensor, savers
 
@@ -79,14 +79,22 @@ def letting_go() -> Iterator[None]:
         raise
 
 
-def _own_tensors(modules: Iterable[nn.Module]) -> Reached:
-    """The parameters and buffers of modules."""
+def _own_tensors(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
+    """The parameters and buffers of modules, by their ids."""
     held = (each for module in modules for each in (module._parameters, module._buffers))
     return {id(t): t for tensors in held for t in tensors.values() if t is not None}
 
 
-def _reached(modules: Sequence[nn.Module], own: Reached, given: object = ()) -> Iterator[Undo]:
-    """How to put back what the code of modules can reach and change, but them and their tensors."""
+def _reached(
+    modules: Sequence[nn.Module], own: Collection[int], given: object = ()
+) -> Iterator[Undo]:
+    """How to put back what the code of modules can reach and change, but for them.
+
+    Args:
+        modules: the modules of a model.
+        own: the ids of their tensors, which are not put back either.
+        given: what the model is called with.
+    """
     code, beside = reached_by_code(modules), reached_beside(modules, given)
     values = [*code.values(), *beside.values()]
     yield from (save_tensor(v) for v in values if isinstance(v, Tensor) and id(v) not in own)
