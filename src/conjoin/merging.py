@@ -339,8 +339,8 @@ class Merger:
         Why it has no siblings is nothing to a kind that is not looked for among those.
         """
         name = self._names.get(layer)
-        left = self._apart | self._unpaired if kind.siblings else self._apart
-        if name is None or name in left or kind.check(layer) is not None:
+        left = name in self._apart or (kind.siblings and name in self._unpaired)
+        if name is None or left or kind.check(layer) is not None:
             return False
         return held_elsewhere(name, layer, self._shared) is None
 
