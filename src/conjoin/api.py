@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import copy
 import gc
 import warnings
 from collections.abc import Iterator, Sequence
@@ -16,6 +15,7 @@ from conjoin import programs
 from conjoin.applying import apply, restore
 from conjoin.checking import check_for_program, check_model, checked_budget, example_calls
 from conjoin.decision import decide_on
+from conjoin.duplicates import deepcopy
 from conjoin.layers import KINDS, Kind, checked_kinds
 from conjoin.memory import Memory, MemoryBudgetWarning
 from conjoin.policy.deciding import note
@@ -227,7 +227,7 @@ def _has_graphs(model: nn.Module) -> bool:
 def _copy(model: Module) -> Module:
     try:
         with undisturbed():  # A copy may be made by code of the model's own.
-            return copy.deepcopy(model)
+            return deepcopy(model)
     except (RuntimeError, TypeError, NotImplementedError) as error:
         raise ValueError(
             f"the model cannot be copied ({error}). Pass inplace=True to change it itself."

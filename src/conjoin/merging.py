@@ -30,6 +30,7 @@ from conjoin.layers.fusing import fuse
 from conjoin.layers.owner import Owner, lend, reclaim
 from conjoin.layers.releasing import release
 from conjoin.layers.view import View, are_merged, wide_of, wides
+from conjoin.layers.walking import walk
 from conjoin.layers.wide import Wide
 from conjoin.legality import Reason, Refusal
 from conjoin.policy.cost import Layout
@@ -102,14 +103,15 @@ class Merger:
         self._model = model
         self.training = trains(model)
         self._ordered: set[str] = set()
-        self._shared = overlaps(dict(model.named_modules()))
+        self._look_up()
+        self._shared = overlaps(self._modules())
         self._sightings = sightings
         self._level_policy = level_policy or LevelPolicy(model, sightings or Sightings((), {}))
         self._apart: set[str] = set()
         self._unpaired: set[str] = set()
         if sightings is not None:
             self._apart |= {*sightings.changed, *sightings.listed}
-        self.leave(found)
+        self._leave(found)
 
     @functools.cached_property
     def lends(self) -> bool:
@@ -126,6 +128,10 @@ class Merger:
         """Notes the names of the model's modules, and their places among these."""
         self._names = {module: name for name, module in self._model.named_modules()}
         self._positions = {module: position for position, module in enumerate(self._names)}
+
+    def _modules(self) -> dict[str, nn.Module]:
+        """The model's modules by their names."""
+        return {name: module for module, name in self._names.items()}
 
     def escapes(self, graph_module: fx.GraphModule) -> bool:
         """Whether the model's own code, beyond a graph, reads the graph's outputs."""
@@ -172,7 +178,7 @@ class Merger:
 
     def release_products(self, running: Collection[Wide]) -> None:
         """Undoes the merging of products that no rewritten forward runs."""
-        owners = [module for module in self._model.modules() if isinstance(module, Owner)]
+        owners = [module for _, module in walk(self._model) if isinstance(module, Owner)]
         for wide, members in wides(self._model).items() if owners else ():
             if wide.kind in PRODUCTS and wide not in running:
                 names = tuple(name for name, _ in members)
@@ -194,11 +200,14 @@ class Merger:
 
     def leave(self, found: Iterable[Candidate]) -> None:
         """Leaves layers alone that were refused, and looks up the names of the modules anew."""
+        self._leave(found)
+        self._look_up()
+
+    def _leave(self, found: Iterable[Candidate]) -> None:
         for candidate in found:
             if candidate.refusal is not None:
                 of_siblings = candidate.refusal.reason in OF_SIBLINGS
                 (self._unpaired if of_siblings else self._apart).update(candidate.layers)
-        self._look_up()
 
     def leaves(self, layer: nn.Module | None) -> bool:
         """Whether a layer is left alone, whatever becomes of its siblings."""
@@ -233,7 +242,7 @@ class Merger:
 
     def merge_all(self, found: Iterable[Candidate]) -> bool:
         """Merges the candidates that may be merged and are not yet; whether there were any."""
-        modules = dict(self._model.named_modules())
+        modules = self._modules()
         changed = False
         for candidate in found:
             if candidate.refusal is None:
@@ -330,8 +339,8 @@ class Merger:
         Why it has no siblings is nothing to a kind that is not looked for among those.
         """
         name = self._names.get(layer)
-        left = self._apart | self._unpaired if kind.siblings else self._apart
-        if name is None or name in left or kind.check(layer) is not None:
+        left = name in self._apart or (kind.siblings and name in self._unpaired)
+        if name is None or left or kind.check(layer) is not None:
             return False
         return held_elsewhere(name, layer, self._shared) is None
 

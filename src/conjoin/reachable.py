@@ -14,7 +14,7 @@ import queue
 import sys
 import threading
 from collections import ChainMap, Counter, OrderedDict, UserDict, UserList, defaultdict, deque
-from collections.abc import Callable, Iterable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from contextvars import ContextVar
 from types import (
     CellType,
@@ -33,7 +33,8 @@ from torch import Tensor, nn
 from torch.utils import _pytree as pytree
 from torch.utils.weak import WeakIdKeyDictionary
 
-from conjoin.layers.subclass import plain_class
+from conjoin.layers.subclass import plain
+from conjoin.layers.wide import Wide
 
 TRUSTED = frozenset({"torch", "conjoin", "numpy", "_pytest", *sys.stdlib_module_names}) - {
     "__main__"
@@ -43,7 +44,7 @@ TRUSTED = frozenset({"torch", "conjoin", "numpy", "_pytest", *sys.stdlib_module_
 pytest's is what an `assert` in a test file refers to, and from there all of a session is reached.
 """
 
-CONTAINERS = (list, dict, set, deque, OrderedDict, defaultdict, Counter)
+CONTAINERS = frozenset({list, dict, set, deque, OrderedDict, defaultdict, Counter})
 """Types of object whose contents are put back."""
 
 BASES = (OrderedDict, dict, list, set, deque)
@@ -61,7 +62,9 @@ WEAK = (WeakKeyDictionary, WeakValueDictionary, WeakSet, WeakIdKeyDictionary)
 HOLDERS = (*NAMESPACES, UserDict, UserList, ChainMap, *WEAK, *QUEUES, threading.local)
 """Classes of Python's own that code keeps things in by their attributes."""
 
-SIMPLE = (bool, int, float, complex, str, bytes, type(None), Tensor, torch.dtype, torch.device)
+SIMPLE = frozenset(
+    {*(bool, int, float, complex, str, bytes, type(None)), Tensor, torch.dtype, torch.device}
+)
 """Types of object that hold nothing else."""
 
 OF_MODULES = frozenset(vars(nn.Module()))
@@ -142,14 +145,16 @@ def _words(code: CodeType) -> Iterator[object]:
 
 def reachable_from(model: nn.Module) -> Iterator[object]:
     """What the model's modules hold, and what their code can reach, each object once."""
-    known = reached_by_code(model)
+    modules = [*model.modules()]
+    known = reached_by_code(modules)
     yield from known.values()
-    yield from reached_beyond(model, known)
+    # What the modules themselves can reach beside that.
+    yield from _walk(_held_by_modules(modules), _inside, known.copy())
 
 
-def reached_by_code(model: nn.Module) -> Reached:
-    """All that the code of the model's modules can reach, as their classes define it."""
-    classes = frozenset(map(plain_class, model.modules()))
+def reached_by_code(modules: Sequence[nn.Module]) -> Reached:
+    """All that the code of a model's modules can reach, as their classes define it."""
+    classes = frozenset(map(plain, {type(module) for module in modules}))
     known = _known.get() or _Known()
     if classes not in known.closures:
         found = known.closures[classes] = {}
@@ -158,37 +163,37 @@ def reached_by_code(model: nn.Module) -> Reached:
     return known.closures[classes]
 
 
-def reached_beyond(model: nn.Module, known: Reached) -> Iterator[object]:
-    """What the model's modules themselves can reach beside what is known already."""
-    yield from _walk(_held_by_modules(model), _inside, known.copy())
-
-
-def _held_by_modules(model: nn.Module) -> list[object]:
-    """The classes of the model's modules, and what these hold beside what every module has."""
-    found: list[object] = [*{type(module) for module in model.modules()}]
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if type(value) not in SIMPLE and (name not in OF_MODULES or (value and name in HOOKS)):
-                found.append(value)
+def _held_by_modules(modules: Sequence[nn.Module]) -> list[object]:
+    """The classes of a model's modules, and what these hold beside what every module has."""
+    found: list[object] = [*{type(module) for module in modules}]
+    for module in modules:
+        if isinstance(module, Wide):  # No code but conjoin's own knows of what it holds.
+            found.append(module.kind)
+            continue
+        found += [
+            value
+            for name, value in vars(module).items()
+            if (name not in OF_MODULES or (value and name in HOOKS)) and type(value) not in SIMPLE
+        ]
     return found
 
 
-def reached_beside(model: nn.Module, given: object = ()) -> Reached:
-    """What code that runs can reach beside the model's modules and what their code can reach.
+def reached_beside(modules: Sequence[nn.Module], given: object = ()) -> Reached:
+    """What code that runs can reach beside a model's modules and what their code can reach.
 
     That is what the modules hold, what they are given, what other modules hold that are reached,
     and the hooks of all modules.
 
     Args:
-        model: the model.
+        modules: the model's modules.
         given: what it is called with.
     """
-    known = reached_by_code(model)
+    known = reached_by_code(modules)
     seen = {key: value for key, value in known.items() if not isinstance(value, nn.Module)}
-    seen |= {id(module): module for module in model.modules()}
+    seen |= {id(module): module for module in modules}
     pending = [value for value in known.values() if id(value) not in seen]
     hooks = [value for name, value in vars(nn.modules.module).items() if name in OF_ALL_MODULES]
-    pending += [*_held_by_modules(model), *hooks, *pytree.tree_leaves(given)]
+    pending += [*_held_by_modules(modules), *hooks, *pytree.tree_leaves(given)]
     return {id(value): value for value in _walk(pending, _inside_modules, seen)}
 
 

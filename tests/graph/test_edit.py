@@ -2,6 +2,7 @@
 
 from types import SimpleNamespace
 
+import pytest
 import torch
 from torch import fx, nn
 
@@ -70,3 +71,24 @@ def test_a_part_is_made_contiguous_where_the_wide_layer_says_so():
 def test_code_runs_in_order():
     model, graph = edited()
     assert fx.GraphModule(model, graph).code.count("self.wide(") == 1
+
+
+class Named(fx.GraphModule):
+    """A module of a graph that has another module, which is no child."""
+
+    named = nn.Linear(4, 4)
+
+
+def test_modules_are_those_that_pytorch_finds():
+    layer, empty = nn.Linear(4, 4), nn.ModuleList()
+    graph = fx.Graph()
+    graph.output(graph.call_module("0.a", (graph.placeholder("x"),)))
+    module = Named({"0.a": layer}, graph)
+    module.add_submodule("0.empty", empty)
+    modules = edit.called_modules(module)
+    assert modules == {"0.a": layer}
+    assert modules["0.empty"] is empty
+    assert modules["named"] is Named.named
+    for missing in ("0.b", "1", "0.a.b", "0.a.weight"):
+        with pytest.raises(AttributeError):
+            modules[missing]

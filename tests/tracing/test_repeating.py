@@ -23,6 +23,7 @@ OPERATIONS = {
     "another type": lambda x, w, b: (x > 0).to(torch.int64).sum(-1) + x.double().sum(-1).long(),
     "complex": lambda x, w, b: torch.view_as_real(torch.view_as_complex(x.unflatten(-1, (-1, 2)))),
     "joined": lambda x, w, b: torch.cat([x, x.detach()], 1),
+    "detached": lambda x, w, b: x.detach() + x[1:, 2:].detach().sum(),
     "expanded": lambda x, w, b: b.expand(3, -1).clone(),
     "new": lambda x, w, b: x.new_zeros(3) + torch.ones(3),
     "in place": lambda x, w, b: (x * 1).add_(1).mul_(b[0]),
@@ -106,6 +107,25 @@ def test_errors_are_raised_each_time():
     for _ in range(3):
         with mode, pytest.raises(RuntimeError):
             F.linear(x, w[:, 1:], b)
+
+
+def test_what_is_saved_for_the_backward_pass_is_not_changed_unseen():
+    mode = RepeatingFakeTensorMode()
+    for _ in range(3):
+        x, _, _ = arguments(mode)
+        with mode:
+            saved = x.requires_grad_().sigmoid()
+            saved.add_(1)
+            with pytest.raises(RuntimeError, match="modified by an inplace operation"):
+                saved.sum().backward()
+
+
+def test_a_detached_tensor_has_the_version_of_the_other():
+    mode = RepeatingFakeTensorMode()
+    for weight in (arguments(mode)[1] for _ in range(3)):
+        with mode, torch.no_grad():
+            weight.detach().add_(1)
+            assert weight._version == 1
 
 
 def test_views_are_on_the_memory_of_what_they_view():

@@ -93,7 +93,12 @@ class Modules(dict[str, nn.Module]):
                 self[str(node.target)]
 
     def __missing__(self, target: str) -> nn.Module:
-        found = self[target] = self._owner.get_submodule(target)
+        found: nn.Module | None = self._owner
+        for name in target.split("."):
+            found = None if found is None else found._modules.get(name)
+        if found is None:  # It is no child; PyTorch, which looks for that last, knows or raises.
+            found = self._owner.get_submodule(target)
+        self[target] = found
         return found
 
 

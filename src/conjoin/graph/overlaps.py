@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 
 import torch
 from torch import Tensor, nn
@@ -14,20 +14,22 @@ from conjoin.reachable import OF_MODULES, held_by
 
 def overlaps(modules: dict[str, nn.Module]) -> dict[str, str]:
     """The tensors, by name, that overlap with another one of the model, and with which."""
-    spans: list[tuple[tuple[object, ...], int, int, str]] = []
+    spaces: dict[Hashable, list[tuple[int, int, str]]] = {}
     for prefix, module in modules.items():
         for name, tensor in _held_tensors(module):
             if (span := _span(tensor)) is not None:
-                spans.append((*span, f"{prefix}.{name}".lstrip(".")))
-    spans.sort(key=lambda span: (str(span[0]), span[1], span[2]))
+                space, start, stop = span
+                spaces.setdefault(space, []).append((start, stop, f"{prefix}.{name}".lstrip(".")))
     shared: dict[str, str] = {}
-    for i, (space, _, stop, name) in enumerate(spans):
-        for following in range(i + 1, len(spans)):
-            other_space, start, _, other = spans[following]
-            if other_space != space or start >= stop:
-                break
-            shared.setdefault(name, other)
-            shared.setdefault(other, name)
+    for spans in spaces.values():
+        spans.sort(key=lambda span: span[:2])
+        for i, (_, stop, name) in enumerate(spans):
+            for following in range(i + 1, len(spans)):
+                start, _, other = spans[following]
+                if start >= stop:
+                    break
+                shared.setdefault(name, other)
+                shared.setdefault(other, name)
     return shared
 
 
@@ -43,13 +45,16 @@ def _held_tensors(module: nn.Module) -> Iterator[tuple[str, Tensor]]:
             yield from ((name, item) for item in held_by(value) if isinstance(item, Tensor))
 
 
-def _span(tensor: Tensor) -> tuple[tuple[object, ...], int, int] | None:
+def _span(tensor: Tensor) -> tuple[Hashable, int, int] | None:
     """The memory that a tensor lies in: which space, from which byte to which."""
     if nn.parameter.is_lazy(tensor) or tensor.layout is not torch.strided or tensor.numel() == 0:
         return None
-    steps = sum((n - 1) * step for n, step in zip(tensor.shape, tensor.stride(), strict=True))
-    size = int(steps + 1) * tensor.element_size()
+    count = tensor.numel()
+    if not tensor.is_contiguous():
+        steps = zip(tensor.shape, tensor.stride(), strict=True)
+        count = int(1 + sum((n - 1) * step for n, step in steps))
+    size = count * tensor.element_size()
     if tensor.is_meta or isinstance(tensor, FakeTensor):
         start = int(tensor.storage_offset()) * tensor.element_size()
-        return (str(tensor.device), tensor.untyped_storage()._cdata), start, start + size
-    return (str(tensor.device),), tensor.data_ptr(), tensor.data_ptr() + size
+        return (tensor.device, tensor.untyped_storage()._cdata), start, start + size
+    return tensor.device, tensor.data_ptr(), tensor.data_ptr() + size

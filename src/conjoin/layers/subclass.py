@@ -49,7 +49,11 @@ def subclass(mixin: type, base: type[nn.Module], forward: Callable[..., Any]) ->
 
 def plain_class(module: nn.Module) -> type[nn.Module]:
     """The class of a module; of a view, an owner, a region or the like, the user's own class."""
-    cls = type(module)
+    return plain(type(module))
+
+
+def plain(cls: type[nn.Module]) -> type[nn.Module]:
+    """The class that one was made of, as often as that was done; the class itself otherwise."""
     while "conjoin_base" in vars(cls):
         cls = vars(cls)["conjoin_base"]
     return cls

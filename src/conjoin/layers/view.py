@@ -30,6 +30,7 @@ from conjoin.layers.lockstep import in_transform
 from conjoin.layers.part import lend, unshared
 from conjoin.layers.releasing import take_out
 from conjoin.layers.subclass import made_of, subclass
+from conjoin.layers.walking import walk
 from conjoin.layers.wide import WIDE, Sibling, Wide, fits, like
 
 DATA_PARALLEL = "torch.nn.parallel.distributed"
@@ -344,7 +345,7 @@ def _adopt(view: View, replaced: dict[str, nn.Parameter]) -> None:
 
 def views(model: nn.Module) -> Iterator[tuple[str, View]]:
     """The views in `model` with their names; one that stands at several names comes once."""
-    return ((name, module) for name, module in model.named_modules() if isinstance(module, View))
+    return ((name, module) for name, module in walk(model) if isinstance(module, View))
 
 
 def wides(model: nn.Module) -> dict[Wide, list[tuple[str, View]]]:

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import contextlib
 import contextvars
-import copy
 import functools
 import inspect
 import logging
@@ -18,6 +17,7 @@ from torch._subclasses.fake_tensor import FakeCopyMode, FakeTensor, FakeTensorMo
 from torch.overrides import TorchFunctionMode
 from torch.utils import _pytree as pytree
 
+from conjoin.duplicates import deepcopy
 from conjoin.foreign import quieter, quote
 from conjoin.launches import StepCount, count_layers
 from conjoin.tracing import graph_modules, regions
@@ -65,13 +65,13 @@ class Copy:
     def _copied(self, model: nn.Module) -> nn.Module:
         if self._mode is None:
             try:
-                return copy.deepcopy(model)
+                return deepcopy(model)
             except Exception as error:  # Whatever the model holds may raise anything.
                 raise UncopyableError(quote(error)) from error
         # What most models consist of is made anew, which is much faster than converting it.
         memo: dict[int, Any] = {id(t): _fake(t, self._mode) for t in _plain_tensors(model)}
         with FakeCopyMode(self._mode):
-            return copy.deepcopy(model, memo)
+            return deepcopy(model, memo)
 
     def run(self, call: Call) -> Any:
         """Runs the copy on arguments like these, and gives its output."""

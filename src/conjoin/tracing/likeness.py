@@ -17,7 +17,7 @@ from conjoin.layers.enclosing import ENCLOSES
 from conjoin.layers.view import View
 from conjoin.layers.wide import Wide
 from conjoin.tracing.proxies import UnsoundError
-from conjoin.tracing.sandbox.constants import frozen
+from conjoin.tracing.sandbox.constants import MUTABLE, frozen
 
 HOLDERS = ("_modules", "_parameters", "_buffers")
 """The attributes of a module that hold its children and its tensors."""
@@ -57,17 +57,18 @@ def likeness(
     def number(thing: Hashable) -> int:
         return numbers.setdefault(thing, len(numbers))
 
+    wides = {inner.wide_layer for inner in paths if isinstance(inner, View)}
+    facts = {wide: _of_wide(wide) for wide in wides}
+    apart = {*HOLDERS, ENCLOSES, *but}
     return tuple(
         (
             path,
             type(inner),
             standing(inner),
-            _part(inner, number) if isinstance(inner, View) else None,
+            _part(inner, number, facts) if isinstance(inner, View) else None,
             _held(inner, paths, number),
             tuple(
-                (name, _value(value, paths))
-                for name, value in vars(inner).items()
-                if name not in (*HOLDERS, ENCLOSES, *but)
+                [(name, _value(v, paths)) for name, v in vars(inner).items() if name not in apart]
             ),
         )
         for inner, path in paths.items()
@@ -82,14 +83,18 @@ def _inside(module: nn.Module, path: str = "") -> Iterator[tuple[str, nn.Module]
             yield from _inside(child, f"{path}.{name}")
 
 
-def _part(view: View, number: Callable[[Hashable], int]) -> Hashable:
+def _part(
+    view: View, number: Callable[[Hashable], int], facts: Mapping[Wide, Hashable]
+) -> Hashable:
     """Which part of which wide layer a view is."""
-    wide = view.wide_layer
+    return number(view.wide_layer), view.conjoin_index, facts[view.wide_layer]
+
+
+def _of_wide(wide: Wide) -> Hashable:
+    """What is to be equal for wide layers."""
     facts = {name: value for name, value in vars(wide).items() if name in OF_WIDE}
     tensors = (wide.weight, wide.bias)
     return (
-        number(wide),
-        view.conjoin_index,
         wide.kind,
         _value(list(wide.settings.items()), {}),
         tuple(facts.items()),
@@ -136,6 +141,8 @@ def _facts(tensor: Tensor) -> tuple[Hashable, ...]:
 
 def _value(value: Any, paths: Mapping[nn.Module, str]) -> Hashable:
     """A constant by what it is, and anything else by itself."""
+    if type(value) in MUTABLE and not value:  # As most of what each module has.
+        return "constant", (type(value),)
     try:
         return "constant", frozen(value, paths)
     except (UnsoundError, RecursionError):

@@ -23,6 +23,7 @@ from torch.compiler import is_dynamo_compiling
 from conjoin.layers.owner import Owner, copies_itself, owner_class, raw_parameters
 from conjoin.layers.subclass import made_of, plain_class, subclass
 from conjoin.layers.view import View
+from conjoin.layers.walking import walk
 from conjoin.layers.wide import Wide
 from conjoin.merging import MERGER, Merger
 from conjoin.nn import Split, Unite
@@ -120,8 +121,8 @@ def install(
     """
     merger: Merger = (meta or {}).get(MERGER) or Merger(model, frozen=True)
     meta = {**(meta or {}), MERGER: merger}
-    names = {module: name for name, module in model.named_modules()}
-    within = {inner for region in _regions(model) for inner in region.modules()}
+    names = {module: name for name, module in walk(model)}
+    within = {inner for region in _regions(model) for _, inner in walk(region)}
     found = {module for module in _enclosing(model) if module in names} - within
     known: Known = {}
     with putting_back(model):
@@ -143,7 +144,7 @@ def install(
 
 def _regions(module: nn.Module) -> list[Region]:
     """The regions in a module."""
-    return [inner for inner in module.modules() if isinstance(inner, Region)]
+    return [inner for _, inner in walk(module) if isinstance(inner, Region)]
 
 
 def runs(module: nn.Module) -> dict[Wide, int | None]:
@@ -188,7 +189,7 @@ def _trace_beyond(
     found: dict[nn.Module, tuple[list[Traced], State]] = {}
     while pending:
         name, module = pending.pop()
-        layers = (m for m in module.modules() if merger.kind_of(m) is not None)
+        layers = (each for _, each in walk(module) if merger.kind_of(each) is not None)
         held = itertools.chain(layers, raw_parameters(module))
         if isinstance(module, (View, Region)) or len([*itertools.islice(held, 2)]) < 2:
             continue
@@ -277,7 +278,7 @@ def _enclosing(model: nn.Module) -> Iterator[nn.Module]:
     That is, all the views of a wide layer, or siblings that somebody wrote by hand.
     """
     paths: dict[nn.Module, list[list[str]]] = {}
-    for name, module in model.named_modules():
+    for name, module in walk(model):
         if isinstance(module, View):
             paths.setdefault(module.wide_layer, []).append(name.split(".")[:-1])
         elif isinstance(module, (Split, Unite)):

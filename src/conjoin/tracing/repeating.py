@@ -25,7 +25,7 @@ FLOATS = (torch.float32, torch.float64, torch.bfloat16, torch.float16)
 DEVICE = torch.ops.prim.device.default
 """What PyTorch asks, several times for each operation, of tensors of classes like this."""
 
-KEEPS_MORE = frozenset({"detach", "alias", "lift", "lift_fresh"})
+KEEPS_MORE = frozenset({"alias", "lift", "lift_fresh"})
 """Views that are more than other strides on the same memory."""
 
 UNPREDICTABLE = frozenset(

@@ -98,7 +98,7 @@ def _saver_of(value: Any) -> Callable[[Any], Undo] | None:
 def save_module(module: nn.Module) -> Undo:
     """How to put back what a module holds, and what is in the containers among that."""
     own = vars(module)
-    held = [(value, value.copy()) for value in own.values() if type(value) in CONTAINERS]
+    held = [(v, v.copy() if v else ()) for v in own.values() if type(v) in CONTAINERS]
     undo = functools.partial(_put_back_module, own, dict(own), held)
     _lend(own)
     return undo
@@ -116,7 +116,7 @@ def save_tensor(tensor: Tensor) -> Undo:
 
 
 def _save_container(value: Any) -> Undo:
-    undo = functools.partial(_put_back, value, value.copy())
+    undo = functools.partial(_put_back, value, value.copy() if value else ())
     if isinstance(value, dict):
         _lend(value)
     elif isinstance(value, list):

@@ -11,6 +11,7 @@ from torch import fx, nn
 from conjoin.graph.congruence import INPUTS, Inputs
 from conjoin.layers.subclass import plain_class
 from conjoin.layers.view import View, views
+from conjoin.layers.walking import walk
 from conjoin.merging import MERGER, Merger
 from conjoin.passes import rewrite_traced
 from conjoin.tracing import sound
@@ -82,7 +83,7 @@ def state_of(module: nn.Module) -> State:
     """The classes of the modules, and which wide layers hold their parameters."""
     return [
         (plain_class(inner), inner.wide_layer.identity if isinstance(inner, View) else "")
-        for inner in module.modules()
+        for _, inner in walk(module)
     ]
 
 

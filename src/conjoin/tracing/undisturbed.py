@@ -10,7 +10,7 @@ from __future__ import annotations
 
 import contextlib
 import traceback
-from collections.abc import Iterable, Iterator
+from collections.abc import Collection, Iterable, Iterator, Sequence
 
 import torch
 from torch import Tensor, nn
@@ -34,11 +34,12 @@ def undisturbed(
     """
     undos: list[Undo] = []
     try:
-        if model is not None:
-            undos += _modules(model.modules())
-        if model is not None and reached:
-            undos += _tensors((*model.parameters(), *model.buffers()))
-            undos += _reached(model, given)
+        modules = () if model is None else (*model.modules(),)
+        undos += map(save_module, modules)
+        if modules and reached:
+            own = _own_tensors(modules)
+            undos += map(save_tensor, own.values())
+            undos += _reached(modules, own, given)
         # Dynamo never again compiles a function that is called within a dispatch mode.
         stance = torch.compiler.set_stance("force_eager")
         with unmoved_streams(), unchanged_modes(), stance:
@@ -52,7 +53,8 @@ def putting_back(model: nn.Module) -> Iterator[None]:
     """Leaves what the model's code can reach and change as it was, but for the modules."""
     undos: list[Undo] = []
     try:
-        undos += _reached(model)
+        modules = (*model.modules(),)
+        undos += _reached(modules, _own_tensors(modules))
         yield
     finally:
         _undo(undos)
@@ -77,21 +79,25 @@ def letting_go() -> Iterator[None]:
         raise
 
 
-def _modules(modules: Iterable[object]) -> Iterator[Undo]:
-    """How to put back what modules hold."""
-    return (save_module(module) for module in modules if isinstance(module, nn.Module))
+def _own_tensors(modules: Iterable[nn.Module]) -> dict[int, Tensor]:
+    """The parameters and buffers of modules, by their ids."""
+    held = (each for module in modules for each in (module._parameters, module._buffers))
+    return {id(t): t for tensors in held for t in tensors.values() if t is not None}
 
 
-def _tensors(tensors: Iterable[object]) -> Iterator[Undo]:
-    """How to put back what is known of tensors beside their values."""
-    return (save_tensor(tensor) for tensor in tensors if isinstance(tensor, Tensor))
+def _reached(
+    modules: Sequence[nn.Module], own: Collection[int], given: object = ()
+) -> Iterator[Undo]:
+    """How to put back what the code of modules can reach and change, but for them.
 
-
-def _reached(model: nn.Module, given: object = ()) -> Iterator[Undo]:
-    """How to put back what the model's code can reach and change, but for its modules."""
-    code, beside = reached_by_code(model), reached_beside(model, given)
-    own = {id(tensor) for tensor in (*model.parameters(), *model.buffers())}
-    yield from _tensors(v for v in (*code.values(), *beside.values()) if id(v) not in own)
-    yield from _modules(beside.values())
+    Args:
+        modules: the modules of a model.
+        own: the ids of their tensors, which are not put back either.
+        given: what the model is called with.
+    """
+    code, beside = reached_by_code(modules), reached_beside(modules, given)
+    values = [*code.values(), *beside.values()]
+    yield from (save_tensor(v) for v in values if isinstance(v, Tensor) and id(v) not in own)
+    yield from (save_module(v) for v in beside.values() if isinstance(v, nn.Module))
     for save in (*made_once(savers, code), *savers(beside)):
         yield save()

@@ -271,9 +271,9 @@ class Watch(TorchFunctionMode):
         kwargs: dict[str, Any] | None = None,
     ) -> Any:
         kwargs = kwargs or {}
-        before = self._other_versions(args, kwargs)
+        before = self._versions_of_reached(args, kwargs)
         result = func(*args, **kwargs)
-        if before != self._other_versions(args, kwargs):
+        if any(_version(t) != was and self._concerns_a_layer(t) for t, was in before):
             self._unseen += 1
         if self._in_layer or in_transform():
             return result
@@ -294,13 +294,14 @@ class Watch(TorchFunctionMode):
         if exposed:
             self._exposed.add(_memory(tensor))
 
-    def _other_versions(self, args: tuple[Any, ...], kwargs: dict[str, Any]) -> list[int]:
-        """The versions of what is given that others, with counters of their own, may look at."""
+    def _versions_of_reached(
+        self, args: tuple[Any, ...], kwargs: dict[str, Any]
+    ) -> list[tuple[Tensor, int]]:
+        """What is given that others, with counters of their own, may look at; and its versions."""
         if not self._reached or in_transform():
             return []
-        given = _read((args, kwargs), {}, every=True)
-        reached = [each for each in given if _memory(each) in self._reached]
-        return [_version(each) for each in reached if self._concerns_a_layer(each)]
+        given = _read((*args, *kwargs.values()), {}, every=True)
+        return [(each, _version(each)) for each in given if _memory(each) in self._reached]
 
     def _concerns_a_layer(self, tensor: Tensor) -> bool:
         memory = _memory(tensor)
@@ -322,9 +323,11 @@ class Watch(TorchFunctionMode):
 def _read(args: tuple[Any, ...], kwargs: dict[str, Any], *, every: bool) -> Iterator[Tensor]:
     """The tensor that a function is called on, or every one that it is given."""
     values = (*args, *kwargs.values())
-    for value in pytree.tree_leaves(values) if every else values[:1]:
-        if isinstance(value, Tensor) and value.layout is torch.strided:
-            yield value
+    for value in values if every else values[:1]:
+        held = pytree.tree_leaves(value) if every and not isinstance(value, Tensor) else (value,)
+        for each in held:
+            if isinstance(each, Tensor) and each.layout is torch.strided:
+                yield each
 
 
 def _is_strided_operator(func: object) -> bool:
