@@ -24,7 +24,6 @@ from typing import Any
 import torch
 from torch import Tensor
 from torch.nn import functional as F
-from torch.optim.adam import adam
 
 from conjoin.policy import sharing
 from conjoin.policy.cost import Grid, Machine, Table
@@ -303,15 +302,11 @@ def _multiply(rows: Tensor, weights: Sequence[Tensor]) -> None:
 
 def _step_of_adam(device: torch.device, dtype: torch.dtype, count: int) -> float:
     """The seconds of a step of Adam with some small parameters."""
-    like = functools.partial(torch.zeros, 8, 8, device=device, dtype=dtype)
-    parameters, gradients, means, squares = ([like() for _ in range(count)] for _ in range(4))
-    steps = [torch.zeros(()) for _ in range(count)]
-    # The optimizer itself would import Dynamo, which takes seconds.
-    step = functools.partial(
-        adam, parameters, gradients, means, squares, [], steps, amsgrad=False, maximize=False
+    parameters, gradients = (
+        [torch.zeros(8, 8, device=device, dtype=dtype) for _ in range(count)] for _ in range(2)
     )
-    rates = {"beta1": 0.9, "beta2": 0.999, "lr": 0.0, "weight_decay": 0.0, "eps": 1e-8}
-    return least(functools.partial(step, **rates), device)
+    step = sharing.step_of_adam(parameters)
+    return least(functools.partial(step, gradients), device)
 
 
 def least(step: Callable[[], object], device: torch.device) -> float:

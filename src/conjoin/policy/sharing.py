@@ -4,8 +4,9 @@ Each sibling looks whether another one has run the wide layer on this input, and
 changed since, which is Python. Where there is a backward pass, the wide layer also reads an alias
 of the input, which is an operation written in Python. Small layers take less than that.
 
-It is what is left between siblings that share runs and layers that do not, where the cost model has
-told all else.
+It is what is left between two siblings that share a run and two layers that do not, in inference
+and in a step of training, where the cost model has told all else. In between other memory is read,
+as in a model that has other layers.
 """
 
 from __future__ import annotations
@@ -17,16 +18,20 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.optim.adam import adam
 
 from conjoin.layers.fusing import fuse
 from conjoin.layers.linear import Linear
 from conjoin.policy.cost import Machine, Setting, Work, seconds
 
-COUNT = 4
-"""How many siblings are measured, since the first one takes longer than the others."""
+COUNT = 2
+"""How many siblings are measured: what the first one takes is the most of it."""
 
 FEATURES = 8
 """How wide they are."""
+
+BETWEEN = 2**21
+"""Bytes that are read in between: about what the cache next to a core holds, or more."""
 
 TURNS = 5
 """How often both are timed in turn. The least counts: what disturbs a timing only adds."""
@@ -44,34 +49,31 @@ def measured(known: Machine, device: torch.device, dtype: torch.dtype, least: Le
         dtype: the type of the numbers.
         least: what measures.
     """
-    known = dataclasses.replace(known, shared=0.0, alias=0.0)
+    full: Any = functools.partial(torch.full, fill_value=0.5, device=device, dtype=dtype)
     with torch.inference_mode(mode=False), torch.enable_grad():
-        row = torch.full((1, FEATURES), 0.5, device=device, dtype=dtype, requires_grad=True)
+        between, row = full((BETWEEN // dtype.itemsize,)), full((1, FEATURES), requires_grad=True)
         plain, views = (_layers(device, dtype) for _ in range(2))
         fuse(Linear(), [*views], views)
 
-        def more(training: bool) -> float:
-            """The seconds that views take more than layers, and more than is known."""
-            run = _train if training else _infer
-            steps = [functools.partial(run, layers, row) for layers in (plain, views)]
+        def more(make: Callable[[nn.ModuleList, Tensor], Callable[[], object]]) -> float:
+            """The seconds that a step takes more with views than with layers."""
+            steps = [_after(between, make(layers, row)) for layers in (plain, views)]
             # In turn, since it is their difference that decides.
             taken = [[least(step, device) for step in steps] for _ in range(TURNS)]
             apart, together = map(min, zip(*taken, strict=True))
-            beyond: float = together - apart - _told(known, training, dtype)
-            return beyond
+            return float(together - apart)
 
-        shared = max(0.0, more(training=False) / COUNT)
-        alias = max(0.0, more(training=True) - COUNT * shared)
-    return dataclasses.replace(known, shared=shared, alias=alias)
+        inference = max(0.0, more(_inference) - _told(known, dtype, training=False))
+        training = max(inference, more(_training) - _told(known, dtype, training=True))
+    return dataclasses.replace(known, shared=inference / COUNT, alias=training - inference)
 
 
-def _told(known: Machine, training: bool, dtype: torch.dtype) -> float:
+def _told(known: Machine, dtype: torch.dtype, *, training: bool) -> float:
     """How many seconds one wide layer takes more than several, as far as is known."""
     row, weight = FEATURES * dtype.itemsize, FEATURES**2 * dtype.itemsize
     works = [Work(row, row, weight, weight, 2 * FEATURES**2, biased=True, rows=1)] * COUNT
-    without_optimizer, setting = dataclasses.replace(known, step=0.0), Setting(training)
-    whole = seconds(without_optimizer, [works], setting)
-    return whole - seconds(without_optimizer, [[work] for work in works], setting)
+    whole, apart = [works], [[work] for work in works]
+    return seconds(known, whole, Setting(training)) - seconds(known, apart, Setting(training))
 
 
 def _layers(device: torch.device, dtype: torch.dtype) -> nn.ModuleList:
@@ -84,15 +86,44 @@ def _layers(device: torch.device, dtype: torch.dtype) -> nn.ModuleList:
     return made
 
 
+def _after(between: Tensor, step: Callable[[], object]) -> Callable[[], None]:
+    def after() -> None:
+        between.sum()
+        step()
+
+    return after
+
+
 def _run(layers: nn.ModuleList, input: Tensor) -> list[Tensor]:
     return [layer.forward(input) for layer in layers]  # Somebody may follow calls of modules.
 
 
-def _infer(layers: nn.ModuleList, row: Tensor) -> None:
-    with torch.no_grad():
-        _run(layers, row.detach())
+def _inference(layers: nn.ModuleList, row: Tensor) -> Callable[[], object]:
+    return torch.no_grad()(lambda: _run(layers, row.detach()))
 
 
-def _train(layers: nn.ModuleList, row: Tensor) -> None:
-    outputs = _run(layers, row.neg())
-    torch.autograd.grad(outputs, [row, *layers.parameters()], [each.detach() for each in outputs])
+def _training(layers: nn.ModuleList, row: Tensor) -> Callable[[], object]:
+    """A step of training, in which the input gets a gradient as well."""
+    parameters = list(layers.parameters())
+    step = step_of_adam([parameter.detach() for parameter in parameters])
+
+    def train() -> None:
+        outputs = _run(layers, row.neg())
+        seeds = [output.detach() for output in outputs]
+        _, *gradients = torch.autograd.grad(outputs, [row, *parameters], seeds)
+        step(gradients)
+
+    return train
+
+
+def step_of_adam(parameters: list[Tensor]) -> Callable[[list[Tensor]], None]:
+    """A step of Adam as a function of the gradients. The optimizer itself would import Dynamo."""
+    means, squares = ([torch.zeros_like(each) for each in parameters] for _ in range(2))
+    steps = [torch.zeros(()) for _ in parameters]
+    rates: Any = {"beta1": 0.9, "beta2": 0.999, "lr": 0.0, "weight_decay": 0.0, "eps": 1e-8}
+    settings = rates | {"amsgrad": False, "maximize": False}
+
+    def step(gradients: list[Tensor]) -> None:
+        adam(parameters, gradients, means, squares, [], steps, **settings)
+
+    return step
