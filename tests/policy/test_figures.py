@@ -47,6 +47,10 @@ def test_of_several_divisions_near_the_edge_the_narrowest_is_taken():
             Figures(2.0, 1.5, 1.5, 1, True, False),
             "measured: 2 s apart, 1.5 s as one layer, forward",
         ),
+        (
+            Figures(2e-6, 9e-6, 2e-6, 2, False, False, lockstep=True),
+            "estimate: 2 us apart, 9 us as one layer in lockstep, forward",
+        ),
     ],
 )
 def test_figures_in_words(figures, words):

@@ -222,7 +222,7 @@ def memory_format(node: fx.Node) -> torch.memory_format | None:
     others goes by these.
     """
     value = value_of(node)
-    if not isinstance(value, Tensor) or value.is_sparse:
+    if not isinstance(value, Tensor) or value.layout is not torch.strided:
         return None
     ranks = {torch.channels_last: 4, torch.channels_last_3d: 5}
     possible = [each for each in MEMORY_FORMATS if ranks.get(each, value.dim()) == value.dim()]

@@ -94,7 +94,8 @@ def _against_lockstep(known: Machine, group: Workload, figures: Figures) -> Figu
     whole = figures.whole + known.sharing(len(group.layers), group.setting())
     if whole <= figures.apart:
         return None
-    return dataclasses.replace(figures, whole=whole, chosen=figures.apart, layers=len(group.layers))
+    chosen, layers = figures.apart, len(group.layers)
+    return dataclasses.replace(figures, whole=whole, chosen=chosen, layers=layers, lockstep=True)
 
 
 def _raced(
@@ -129,7 +130,8 @@ def _estimated(
     apart = tuple((position,) for position in range(len(works)))
     in_lockstep, cut = choose(known, works, group.names, group.setting(lockstep=True))
     if in_lockstep == apart:
-        candidate = dataclasses.replace(candidate, lockstep=cut)
+        slower = dataclasses.replace(cut, lockstep=True)
+        candidate = dataclasses.replace(candidate, lockstep=slower)
     # A forward that is rewritten reads a part as it lies, nearly everywhere.
     works = [dataclasses.replace(work, contiguous=False) for work in works]
     rewritten, cut = choose(known, works, group.names, group.setting())

@@ -39,6 +39,7 @@ class Figures:
         layers: how many layers run in that form.
         measured: whether that was measured; otherwise it is an estimate.
         training: whether it is a step of training, or forward only.
+        lockstep: whether the wide layers are those of siblings in lockstep.
     """
 
     apart: float
@@ -47,13 +48,14 @@ class Figures:
     layers: int
     measured: bool
     training: bool
+    lockstep: bool = False
 
     def __str__(self) -> str:
         """In words: ``estimate: 41 us apart, 63 us as one layer, forward``."""
         several = f", {_time(self.chosen)} as {self.layers}"
         parts = [
             f"{'measured' if self.measured else 'estimate'}: {_time(self.apart)} apart",
-            f", {_time(self.whole)} as one layer",
+            f", {_time(self.whole)} as one layer{' in lockstep' if self.lockstep else ''}",
             several if self.chosen not in (self.apart, self.whole) else "",
             ", a training step" if self.training else ", forward",
         ]

@@ -99,7 +99,8 @@ class Report:
             an object with ``before`` and ``after``; its ``depth`` is a list of objects with the
             number of ``branches``, the ``operations`` and the ``layers`` behind the siblings; its
             ``figures`` are null or an object with the seconds ``apart``, as a ``whole`` and as
-            ``chosen``, and whether they were ``measured``.
+            ``chosen``, whether they were ``measured``, and whether they are those of siblings in
+            ``lockstep``.
         """
         groups = [
             {

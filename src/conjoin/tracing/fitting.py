@@ -9,15 +9,13 @@ from typing import TYPE_CHECKING, Any
 from torch import Tensor, nn
 
 from conjoin.layers.lockstep import PLAIN_TENSORS
+from conjoin.tracing.conditions import WORDS
 from conjoin.tracing.facts import Fact
 from conjoin.tracing.source import Names
 from conjoin.tracing.structures import TENSOR, Structure
 
 if TYPE_CHECKING:
     from conjoin.tracing.sound import Traced
-
-WORDS = (None, True, False)
-"""Values that are what they are written as."""
 
 
 def expressions(traced: Traced, tensors: Sequence[str] | None = None) -> list[str]:
@@ -41,8 +39,10 @@ def expressions(traced: Traced, tensors: Sequence[str] | None = None) -> list[st
         for among in alike.values():
             if len(among) > 1:
                 found.append(" == ".join(f"{tensor}.{what}" for tensor in among))
-    elements = " + ".join(f"{each}.numel()" for among in alike.values() for each in among)
-    return [*found, f"{elements or 'sum([each.numel() for each in args])'} <= {traced.most}"]
+    every = map(at, range(len(traced.observed.alike))) if tensors is None else tensors
+    elements = " + ".join(f"{each}.numel()" for each in every)
+    unknown = "sum([each.numel() for each in args])" if tensors is None else "0"
+    return [*found, f"{elements or unknown} <= {traced.most}"]
 
 
 def fitting(traced: Traced) -> Callable[[Sequence[Tensor]], bool] | None:
