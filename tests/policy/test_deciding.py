@@ -270,6 +270,31 @@ def test_in_training_an_alias_counts_where_the_input_gets_a_gradient(on):
         assert wides(conjoin.optimize(passed_on, (x,)))
 
 
+def test_in_training_what_a_rewritten_forward_asks_counts(on):
+    on(dataclasses.replace(STEADY, shared=1e-3))
+    model, x = Told(3), torch.randn(4, 8)
+    assert not wides(conjoin.optimize(model, (x,)))
+    with torch.no_grad():  # There modules are called less, which saves as much.
+        assert wides(conjoin.optimize(model, (x,)))
+
+
+@pytest.mark.parametrize("padding", [None, 0])
+def test_in_training_rows_for_padding_count(padding, on):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Embedding(40, 8, padding_idx=padding) for _ in range(2))
+
+        def forward(self, index):
+            return self.a(index), self.b(index)
+
+    on(dataclasses.replace(STEADY, step=0.0))
+    model, index = Pair(), torch.randint(40, (2, 6))
+    assert bool(wides(conjoin.optimize(model, (index,)))) is (padding is None)
+    with torch.no_grad():
+        assert wides(conjoin.optimize(model, (index,)))
+
+
 def test_measured(x, monkeypatch):
     raced = []
 

@@ -13,7 +13,7 @@ Tables that read a tensor each, such as a column, are of another kind (`tables.p
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, nn
@@ -26,6 +26,11 @@ from conjoin.legality import Reason
 
 if TYPE_CHECKING:
     from conjoin.layers.wide import Wide
+
+
+MASKS = 5
+"""The operations by which rows for padding get no gradient: they are told, two are chosen from, and
+likewise in the backward pass."""
 
 
 class Embedding(Kind):
@@ -65,6 +70,12 @@ class Embedding(Kind):
     def joins(self, widths: Sequence[int]) -> bool:
         """A stack of tables of one width is read as it is."""
         return len(set(widths)) > 1
+
+    def extra(self, layers: Sequence[nn.Module]) -> int:
+        """Each joined table's gradient is cut out; of a stack, rows for padding are masked."""
+        if self.joins([cast(nn.Embedding, layer).embedding_dim for layer in layers]):
+            return len(layers)
+        return 0 if cast(nn.Embedding, layers[0]).padding_idx is None else MASKS
 
     def reads_one_by_one(self, widths: Sequence[int], *, training: bool) -> bool:
         """Tables of different widths are, where no gradient touches all their rows."""

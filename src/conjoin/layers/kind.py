@@ -250,6 +250,10 @@ class Kind(ABC):
         """Whether a wide layer of siblings of these widths copies its weight at each call."""
         return self.weight_dim != 0
 
+    def extra(self, layers: Sequence[nn.Module]) -> int:
+        """How many more operations one wide layer of these launches in a step of training."""
+        return 0
+
     def reads_one_by_one(self, widths: Sequence[int], *, training: bool) -> bool:
         """Whether a wide layer of these runs one by one, and what comes out is joined."""
         return False

@@ -30,8 +30,8 @@ each parameter. All constants are measured on the machine (see `machine.py`). Wh
 What is done to the parts, and how well a library does at one width or another, are not in it. So it
 is an estimate, and labelled so; `policy="measure"` measures.
 
-Nor is what a rewritten forward takes to see that all is as it was traced: calling modules, as it
-does not, takes more.
+Nor is what a rewritten forward takes in inference to see that all is as it was traced: calling
+modules, as it does not, takes more.
 """
 
 from __future__ import annotations
@@ -108,8 +108,14 @@ class Machine:
         """Seconds to read `size` bytes that were new a while ago: what a copy takes beyond them."""
         return max(0.0, self.copy(size) - self.new(size))
 
-    def sharing(self, count: int, setting: Setting) -> float:
-        """Seconds that it takes so many siblings in lockstep to share a run within a model."""
+    def together(self, count: int, setting: Setting) -> float:
+        """Seconds that it takes within a model to see that so many siblings may run at once.
+
+        In a rewritten forward that is asked once, and about what one sibling asks in lockstep. In
+        inference it saves as much that the siblings are not called as modules.
+        """
+        if not setting.lockstep:
+            return setting.training * IN_A_MODEL * self.shared
         aliases = setting.training and setting.passed_on
         return IN_A_MODEL * (count * self.shared + aliases * self.alias)
 
@@ -197,6 +203,7 @@ class Setting:
             may not be cut at all.
         stacked: whether layers that read tensors of their own are one batched product.
         lockstep: whether the siblings are called one by one, and share a run of the wide layer.
+        extra: how many more operations a wide layer launches in a step of training.
     """
 
     training: bool
@@ -206,6 +213,7 @@ class Setting:
     cut: bool = True
     stacked: bool = False
     lockstep: bool = False
+    extra: int = 0
 
 
 def seconds(machine: Machine, forms: Sequence[Sequence[Work]], setting: Setting) -> float:
@@ -306,12 +314,12 @@ def _layer(
         products += len(back)
         copies += [output] if cut else []  # The cat of the parts' gradients.
         copies += [weight] if joined else []
-        launches += len(back) + any(biased)
+        launches += len(back) + any(biased) + (len(layers) > 1) * setting.extra
         new += [*back, *[weight] * TEMPORARIES]
     fixed = (launches + len(copies)) * machine.call + cut * machine.cut
     fixed += setting.training * (1 + any(biased)) * machine.step
-    if setting.lockstep and len(layers) > 1:
-        fixed += machine.sharing(len(layers), setting)
+    if len(layers) > 1:
+        fixed += machine.together(len(layers), setting)
     moved = sum(map(machine.new, new)) + sum(map(machine.copy, copies))
     if not setting.training:
         moved += machine.again(output)

@@ -91,7 +91,7 @@ def _decided(
 
 def _against_lockstep(known: Machine, group: Workload, figures: Figures) -> Figures | None:
     """What is against a wide layer that won a race, where its siblings are called one by one."""
-    whole = figures.whole + known.sharing(len(group.layers), group.setting())
+    whole = figures.whole + known.together(len(group.layers), group.setting(lockstep=True))
     if whole <= figures.apart:
         return None
     chosen, layers = figures.apart, len(group.layers)

@@ -71,7 +71,16 @@ class Workload:
         joined = self.kind.joins(widths)
         one_by_one = self.kind.reads_one_by_one(widths, training=self.training)
         stacked = bool(self.kind.stacked)
-        return Setting(self.training, passed_on, joined, one_by_one, cut, stacked, lockstep)
+        return Setting(
+            self.training,
+            passed_on,
+            joined,
+            one_by_one,
+            cut,
+            stacked,
+            lockstep,
+            self.kind.extra(self.layers),
+        )
 
     def example(self) -> Tensor:
         """Something that the layers can be called with."""
