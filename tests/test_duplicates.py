@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 
+import conjoin
 from conjoin.duplicates import deepcopy
 
 
@@ -73,3 +74,35 @@ def test_the_memo(given):
     weight = nn.Parameter(torch.ones(3, 3))
     made = deepcopy(model, {id(model.first.weight): weight} if given else None)
     assert (made.first.weight is weight) is given
+
+
+class Materialized(nn.Module):
+    """What puts a buffer in when it is copied."""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def __getstate__(self):
+        self._buffers["table"] = torch.ones(3)
+        return self.__dict__
+
+    def forward(self, x):
+        return self.a(x) + self._buffers.get("table", torch.zeros(3)), self.b(x)
+
+
+class MaterializedByHand(Materialized):
+    """The same, where the class copies by itself."""
+
+    def __deepcopy__(self, memo):
+        made = memo[id(self)] = type(self).__new__(type(self))
+        made.__dict__.update(copy.deepcopy(self.__getstate__(), memo))
+        return made
+
+
+@pytest.mark.parametrize("cls", [Materialized, MaterializedByHand])
+def test_what_a_copy_puts_into_something_empty(cls):
+    made = deepcopy(cls())
+    assert made._buffers["table"].tolist() == [1.0] * 3
+    model, x = nn.Sequential(cls()), torch.randn(5, 4)
+    assert "table" in conjoin.optimize(model, (x,), policy="always")[0]._buffers

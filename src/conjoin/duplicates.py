@@ -26,11 +26,13 @@ def deepcopy(model: Module, memo: dict[int, Any] | None = None) -> Module:
         model: the model.
         memo: as for `copy.deepcopy`: what is to stand for objects in the copy, by their ids.
     """
-    memo = {} if memo is None else memo
-    kept = memo.setdefault(id(memo), [])  # Where `copy` keeps alive what it knows by its id.
-    for module in model.modules():
-        for name, value in vars(module).items():
-            if type(value) in EMPTY and not value and name in OF_MODULES:
-                memo[id(value)] = type(value)()
-                kept.append(value)
-    return copy.deepcopy(model, memo)
+    given = {} if memo is None else memo
+    empty = [
+        value
+        for module in model.modules()
+        for name, value in vars(module).items()
+        if type(value) in EMPTY and not value and name in OF_MODULES
+    ]
+    made = copy.deepcopy(model, given | {id(value): type(value)() for value in empty})
+    # Code of the model's own, which runs for a copy, may have put something in.
+    return copy.deepcopy(model, given) if any(empty) else made

@@ -13,6 +13,7 @@ import pytest
 import torch
 from machines import STEADY
 from torch._subclasses.fake_tensor import FakeTensorMode
+from torch.nn.modules.module import register_module_parameter_registration_hook
 
 from conjoin.policy import machine
 from conjoin.policy.cost import Machine
@@ -57,6 +58,21 @@ def test_what_was_measured_is_possible(mode):
     assert found.batched <= found.rate
     assert found.shared > 0
     assert found.alias >= 0
+
+
+def test_measuring_does_not_depend_on_the_default_device():
+    with torch.device("meta"):
+        assert machine._is_possible(machine.measure(CPU, torch.float32))
+
+
+def test_hooks_of_all_modules_keep_nothing_of_what_is_measured():
+    seen = []
+    hook = register_module_parameter_registration_hook(lambda *given: seen.append(given))
+    try:
+        machine.measure(CPU, torch.float32)
+    finally:
+        hook.remove()
+    assert not seen
 
 
 def test_measuring_draws_no_random_numbers():

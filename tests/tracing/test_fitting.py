@@ -6,7 +6,7 @@ import pytest
 import torch
 from torch import nn
 
-from conjoin.tracing.fitting import spelled
+from conjoin.tracing.fitting import source_of
 from conjoin.tracing.source import Names
 from conjoin.tracing.structures import structure_of
 
@@ -67,7 +67,7 @@ CALLS = [
 def test_calls_of_one_structure(call):
     structure, tensors = structure_of(*call)
     names = Names()
-    source = spelled(structure, names)
+    source = source_of(structure, names)
     facts = " and ".join(source.facts)
     is_such = names.define(f"def is_such(args, kwargs):\n    return {facts}\n", "is_such")
     found = source.function(names)(*call)
@@ -89,14 +89,14 @@ def test_the_calls_are_of_many_structures():
 def test_dictionaries_with_other_keys_than_words(keys):
     for held in (dict.fromkeys(keys, T), [dict.fromkeys(keys, 1)]):
         structure, _ = structure_of((held,), {})
-        assert spelled(structure, Names()) is None
+        assert source_of(structure, Names()) is None
 
 
 def test_numbers_that_are_equal_are_not_the_same():
     values = [1, True, 1.0, 0, False, 0.0, -0.0]
     for one, other in itertools.permutations(values, 2):
         names = Names()
-        source = spelled(structure_of((one,), {})[0], names)
+        source = source_of(structure_of((one,), {})[0], names)
         facts = " and ".join(source.facts)
         is_such = names.define(f"def is_such(args, kwargs):\n    return {facts}\n", "is_such")
         assert is_such((one,), {})

@@ -23,6 +23,7 @@ from torch.optim.adam import adam
 from conjoin.layers.fusing import fuse
 from conjoin.layers.linear import Linear
 from conjoin.policy.cost import Machine, Setting, Work, seconds
+from conjoin.tracing.undisturbed import undisturbed
 
 COUNT = 2
 """How many siblings are measured: what the first one takes is the most of it."""
@@ -50,7 +51,9 @@ def measured(known: Machine, device: torch.device, dtype: torch.dtype, least: Le
         least: what measures.
     """
     full: Any = functools.partial(torch.full, fill_value=0.5, device=device, dtype=dtype)
-    with torch.inference_mode(mode=False), torch.enable_grad():
+    # Hooks of all modules are called for these layers too, and may note that.
+    unseen = undisturbed(nn.Module())
+    with unseen, torch.inference_mode(mode=False), torch.enable_grad():
         between, row = full((BETWEEN // dtype.itemsize,)), full((1, FEATURES), requires_grad=True)
         plain, views = (_layers(device, dtype) for _ in range(2))
         fuse(Linear(), [*views], views)
@@ -119,7 +122,7 @@ def _training(layers: nn.ModuleList, row: Tensor) -> Callable[[], object]:
 def step_of_adam(parameters: list[Tensor]) -> Callable[[list[Tensor]], None]:
     """A step of Adam as a function of the gradients. The optimizer itself would import Dynamo."""
     means, squares = ([torch.zeros_like(each) for each in parameters] for _ in range(2))
-    steps = [torch.zeros(()) for _ in parameters]
+    steps = [torch.zeros((), device="cpu") for _ in parameters]
     rates: Any = {"beta1": 0.9, "beta2": 0.999, "lr": 0.0, "weight_decay": 0.0, "eps": 1e-8}
     settings = rates | {"amsgrad": False, "maximize": False}
 

@@ -70,16 +70,15 @@ class Workload:
         passed_on = any(shapes.passed_on for shapes in self.shapes)
         joined = self.kind.joins(widths)
         one_by_one = self.kind.reads_one_by_one(widths, training=self.training)
-        stacked = bool(self.kind.stacked)
         return Setting(
-            self.training,
-            passed_on,
-            joined,
-            one_by_one,
-            cut,
-            stacked,
-            lockstep,
-            self.kind.extra(self.layers),
+            training=self.training,
+            passed_on=passed_on,
+            joined=joined,
+            one_by_one=one_by_one,
+            cut=cut,
+            stacked=bool(self.kind.stacked),
+            lockstep=lockstep,
+            extra=self.kind.extra(self.layers),
         )
 
     def example(self) -> Tensor:

@@ -59,16 +59,14 @@ def function_of(facts: Iterable[Fact], names: Names, parameters: str = "") -> Ca
     facts = [*facts]
     looked_at = itertools.chain.from_iterable((*fact.reads, fact.of) for fact in facts)
     reads = {id(each): each for each in looked_at if each is not None}
-    touched = [Fact(f"[*{names.name(tuple(reads.values()))}]")] if reads else []
-    if dict_version is None:
-        return _spelled([*touched, *facts], names, parameters)
+    spelled = [Fact(f"[*{names.name(tuple(reads.values()))}]")] if reads else []
     numbered: list[Fact] = []
-    others = touched
     for fact in facts:
-        (numbered if type(fact.of) is dict and fact.of else others).append(fact)
-    if numbered:
-        others.append(Fact(Unchanged(numbered, dict_version, names).source()))
-    return _spelled(others, names, parameters)
+        may_rely = dict_version is not None and type(fact.of) is dict and fact.of
+        (numbered if may_rely else spelled).append(fact)
+    if numbered and dict_version is not None:
+        spelled.append(Fact(Unchanged(numbered, dict_version, names).source()))
+    return _spelled(spelled, names, parameters)
 
 
 class Unchanged:

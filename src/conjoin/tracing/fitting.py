@@ -53,7 +53,7 @@ def fitting(traced: Traced) -> Callable[[Sequence[Tensor]], bool] | None:
 
 
 @dataclass(frozen=True, slots=True)
-class Spelled:
+class StructureSource:
     """A structure as source of `args` and `kwargs`.
 
     Attributes:
@@ -70,7 +70,7 @@ class Spelled:
         return names.define(f"def tensors(args, kwargs):\n    return ({given})\n", "tensors")
 
 
-def spelled(structure: Structure, names: Names) -> Spelled | None:
+def source_of(structure: Structure, names: Names) -> StructureSource | None:
     """A structure as source; None where a dictionary has other keys than words."""
     if isinstance(structure, int):
         structure = (tuple, *[TENSOR] * structure), (dict,)
@@ -80,11 +80,11 @@ def spelled(structure: Structure, names: Names) -> Spelled | None:
         facts = [*_listed(args, "args", names, tensors), *_mapped(kwargs, "kwargs", names, tensors)]
     except KeyError:
         return None
-    return Spelled(facts, tensors)
+    return StructureSource(facts, tensors)
 
 
 def asked(
-    traced: Traced, call: Spelled | None, cls: type[nn.Module], names: Names
+    traced: Traced, call: StructureSource | None, cls: type[nn.Module], names: Names
 ) -> Iterator[Fact]:
     """What must be true of a `region` of a class and of its `args` and `kwargs`."""
     yield Fact(f"type(region) is {names.name(cls)}")

@@ -21,7 +21,7 @@ from conjoin.layers.subclass import known_of, plain_class
 from conjoin.layers.view import View
 from conjoin.tracing.conditions import Conditions, alone
 from conjoin.tracing.facts import function_of
-from conjoin.tracing.fitting import asked, fitting, spelled
+from conjoin.tracing.fitting import asked, fitting, source_of
 from conjoin.tracing.inlined import BY_IDENTITY, RISES, finder_of, has_tensors
 from conjoin.tracing.quick import at_path
 from conjoin.tracing.sandbox.constants import frozen, snapshots
@@ -96,7 +96,7 @@ class Variant:
 
     def _quick(self, region: nn.Module) -> Quick:
         written, names = self.traced.written, Names()
-        call = spelled(self.traced.structure, names)
+        call = source_of(self.traced.structure, names)
         facts = [
             *alone(names),
             *asked(self.traced, call, type(region), names),
