@@ -103,7 +103,7 @@ def wide_runs() -> Iterator[list[Wide]]:
     As if a tool followed the calls of modules: rewritten forwards call them as modules then.
     """
     runs: list[Wide] = []
-    forward, call = Wide.forward, nn.Module.__call__
+    forward, run, call = Wide.forward, Wide.run, nn.Module.__call__
 
     def followed(module: nn.Module, *args: Any, **kwargs: Any) -> Any:
         return call(module, *args, **kwargs)
@@ -112,12 +112,17 @@ def wide_runs() -> Iterator[list[Wide]]:
         runs.append(wide)
         return forward(wide, x, **how)
 
-    Wide.forward = noted
+    def noted_in_lockstep(wide: Wide, x: Tensor) -> Tensor:
+        if wide._parameters:  # Otherwise it calls `forward`.
+            runs.append(wide)
+        return run(wide, x)
+
+    Wide.forward, Wide.run = noted, noted_in_lockstep
     try:
         with mock.patch.object(nn.Module, "__call__", followed):
             yield runs
     finally:
-        Wide.forward = forward
+        Wide.forward, Wide.run = forward, run
 
 
 def assert_runs_once(model: nn.Module, *args: Any) -> None:

@@ -24,6 +24,7 @@ STEADY = Machine(
     batched=5e10,
     bandwidth=1e10,
     shared=0.0,
+    graph=0.0,
     alias=0.0,
     written=WRITTEN,
     joined=WRITTEN,

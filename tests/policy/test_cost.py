@@ -11,7 +11,7 @@ from conjoin.policy.cost import Machine, Setting, Work, choose, likely, seconds
 FORWARD = Setting(training=False)
 TRAINING = Setting(training=True)
 NONE = ((0.0, 0.0), (1e9, 0.0))
-FLAT = Machine(1.0, 0.5, 0.0, 1.0, 1.0, 1e9, 0.0, 0.0, written=NONE, joined=NONE, few_rows=HIDDEN)
+FLAT = Machine(1.0, 0.5, 0.0, 1.0, 1.0, 1e9, 0, 0, 0, written=NONE, joined=NONE, few_rows=HIDDEN)
 """A machine on which only calls and arithmetic take time."""
 
 

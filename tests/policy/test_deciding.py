@@ -26,6 +26,7 @@ SMALL = Machine(
     batched=1e15,
     bandwidth=1e15,
     shared=0.0,
+    graph=0.0,
     alias=0.0,
     written=ASKING,
     joined=ASKING,
@@ -268,6 +269,15 @@ def test_in_training_an_alias_counts_where_the_input_gets_a_gradient(on):
     assert not wides(conjoin.optimize(passed_on, (x,)))
     with torch.no_grad():
         assert wides(conjoin.optimize(passed_on, (x,)))
+
+
+def test_in_training_the_graph_of_a_run_counts(on):
+    on(dataclasses.replace(STEADY, graph=1e-3))
+    x = torch.randn(4, 8)
+    assert wides(conjoin.optimize(Told(3), (x,)))
+    assert not wides(conjoin.optimize(Asking(3), (x,)))
+    with torch.no_grad():
+        assert wides(conjoin.optimize(Asking(3), (x,)))
 
 
 def test_in_training_what_a_rewritten_forward_asks_counts(on):

@@ -28,7 +28,7 @@ def table(sizes, *more):
 
 
 FOUND = Machine(
-    *(1e-6, 1e-6, 2e-5, 1e11, 1e11, 1e10, 3e-6, 1e-5),
+    *(1e-6, 1e-6, 2e-5, 1e11, 1e11, 1e10, 3e-6, 5e-6, 1e-5),
     *(table(*sizes) for sizes in machine.TABLES.values()),
 )
 
@@ -57,6 +57,7 @@ def test_what_was_measured_is_possible(mode):
     assert found.new(2**26) > found.new(2**20) > 0
     assert found.batched <= found.rate
     assert found.shared > 0
+    assert found.graph >= 0
     assert found.alias >= 0
 
 

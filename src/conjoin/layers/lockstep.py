@@ -23,7 +23,7 @@ from typing import TYPE_CHECKING, Any, cast
 
 import torch
 from torch import Tensor, fx
-from torch._C._functorch import CInterpreter, peek_interpreter_stack
+from torch._C._functorch import CInterpreter, maybe_current_level, peek_interpreter_stack
 from torch._export.wrappers import _export_tracepoint
 from torch._subclasses.fake_tensor import FakeTensor
 from torch.autograd import forward_ad
@@ -75,11 +75,6 @@ class _Thread(threading.local):
         self.runs: _Runs = {}
         self.exported: weakref.WeakKeyDictionary[object, _Runs] = weakref.WeakKeyDictionary()
 
-    def current(self) -> _Runs:
-        """The runs that may be shared now; those of an export end with it, as its graphs do."""
-        tracer = exporting() if torch.compiler.is_compiling() else None
-        return self.runs if tracer is None else self.exported.setdefault(tracer, {})
-
 
 _thread = _Thread()
 
@@ -110,10 +105,11 @@ def take(wide: Wide, index: int, input: Any) -> Tensor | None:
     """
     if not _shareable(input):
         return None
-    runs = _thread.current()
-    exported = runs is not _thread.runs
-    if isinstance(wide, _AttrProxy):  # Stands for it where a module of the model has two names.
-        wide = cast(Any, wide).get_base()
+    runs, exported = _thread.runs, torch.compiler.is_compiling()
+    if exported:  # What is shared within an export ends with it, as its graphs do.
+        runs = _thread.exported.setdefault(exporting(), {})
+        if isinstance(wide, _AttrProxy):  # Stands for it where a module has two names.
+            wide = cast(Any, wide).get_base()
     if wide.varies and not wide.kind.pays(wide, input):
         return None
     source: Tensor = input
@@ -141,7 +137,7 @@ def take(wide: Wide, index: int, input: Any) -> Tensor | None:
     # A checkpoint computes again what it did, so patience must not end between the two.
     if wide.wasted >= PATIENCE and not checkpointed:
         return None
-    return _start((runs, key), wide, index, (input, source, steps), state)
+    return _start((runs, key), wide, index, (input, source, steps), state, exported)
 
 
 def _start(
@@ -150,9 +146,9 @@ def _start(
     index: int,
     read: tuple[Tensor, Tensor, tuple[Step, ...]],
     state: tuple[object, ...],
+    exported: bool,
 ) -> Tensor | None:
     runs, key = place
-    exported = runs is not _thread.runs
     if exported and not _exports_all(wide):
         return None
     try:
@@ -160,7 +156,8 @@ def _start(
         alias = read[0] if exported else _alias(*read)
         if alias.dtype is not read[0].dtype:
             return None  # Autocast is on, and was not when the input was computed.
-        output = wide.forward(alias)  # No call of a module that hooks of all modules would see.
+        # No call of a module that hooks of all modules would see.
+        output = wide.forward(alias) if exported else wide.run(alias)
     except (RuntimeError, TypeError, ValueError, IndexError):
         return None  # The sibling's own computation raises the error in the sibling's own words.
     graph: Callable[[], object] | None = None
@@ -265,7 +262,11 @@ def in_functorch() -> bool:
 
 def is_traced() -> bool:
     """Whether a transform, or `torch.jit.trace`, follows what is computed."""
-    return in_transform() or torch._C._get_tracing_state() is not None
+    return (
+        maybe_current_level() is not None
+        or forward_ad._current_level >= 0
+        or torch._C._get_tracing_state() is not None
+    )
 
 
 def _shareable(input: object) -> bool:
@@ -284,15 +285,19 @@ def _state(
     wide: Wide, source: Tensor, steps: tuple[Step, ...], input: Tensor
 ) -> tuple[object, ...]:
     """All that a call's result depends on besides the values of tensors that nobody changed."""
-    device = input.device.type
-    autocast = device != "meta" and torch.is_autocast_enabled(device)
     return (
         source._version,
         steps,
         input.requires_grad,
-        autocast and torch.get_autocast_dtype(device),
+        torch._C._is_any_autocast_enabled() and _autocast_to(input.device.type),
         *state_of(wide),
     )
+
+
+def _autocast_to(device: str) -> torch.dtype | bool:
+    """The dtype that operations on a device are cast to; False where they are not."""
+    autocast = device != "meta" and torch.is_autocast_enabled(device)
+    return autocast and torch.get_autocast_dtype(device)
 
 
 def state_of(wide: Wide) -> tuple[object, ...]:
@@ -302,10 +307,10 @@ def state_of(wide: Wide) -> tuple[object, ...]:
     weight, bias = (held["weight"], held["bias"]) if held else (wide.weight, wide.bias)
     return (
         id(weight),
-        _version(weight),
+        -1 if weight.is_inference() else weight._version,
         weight.data_ptr() if type(weight) in REAL_TENSORS else None,
         id(bias),
-        None if bias is None else _version(bias),
+        None if bias is None or bias.is_inference() else bias._version,
         weight.requires_grad,
         None if bias is None else bias.requires_grad,
         torch.is_grad_enabled(),
@@ -314,7 +319,3 @@ def state_of(wide: Wide) -> tuple[object, ...]:
         torch._C._len_torch_function_stack(),
         torch._C._len_torch_dispatch_stack(),
     )
-
-
-def _version(tensor: Tensor) -> int:
-    return -1 if tensor.is_inference() else tensor._version

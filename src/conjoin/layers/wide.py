@@ -122,10 +122,11 @@ class Wide(Lender):
         self.handed_out: weakref.WeakValueDictionary[tuple[int, str], Part]
         self.handed_out = weakref.WeakValueDictionary()
         self.cut: tuple[object, dict[int, dict[str, Tensor | None]]] | None = None
+        self._direct: tuple[object, Callable[[Tensor], Tensor]] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what concerns this one's own surroundings, or what is going on."""
-        passing = "enclosing handed_out _converted _lent_before known cut _noted".split()
+        passing = "enclosing handed_out _converted _lent_before known cut _direct _noted".split()
         state = {name: value for name, value in vars(self).items() if name not in passing}
         state["_parted"] = {index for index in range(len(self.widths)) if not self._is_lent(index)}
         return state
@@ -211,6 +212,15 @@ class Wide(Lender):
 
         return direct
 
+    def run(self, input: Tensor) -> Tensor:
+        """What `forward` gives for an input that all siblings read, looked up once."""
+        held = self._parameters
+        if not held:  # The replicas of data parallelism hold no Parameters.
+            return self.forward(input)
+        if self._direct is None or self._direct[0] is not held:
+            self._direct = held, self.direct()
+        return self._direct[1](input)
+
     def alone(self, index: int) -> Wide:
         """A wide layer of the `index`-th sibling only, on the same memory."""
         one = copy.copy(self)
@@ -239,6 +249,8 @@ class Wide(Lender):
         """The parts of the output, each as the sibling's own output would be."""
         function, arguments = self.kind.split(self)
         parts = function(output, *arguments)
+        if not self.contiguous:
+            return tuple(parts)
         return tuple(
             part.clone(memory_format=torch.contiguous_format) if i in self.contiguous else part
             for i, part in enumerate(parts)

@@ -76,7 +76,8 @@ class Machine:
         batched: likewise in a batched product; no more than `rate`.
         bandwidth: bytes read in a second, from memory.
         shared: what it takes a sibling in lockstep to share a run; see `sharing.py`.
-        alias: what the alias takes that such a run reads where there is a backward pass.
+        graph: what such a run takes more where there is a backward pass.
+        alias: and what the alias takes that it reads where its input gets a gradient in it.
         written: what it takes to fill a tensor that is new, beyond `call`, by its number of bytes,
             which ascend.
         joined: likewise what it takes to join two tensors side by side, by the bytes of the result.
@@ -91,6 +92,7 @@ class Machine:
     batched: float
     bandwidth: float
     shared: float
+    graph: float
     alias: float
     written: Table
     joined: Table
@@ -117,7 +119,8 @@ class Machine:
         if not setting.lockstep:
             return setting.training * IN_A_MODEL * self.shared
         aliases = setting.training and setting.passed_on
-        return IN_A_MODEL * (count * self.shared + aliases * self.alias)
+        run = setting.training * self.graph + aliases * self.alias
+        return IN_A_MODEL * (count * self.shared + run)
 
     def beside_rows(self, rows: int, weight: float, among: float) -> float:
         """Seconds that a weight takes beside rows, beyond the arithmetic.

@@ -28,7 +28,7 @@ from torch.nn import functional as F
 from conjoin.policy import sharing
 from conjoin.policy.cost import Grid, Machine, Table
 
-FORMAT = 5
+FORMAT = 6
 """The version of what is measured, and of the files that hold it."""
 
 DEVICES = ("cpu", "cuda")
@@ -173,9 +173,10 @@ def _read_table(held: Any, depth: int) -> tuple[tuple[float, Any], ...]:
 def _is_possible(found: Machine) -> bool:
     """Whether the numbers can have been measured."""
     positive = (found.call, found.cut, found.rate, found.batched, found.bandwidth)
+    others = (found.step, found.shared, found.graph, found.alias)
     return (
         all(math.isfinite(number) and number > 0 for number in positive)
-        and all(math.isfinite(n) and n >= 0 for n in (found.step, found.shared, found.alias))
+        and all(math.isfinite(number) and number >= 0 for number in others)
         and all(_is_table(getattr(found, name), *sizes) for name, sizes in TABLES.items())
     )
 
@@ -233,6 +234,7 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         batched=rate * min(1.0, product / batched),
         bandwidth=READ / reading,
         shared=0.0,
+        graph=0.0,
         alias=0.0,
         written=_table(SIZES, filled),
         joined=_table(JOINED, joined),

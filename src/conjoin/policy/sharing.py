@@ -1,11 +1,12 @@
 """What it takes siblings in lockstep to share a run, beyond what that run itself takes.
 
 Each sibling looks whether another one has run the wide layer on this input, and whether nothing has
-changed since, which is Python. Where there is a backward pass, the wide layer also reads an alias
-of the input, which is an operation written in Python. Small layers take less than that.
+changed since, which is Python. In training the graph of the run is watched too, and where the input
+gets a gradient, the wide layer reads an alias of it, which is an operation written in Python. Small
+layers take less than that.
 
 It is what is left between two siblings that share a run and two layers that do not, in inference
-and in a step of training, where the cost model has told all else. In between other memory is read,
+and in steps of training, where the cost model has told all else. In between other memory is read,
 as in a model that has other layers.
 """
 
@@ -13,6 +14,7 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import itertools
 from collections.abc import Callable
 from typing import Any
 
@@ -34,6 +36,9 @@ FEATURES = 8
 BETWEEN = 2**21
 """Bytes that are read in between: about what the cache next to a core holds, or more."""
 
+STEPS = ((False, False), (True, False), (True, True))
+"""What is measured: whether there is a backward pass, and whether the input gets a gradient."""
+
 TURNS = 5
 """How often both are timed in turn. The least counts: what disturbs a timing only adds."""
 
@@ -54,29 +59,38 @@ def measured(known: Machine, device: torch.device, dtype: torch.dtype, least: Le
     # Hooks of all modules are called for these layers too, and may note that.
     unseen = undisturbed(nn.Module())
     with unseen, torch.inference_mode(mode=False), torch.enable_grad():
-        between, row = full((BETWEEN // dtype.itemsize,)), full((1, FEATURES), requires_grad=True)
+        between, row = full((BETWEEN // dtype.itemsize,)), full((1, FEATURES))
         plain, views = (_layers(device, dtype) for _ in range(2))
         fuse(Linear(), [*views], views)
 
-        def more(make: Callable[[nn.ModuleList, Tensor], Callable[[], object]]) -> float:
-            """The seconds that a step takes more with views than with layers."""
-            steps = [_after(between, make(layers, row)) for layers in (plain, views)]
+        def left(setting: Setting) -> float:
+            """The seconds that a step takes more with views than with layers, and none told of."""
+            make = _training if setting.training else _inference
+            steps = [
+                _after(between, make(layers, row.requires_grad_(setting.passed_on)))
+                for layers in (plain, views)
+            ]
             # In turn, since it is their difference that decides.
             taken = [[least(step, device) for step in steps] for _ in range(TURNS)]
             apart, together = map(min, zip(*taken, strict=True))
-            return float(together - apart)
+            return float(together - apart) - _told(known, dtype, setting)
 
-        inference = max(0.0, more(_inference) - _told(known, dtype, training=False))
-        training = max(inference, more(_training) - _told(known, dtype, training=True))
-    return dataclasses.replace(known, shared=inference / COUNT, alias=training - inference)
+        found = [max(0.0, left(Setting(training, passed_on))) for training, passed_on in STEPS]
+    inference, training, passed_on = itertools.accumulate(found, max)
+    return dataclasses.replace(
+        known,
+        shared=inference / COUNT,
+        graph=training - inference,
+        alias=passed_on - training,
+    )
 
 
-def _told(known: Machine, dtype: torch.dtype, *, training: bool) -> float:
+def _told(known: Machine, dtype: torch.dtype, setting: Setting) -> float:
     """How many seconds one wide layer takes more than several, as far as is known."""
     row, weight = FEATURES * dtype.itemsize, FEATURES**2 * dtype.itemsize
     works = [Work(row, row, weight, weight, 2 * FEATURES**2, biased=True, rows=1)] * COUNT
     whole, apart = [works], [[work] for work in works]
-    return seconds(known, whole, Setting(training)) - seconds(known, apart, Setting(training))
+    return seconds(known, whole, setting) - seconds(known, apart, setting)
 
 
 def _layers(device: torch.device, dtype: torch.dtype) -> nn.ModuleList:
@@ -106,15 +120,16 @@ def _inference(layers: nn.ModuleList, row: Tensor) -> Callable[[], object]:
 
 
 def _training(layers: nn.ModuleList, row: Tensor) -> Callable[[], object]:
-    """A step of training, in which the input gets a gradient as well."""
+    """A step of training, in which the row gets a gradient as well if it requires one."""
     parameters = list(layers.parameters())
     step = step_of_adam([parameter.detach() for parameter in parameters])
+    inputs = [*parameters, *([row] if row.requires_grad else [])]
 
     def train() -> None:
         outputs = _run(layers, row.neg())
         seeds = [output.detach() for output in outputs]
-        _, *gradients = torch.autograd.grad(outputs, [row, *parameters], seeds)
-        step(gradients)
+        gradients = torch.autograd.grad(outputs, inputs, seeds)
+        step([*gradients[: len(parameters)]])
 
     return train
 
