@@ -261,6 +261,17 @@ def test_what_it_takes_to_share_a_run_counts(policy, on, monkeypatch):
         assert wides(conjoin.optimize(Asking(3), (x,), policy="always"))
 
 
+def test_in_lockstep_a_tie_does_not_pay(on):
+    on(dataclasses.replace(STEADY, cut=2.03 * STEADY.call))
+    x = torch.randn(4, 8)
+    with torch.no_grad():
+        assert wides(conjoin.optimize(Told(3), (x,)))
+        optimized = conjoin.optimize(Asking(3), (x,))
+        assert not wides(optimized)
+    (group,) = conjoin.report(optimized, (x,)).groups
+    assert group.figures.apart < group.figures.whole < 1.02 * group.figures.apart
+
+
 def test_in_training_an_alias_counts_where_the_input_gets_a_gradient(on):
     on(dataclasses.replace(STEADY, alias=1e-3))
     model, x = Asking(3), torch.randn(4, 8)

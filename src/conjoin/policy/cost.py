@@ -362,7 +362,8 @@ def _chosen(
 ) -> tuple[Form, Figures]:
     among = in_order([work.output for work in works], order)
     taken = {form: _seconds_of(machine, form, works, setting) for form in among}
-    return pick(taken, measured=False, training=setting.training)
+    margin = 0.0 if setting.lockstep else MARGIN
+    return pick(taken, measured=False, training=setting.training, margin=margin)
 
 
 def likely(

@@ -25,7 +25,7 @@ MARGIN = 0.02
 """By how much slower than the quickest form another may be and still be taken.
 
 The constants are not exact to more. Near the edge one wide layer is taken: what is behind the
-layers may gain from it."""
+layers may gain from it. In lockstep nothing is, so there it must be the quickest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -80,8 +80,10 @@ class Cut:
         return whole <= self.figures.apart * (1 + MARGIN)
 
 
-def pick(taken: Mapping[Form, float], *, measured: bool, training: bool) -> tuple[Form, Figures]:
-    """One wide layer where that is within `MARGIN` of the quickest form, or else several.
+def pick(
+    taken: Mapping[Form, float], *, measured: bool, training: bool, margin: float = MARGIN
+) -> tuple[Form, Figures]:
+    """One wide layer where that is within a margin of the quickest form, or else several.
 
     Of those that are, the narrowest, since what an estimate misses grows with the size of tensors.
     Apart, where no wide form is near, or where it is not measured and saves too little.
@@ -90,12 +92,13 @@ def pick(taken: Mapping[Form, float], *, measured: bool, training: bool) -> tupl
         taken: what each form takes in seconds, in the order of `forms`.
         measured: whether that was measured.
         training: whether it is a step of training.
+        margin: by how much slower than the quickest form another may be.
     """
     whole, *several, apart = taken
     if not measured:
         several = [f for f in several if taken[f] <= taken[apart] * (1 - LEAST_GAIN)]
     among = (whole, *reversed(several), apart)
-    most = min(taken[form] for form in among) * (1 + MARGIN)
+    most = min(taken[form] for form in among) * (1 + margin)
     chosen = next(form for form in among if taken[form] <= most)
     seconds = taken[apart], taken[whole], taken[chosen]
     return chosen, Figures(*seconds, len(chosen), measured, training)
