@@ -13,6 +13,8 @@ WRITTEN = (
 
 NOTHING = ((1, ((1, 0.0), (2, 0.0))), (2, ((1, 0.0), (2, 0.0))))
 
+NONE = ((1, 0.0), (2, 0.0))
+
 HIDDEN = ((2, NOTHING), (4, NOTHING))
 """Beside rows a weight takes its arithmetic and nothing else."""
 
@@ -29,5 +31,7 @@ STEADY = Machine(
     written=WRITTEN,
     joined=WRITTEN,
     few_rows=HIDDEN,
+    convolved=NONE,
+    convolved_back=NONE,
 )
 """A core and a memory such as are common, with an allocator that asks the system for 32 MiB."""

@@ -11,7 +11,14 @@ from conjoin.policy.cost import Machine, Setting, Work, choose, likely, seconds
 FORWARD = Setting(training=False)
 TRAINING = Setting(training=True)
 NONE = ((0.0, 0.0), (1e9, 0.0))
-FLAT = Machine(1.0, 0.5, 0.0, 1.0, 1.0, 1e9, 0, 0, 0, written=NONE, joined=NONE, few_rows=HIDDEN)
+FLAT = Machine(
+    *(1.0, 0.5, 0.0, 1.0, 1.0, 1e9, 0, 0, 0),
+    written=NONE,
+    joined=NONE,
+    few_rows=HIDDEN,
+    convolved=NONE,
+    convolved_back=NONE,
+)
 """A machine on which only calls and arithmetic take time."""
 
 
@@ -173,3 +180,15 @@ def test_a_large_weight_beside_few_rows_is_read_slowly(rows, weight, each, both)
     assert taken[1].apart - taken[0].apart == pytest.approx(2 * each)
     assert taken[1].whole - taken[0].whole == pytest.approx(both)
     assert taken[1].layers == (2 if both > 2 * each + 1 else 1)
+
+
+@pytest.mark.parametrize(("setting", "each"), [(FORWARD, 3.0), (Setting(training=True), 70.0)])
+def test_each_convolution_of_an_input_takes_more(setting, each):
+    laid = {"convolved": ((100.0, 2.0), (200.0, 4.0)), "convolved_back": ((100, 60), (200, 80))}
+    slow = dataclasses.replace(FLAT, **laid)
+    works = [linear(8, image=150) for _ in range(3)]
+    taken = [choose(machine, works, names(3), setting)[1] for machine in (FLAT, slow)]
+    assert taken[1].apart - taken[0].apart == pytest.approx(3 * each)
+    assert taken[1].whole - taken[0].whole == pytest.approx(each)
+    other = [choose(machine, [linear(8)] * 3, names(3), setting)[1] for machine in (FLAT, slow)]
+    assert other[0] == other[1]

@@ -7,7 +7,7 @@ import pickle
 import pytest
 import torch
 from equivalence import assert_equivalent
-from machines import HIDDEN, STEADY
+from machines import HIDDEN, NONE, STEADY
 from torch import nn
 
 import conjoin
@@ -31,6 +31,8 @@ SMALL = Machine(
     written=ASKING,
     joined=ASKING,
     few_rows=HIDDEN,
+    convolved=NONE,
+    convolved_back=NONE,
 )
 """A machine that has to ask for each 16 KiB, and takes a second for that."""
 
@@ -259,6 +261,25 @@ def test_what_it_takes_to_share_a_run_counts(policy, on, monkeypatch):
         assert group.reason is Reason.DOES_NOT_PAY
         assert group.figures.measured is (policy == "measure")
         assert wides(conjoin.optimize(Asking(3), (x,), policy="always"))
+
+
+@pytest.mark.parametrize(("groups", "pays"), [(1, True), (4, False)])
+def test_what_convolutions_read_counts_for_each(groups, pays, on):
+    class Pair(nn.Module):
+        def __init__(self):
+            super().__init__()
+            self.a, self.b = (nn.Conv2d(8, 8, 1, groups=groups) for _ in range(2))
+
+        def forward(self, x):
+            return self.a(x), self.b(x)
+
+    slow = dataclasses.replace(STEADY, cut=3 * STEADY.call)
+    x = torch.randn(2, 8, 6, 6)
+    with torch.no_grad():
+        on(slow)
+        assert not wides(conjoin.optimize(Pair(), (x,)))
+        on(dataclasses.replace(slow, convolved=((1, 1e-3), (2, 1e-3))))
+        assert bool(wides(conjoin.optimize(Pair(), (x,)))) == pays
 
 
 def test_in_lockstep_a_tie_does_not_pay(on):

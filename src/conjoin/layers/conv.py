@@ -171,6 +171,10 @@ class _Conv(_Convolution):
         rest = *(settings[name] for name in ("stride", "padding", "dilation")), groups
         return lambda input: function(input, held["weight"], held["bias"], *rest)
 
+    def convolves(self, layer: nn.Module) -> bool:
+        """Where there are no groups."""
+        return not _grouped(layer.groups)
+
     def check_together(
         self, layers: Sequence[nn.Module], copies: int, shape: Sequence[int] | None
     ) -> Verdict | None:

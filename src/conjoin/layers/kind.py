@@ -254,6 +254,10 @@ class Kind(ABC):
         """How many more operations one wide layer of these launches in a step of training."""
         return 0
 
+    def convolves(self, layer: nn.Module) -> bool:
+        """Whether a layer is a convolution of all its channels, for an estimate of its time."""
+        return False
+
     def reads_one_by_one(self, widths: Sequence[int], *, training: bool) -> bool:
         """Whether a wide layer of these runs one by one, and what comes out is joined."""
         return False

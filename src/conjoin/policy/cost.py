@@ -20,6 +20,7 @@ each parameter. All constants are measured on the machine (see `machine.py`). Wh
   outputs come and go in turn, and a wide one, of which all is there before the first part is read,
   leaves a cache sooner (`twin_critics_4096` in the benchmark, by hand);
 - a batched product has a rate of its own, which libraries differ in;
+- convolutions: what each of them takes that reads the same (`convolving.py`);
 - what a new byte takes: not the same in a tensor that lies in a cache, in one that does not, and in
   one that the allocator asks the system for at each call, whose pages are all faulted in anew;
 - few rows: what a product of some rows takes beyond its arithmetic, by how many there are, by the
@@ -83,6 +84,9 @@ class Machine:
         joined: likewise what it takes to join two tensors side by side, by the bytes of the result.
         few_rows: what each byte of a weight takes beside two rows or more, beyond `call` and the
             arithmetic; see `Grid`.
+        convolved: what a convolution takes beyond all else, by the bytes that it reads; see
+            `convolving.py`.
+        convolved_back: likewise in a step of training.
     """
 
     call: float
@@ -97,6 +101,8 @@ class Machine:
     written: Table
     joined: Table
     few_rows: Grid
+    convolved: Table
+    convolved_back: Table
 
     def new(self, size: float) -> float:
         """Seconds to fill a new tensor of `size` bytes."""
@@ -121,6 +127,10 @@ class Machine:
         aliases = setting.training and setting.passed_on
         run = setting.training * self.graph + aliases * self.alias
         return IN_A_MODEL * (count * self.shared + run)
+
+    def convolution(self, image: int, training: bool) -> float:
+        """Seconds that a convolution of so many bytes takes beyond all else."""
+        return _between(self.convolved_back if training else self.convolved, image)
 
     def beside_rows(self, rows: int, weight: float, among: float) -> float:
         """Seconds that a weight takes beside rows, beyond the arithmetic.
@@ -174,6 +184,7 @@ class Work:
         biased: whether it has a bias.
         contiguous: whether its part of a wide output must be made contiguous.
         rows: how many rows its weight is multiplied with; 0 where it is no matrix.
+        image: the bytes that it reads as a convolution; 0 where it is none.
     """
 
     input: int
@@ -184,9 +195,10 @@ class Work:
     biased: bool = False
     contiguous: bool = False
     rows: int = 0
+    image: int = 0
 
 
-NUMBERS = ("input", "output", "weight", "read", "operations")
+NUMBERS = ("input", "output", "weight", "read", "operations", "image")
 FLAGS = ("biased", "contiguous")
 
 Layout = Literal["beside", "stack", "apart"]
@@ -280,9 +292,9 @@ def _weight(works: Sequence[Work]) -> int:
 
 def _together(works: Sequence[Work]) -> Work:
     """What layers do together."""
-    numbers = (sum(getattr(work, name) for work in works) for name in NUMBERS)
-    flags = (any(getattr(work, name) for work in works) for name in FLAGS)
-    return Work(*numbers, *flags)
+    numbers = {name: sum(getattr(work, name) for work in works) for name in NUMBERS}
+    flags = {name: any(getattr(work, name) for work in works) for name in FLAGS}
+    return Work(**numbers, **flags)
 
 
 def _layer(
@@ -326,6 +338,8 @@ def _layer(
     moved = sum(map(machine.new, new)) + sum(map(machine.copy, copies))
     if not setting.training:
         moved += machine.again(output)
+    if layers[0].image:
+        moved += machine.convolution(layers[0].image, setting.training)
     product = _product(machine, layers, machine.rate, among) if arithmetic is None else arithmetic
     return fixed + products * product + moved
 

@@ -16,8 +16,7 @@ import math
 import os
 import platform
 import tempfile
-import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -25,10 +24,11 @@ import torch
 from torch import Tensor
 from torch.nn import functional as F
 
-from conjoin.policy import sharing
+from conjoin.policy import convolving, sharing
 from conjoin.policy.cost import Grid, Machine, Table
+from conjoin.policy.timing import in_turn, least
 
-FORMAT = 6
+FORMAT = 7
 """The version of what is measured, and of the files that hold it."""
 
 DEVICES = ("cpu", "cuda")
@@ -46,6 +46,9 @@ JOINED = (*(2**power for power in range(12, 25, 2)), LARGEST, 2**25, 2**26)
 
 IN_USE = 4
 """How many times the bytes of a tensor a step goes through before it comes back to it."""
+
+NOTHING = ((1.0, 0.0), (2.0, 0.0))
+"""A table of what is not measured yet."""
 
 ROWS = (2, 4, 16)
 """How many rows weights are multiplied with. Beside more, arithmetic hides more of the rest."""
@@ -73,17 +76,13 @@ TABLES: dict[str, tuple[tuple[int, ...], ...]] = {
     "written": (SIZES,),
     "joined": (JOINED,),
     "few_rows": (ROWS, WEIGHTS, PIECES),
+    "convolved": (convolving.IMAGES,),
+    "convolved_back": (convolving.IMAGES,),
 }
 """What is measured by numbers of something, and by which."""
 
-ROUNDS = 5
-"""How often each thing is timed. The least counts: what disturbs it only adds."""
-
 TURNS = 3
 """How often a product by itself and a batched one are timed in turn."""
-
-BLOCK = 2e-4
-"""Seconds that one timing takes at least, long beside a look at the clock."""
 
 
 def constants(device: torch.device, dtype: torch.dtype) -> Machine | None:
@@ -239,8 +238,10 @@ def measure(device: torch.device, dtype: torch.dtype) -> Machine:
         written=_table(SIZES, filled),
         joined=_table(JOINED, joined),
         few_rows=few_rows,
+        convolved=NOTHING,
+        convolved_back=NOTHING,
     )
-    return sharing.measured(found, device, dtype, least)
+    return convolving.measured(sharing.measured(found, device, dtype), device, dtype)
 
 
 def _products(square: Tensor, device: torch.device) -> tuple[float, float]:
@@ -248,9 +249,8 @@ def _products(square: Tensor, device: torch.device) -> tuple[float, float]:
     stack = square.expand(2, SIDE, SIDE)
     alone = functools.partial(F.linear, square, square)
     batched = functools.partial(torch.baddbmm, square[0], stack, stack.mT)
-    # In turn, since it is their ratio that decides.
-    taken = [(least(alone, device), least(batched, device) / 2) for _ in range(TURNS)]
-    return min(one for one, _ in taken), min(each for _, each in taken)
+    one, two = in_turn([alone, batched], TURNS, device)
+    return one, two / 2
 
 
 def _table(sizes: Sequence[int], taken: list[float]) -> Table:
@@ -309,27 +309,3 @@ def _step_of_adam(device: torch.device, dtype: torch.dtype, count: int) -> float
     )
     step = sharing.step_of_adam(parameters)
     return least(functools.partial(step, gradients), device)
-
-
-def least(step: Callable[[], object], device: torch.device) -> float:
-    """The seconds that a step takes where nothing disturbs it."""
-    count, taken = 1, timed(step, 1, device)
-    while (taken := timed(step, count, device)) * count < BLOCK:
-        count *= 2
-    return min(taken, *(timed(step, count, device) for _ in range(ROUNDS - 1)))
-
-
-def timed(step: Callable[[], object], count: int, device: torch.device) -> float:
-    """The seconds that a step takes, of `count` one after another."""
-    synchronize(device)
-    start = time.perf_counter()
-    for _ in range(count):
-        step()
-    synchronize(device)
-    return (time.perf_counter() - start) / count
-
-
-def synchronize(device: torch.device) -> None:
-    """Waits until a device has done what it was given."""
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)

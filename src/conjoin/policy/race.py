@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from conjoin.layers import Kind
 from conjoin.merging import Merger
 from conjoin.policy.forms import Form
-from conjoin.policy.machine import timed
+from conjoin.policy.timing import timed
 from conjoin.tracing import regions
 from conjoin.tracing.undisturbed import undisturbed
 

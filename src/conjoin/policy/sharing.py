@@ -25,6 +25,7 @@ from torch.optim.adam import adam
 from conjoin.layers.fusing import fuse
 from conjoin.layers.linear import Linear
 from conjoin.policy.cost import Machine, Setting, Work, seconds
+from conjoin.policy.timing import in_turn
 from conjoin.tracing.undisturbed import undisturbed
 
 COUNT = 2
@@ -42,18 +43,14 @@ STEPS = ((False, False), (True, False), (True, True))
 TURNS = 5
 """How often both are timed in turn. The least counts: what disturbs a timing only adds."""
 
-Least = Callable[[Callable[[], object], torch.device], float]
-"""What tells the seconds of something on a device."""
 
-
-def measured(known: Machine, device: torch.device, dtype: torch.dtype, least: Least) -> Machine:
+def measured(known: Machine, device: torch.device, dtype: torch.dtype) -> Machine:
     """What is known of a device, and what it takes there to share a run.
 
     Args:
         known: the other constants.
         device: the device.
         dtype: the type of the numbers.
-        least: what measures.
     """
     full: Any = functools.partial(torch.full, fill_value=0.5, device=device, dtype=dtype)
     # Hooks of all modules are called for these layers too, and may note that.
@@ -70,10 +67,8 @@ def measured(known: Machine, device: torch.device, dtype: torch.dtype, least: Le
                 _after(between, make(layers, row.requires_grad_(setting.passed_on)))
                 for layers in (plain, views)
             ]
-            # In turn, since it is their difference that decides.
-            taken = [[least(step, device) for step in steps] for _ in range(TURNS)]
-            apart, together = map(min, zip(*taken, strict=True))
-            return float(together - apart) - _told(known, dtype, setting)
+            apart, together = in_turn(steps, TURNS, device)
+            return together - apart - _told(known, dtype, setting)
 
         found = [max(0.0, left(Setting(training, passed_on))) for training, passed_on in STEPS]
     inference, training, passed_on = itertools.accumulate(found, max)

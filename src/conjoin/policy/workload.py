@@ -53,8 +53,9 @@ class Workload:
         weight, size = held["weight"], held["weight"].element_size()
         outputs, width = math.prod(shapes.output), weight.shape[self.kind.weight_dim]
         looked_up = _is_index(shapes.dtype)
+        input = math.prod(shapes.input) * shapes.dtype.itemsize
         return Work(
-            input=math.prod(shapes.input) * shapes.dtype.itemsize,
+            input=input,
             output=outputs * size,
             weight=weight.numel() * size,
             read=(outputs if looked_up else weight.numel()) * size,
@@ -62,6 +63,7 @@ class Workload:
             biased="bias" in held,
             contiguous=position in self.contiguous,
             rows=outputs // max(width, 1) if weight.dim() == 2 and not looked_up else 0,
+            image=input if self.kind.convolves(self.layers[position]) else 0,
         )
 
     def setting(self, *, cut: bool = True, lockstep: bool = False) -> Setting:
