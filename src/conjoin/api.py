@@ -16,6 +16,7 @@ from conjoin.applying import apply, restore
 from conjoin.checking import check_for_program, check_model, checked_budget, example_calls
 from conjoin.decision import decide_on
 from conjoin.duplicates import deepcopy
+from conjoin.foreign import quote
 from conjoin.layers import KINDS, Kind, checked_kinds
 from conjoin.memory import Memory, MemoryBudgetWarning
 from conjoin.policy.deciding import note
@@ -140,12 +141,14 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: the model cannot be copied; or a program's graph was changed after `optimize`.
+        ValueError: the model cannot be copied; a graph in it does not lint; or a program's graph
+            was changed after `optimize`.
     """
     if isinstance(model, ExportedProgram):
         check_for_program(inplace=inplace)
         return cast(Model, programs.unfuse(model))
     check_model(model)
+    graph_modules.check(model)
     plain = model if inplace else _copy(model)
     restore(plain)
     return plain
@@ -228,7 +231,7 @@ def _copy(model: Module) -> Module:
     try:
         with undisturbed():  # A copy may be made by code of the model's own.
             return deepcopy(model)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # That code may raise anything.
         raise ValueError(
-            f"the model cannot be copied ({error}). Pass inplace=True to change it itself."
+            f"the model cannot be copied ({quote(error)}). Pass inplace=True to change it itself."
         ) from error
