@@ -162,3 +162,40 @@ def test_an_optimizer_of_one_branch(start_fused):
         other.state_dict().values(), reference.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    plain = Heads()
+    fused = conjoin.optimize(plain)
+    state = OPTIMIZERS["sgd"](plain.parameters()).state_dict()
+    other = OPTIMIZERS["sgd"]([*fused.parameters(), nn.Parameter(torch.zeros(2))])
+    with pytest.raises(ValueError, match="1 of the optimizer's 7 parameters are none of the model"):
+        checkpoints.separate(other, fused)
+    for optimizer, model in (
+        (OPTIMIZERS["sgd"](fused.parameters()), plain),
+        (OPTIMIZERS["sgd"](plain.parameters()), fused),
+    ):
+        with pytest.raises(ValueError, match=r"none of the model's\. Pass the model"):
+            checkpoints.separate(optimizer, model)
+        with pytest.raises(ValueError, match=r"none of the model's\. Pass the model"):
+            checkpoints.merge(state, optimizer, model)
+
+
+def test_arguments_of_other_types_are_refused():
+    plain = Heads()
+    fused = conjoin.optimize(plain)
+    optimizer = OPTIMIZERS["sgd"](fused.parameters())
+    state = OPTIMIZERS["sgd"](plain.parameters()).state_dict()
+    for wrong in (None, state, torch.optim.SGD):
+        with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer as optimizer"):
+            checkpoints.separate(wrong, fused)
+        with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer as optimizer"):
+            checkpoints.merge(state, wrong, fused)
+    for wrong in (None, optimizer, Heads, fused.state_dict()):
+        with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module as model"):
+            checkpoints.separate(optimizer, wrong)
+        with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module as model"):
+            checkpoints.merge(state, optimizer, wrong)
+    for wrong in (None, optimizer, {}, {"state": {}}, [state]):
+        with pytest.raises(TypeError, match=r"expected as state what state_dict\(\)"):
+            checkpoints.merge(wrong, optimizer, fused)

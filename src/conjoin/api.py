@@ -83,8 +83,9 @@ def optimize(
         The optimized model: `model` itself with `inplace`, otherwise a copy.
 
     Raises:
-        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, `kinds` is
-            no tuple of kinds, or `memory_budget` is no number.
+        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples,
+            `example_kwargs` is no dict of names, `kinds` is no tuple of kinds, or `memory_budget`
+            is no number.
         ValueError: the model cannot be copied, or does not run on the example inputs; two of the
             kinds are for one class; there is no such policy, or no example inputs to measure with;
             `memory_budget` is not above 0, is a fraction above 1, or is given without example
@@ -143,6 +144,13 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
         TypeError: `model` is no module.
         ValueError: the model cannot be copied; a graph in it does not lint; or a program's graph
             was changed after `optimize`.
+
+    Example:
+        >>> import torch, conjoin
+        >>> model = conjoin.nn.Parallel(torch.nn.Linear(8, 2), torch.nn.Linear(8, 3))
+        >>> plain = conjoin.unfuse(conjoin.optimize(model))
+        >>> type(plain[1]).__name__, torch.equal(plain[1].weight, model[1].weight)
+        ('Linear', True)
     """
     if isinstance(model, ExportedProgram):
         check_for_program(inplace=inplace)
@@ -183,12 +191,20 @@ def report(
         The report; `str()` of it is a table.
 
     Raises:
-        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, `kinds` is
-            no tuple of kinds, or `memory_budget` is no number.
+        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples,
+            `example_kwargs` is no dict of names, `kinds` is no tuple of kinds, or `memory_budget`
+            is no number.
         ValueError: the model cannot be copied, or does not run on the example inputs; two of the
             kinds are for one class; there is no such policy, or no example inputs to measure with;
             or `memory_budget` is not above 0, is a fraction above 1, or is given without example
             inputs.
+
+    Example:
+        >>> import torch, conjoin
+        >>> model = conjoin.nn.Parallel(torch.nn.Linear(8, 2), torch.nn.Linear(8, 3))
+        >>> report = conjoin.report(model, (torch.randn(4, 8),))
+        >>> [(group.layers, group.fused, group.launches) for group in report.groups]
+        [(('0', '1'), True, (2, 1))]
     """
     calls = example_calls(example_inputs, example_kwargs)
     kinds = checked_kinds(kinds)

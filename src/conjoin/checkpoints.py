@@ -13,12 +13,13 @@ from __future__ import annotations
 
 import copy
 from collections.abc import Iterator, Sequence
-from typing import Any
+from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
 
+from conjoin.checking import check_model, described
 from conjoin.layers.checks import TENSORS
 from conjoin.layers.owner import lender
 from conjoin.layers.part import Part
@@ -37,19 +38,34 @@ def separate(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     """The state of an optimizer, as an optimizer of the plain model would have it.
 
     Args:
-        optimizer: an optimizer of `model`'s parameters.
+        optimizer: an optimizer of `model`'s parameters, those of each param group in the order of
+            `model.parameters()`; it may have some of them only.
         model: the optimized model.
 
     Returns:
         A state dict for an optimizer that was built over `conjoin.unfuse(model)`.
 
     Raises:
-        ValueError: the optimizer keeps state that is neither of the parameter's shape nor a
-            number, as Adafactor and Muon may; it cannot be cut.
+        TypeError: `optimizer` is no optimizer, or `model` is no module.
+        ValueError: the optimizer has parameters that are not the model's; or it keeps state that is
+            neither of the parameter's shape nor a number, as Adafactor and Muon may, and which
+            cannot be cut.
+
+    Example:
+        >>> import torch, conjoin
+        >>> plain = conjoin.nn.Parallel(torch.nn.Linear(8, 2), torch.nn.Linear(8, 3))
+        >>> model = conjoin.optimize(plain)
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> sum(part.sum() for part in model(torch.randn(4, 8))).backward()
+        >>> optimizer.step()
+        >>> state = conjoin.checkpoints.separate(optimizer, model)
+        >>> [tuple(each["exp_avg"].shape) for each in state["state"].values()]
+        [(2, 8), (2,), (3, 8), (3,)]
+        >>> torch.optim.Adam(conjoin.unfuse(model).parameters()).load_state_dict(state)
     """
+    slots = _checked_slots(optimizer, model)
     packed = optimizer.state_dict()
     plain: dict[str, Any] = {"state": {}, "param_groups": []}
-    slots = list(_slots(model))
     count = 0
     for group, held in zip(packed["param_groups"], optimizer.param_groups, strict=True):
         mine = list(_held(slots, held["params"], group["params"]))
@@ -66,7 +82,8 @@ def merge(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict
     """The state of a plain model's optimizer, as an optimizer of the optimized model has it.
 
     Args:
-        state: the state dict of an optimizer of the plain model.
+        state: the state dict of an optimizer of the plain model, the parameters of each param group
+            in the order of that model's `parameters()`.
         optimizer: an optimizer of `model`'s parameters, with the same param groups; it stays as
             it is.
         model: the optimized model.
@@ -75,11 +92,33 @@ def merge(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict
         A state dict for `optimizer.load_state_dict`.
 
     Raises:
-        ValueError: the param groups do not correspond, or siblings' states do not go together:
-            some have one and others none, their numbers differ, or they cannot be joined.
+        TypeError: `state` is no state dict of an optimizer, `optimizer` is no optimizer, or `model`
+            is no module.
+        ValueError: the optimizer has parameters that are not the model's, the param groups do not
+            correspond, or siblings' states do not go together: some have one and others none,
+            their numbers differ, or they cannot be joined.
+
+    Example:
+        >>> import torch, conjoin
+        >>> plain = conjoin.nn.Parallel(torch.nn.Linear(8, 2), torch.nn.Linear(8, 3))
+        >>> trained = torch.optim.Adam(plain.parameters())
+        >>> sum(part.sum() for part in plain(torch.randn(4, 8))).backward()
+        >>> trained.step()
+        >>> model = conjoin.optimize(plain)
+        >>> optimizer = torch.optim.Adam(model.parameters())
+        >>> state = conjoin.checkpoints.merge(trained.state_dict(), optimizer, model)
+        >>> [tuple(each["exp_avg"].shape) for each in state["state"].values()]
+        [(5, 8), (5,)]
+        >>> optimizer.load_state_dict(state)
     """
+    slots = _checked_slots(optimizer, model)
+    if not isinstance(state, dict) or not {"state", "param_groups"} <= state.keys():
+        raise TypeError(
+            "expected as state what state_dict() of the plain model's optimizer gives, not "
+            f"{'a dict without that' if isinstance(state, dict) else described(state)}. Pass "
+            "merge(state, optimizer, model)."
+        )
     packed = optimizer.state_dict()
-    slots = list(_slots(model))
     states: dict[int, dict[str, Any]] = {}
     if len(state["param_groups"]) != len(packed["param_groups"]):
         raise ValueError(
@@ -106,6 +145,31 @@ def merge(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict
                 states[position] = whole
         groups.append({**plain, "params": group["params"]})
     return {"state": states, "param_groups": groups}
+
+
+def _checked_slots(optimizer: object, model: object) -> list[_Slot]:
+    """The plain model's parameters, for an optimizer that has no others.
+
+    Raises:
+        TypeError: they are no optimizer and no module.
+        ValueError: the optimizer has others, whose state would be lost.
+    """
+    if not isinstance(optimizer, Optimizer):
+        raise TypeError(
+            f"expected a torch.optim.Optimizer as optimizer, not {described(optimizer)}. Pass the "
+            "one that was built over the optimized model's parameters."
+        )
+    check_model(model)
+    slots = list(_slots(cast(nn.Module, model)))
+    known = {key for parameter, part in slots for key in (id(parameter), part)}
+    held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
+    others = sum(_key(parameter) not in known for parameter in held)
+    if others:
+        raise ValueError(
+            f"{others} of the optimizer's {len(held)} parameters are none of the model's. Pass the "
+            "model whose parameters it was built over; for several models, one that holds them all."
+        )
+    return slots
 
 
 def _slots(model: nn.Module) -> Iterator[_Slot]:
