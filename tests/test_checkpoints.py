@@ -181,6 +181,56 @@ def test_an_optimizer_of_another_model_is_refused():
             checkpoints.merge(state, optimizer, model)
 
 
+class Likes(nn.Module):
+    """Layers of one shape, so that nothing but their order tells whose state is whose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        h = self.second(self.first(x).relu()).relu()
+        return self.a(h), self.b(h)
+
+
+def chosen(model, names):
+    return [p for name in names for p in model.get_submodule(name).parameters()]
+
+
+NAMES = ["second first", "second first a b", "a b first second", "b a", "b first", "a"]
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_state_goes_to_the_parameter_that_it_is_of_in_any_order(names):
+    torch.manual_seed(0)
+    model = conjoin.optimize(Likes().double())
+    optimizer = OPTIMIZERS["adam"](chosen(model, names.split()))
+    step(model, optimizer, torch.randn(4, 6, dtype=torch.float64))
+    plain = conjoin.unfuse(model)
+    held = OPTIMIZERS["adam"](chosen(plain, names.split()))
+    held.load_state_dict(checkpoints.separate(optimizer, model))
+    for name in names.split():
+        for kind, parameter in plain.get_submodule(name).named_parameters():
+            gradient = getattr(model.get_submodule(name), kind).grad
+            torch.testing.assert_close(held.state[parameter]["exp_avg"], 0.1 * gradient)
+    back = checkpoints.merge(held.state_dict(), optimizer, model)
+    for number, state in optimizer.state_dict()["state"].items():
+        torch.testing.assert_close(back["state"][number]["exp_avg"], state["exp_avg"])
+
+
+def test_wide_parameters_in_another_order_are_refused():
+    model = conjoin.optimize(Likes())
+    state = OPTIMIZERS["adam"](Likes().parameters()).state_dict()
+    named = sorted(model.named_parameters())  # The parts of `a.wide` might be anywhere.
+    for parameters in ([p for _, p in named], [*model.parameters()][::-1]):
+        optimizer = OPTIMIZERS["adam"](parameters)
+        with pytest.raises(ValueError, match="in another order than"):
+            checkpoints.separate(optimizer, model)
+        with pytest.raises(ValueError, match="in another order than"):
+            checkpoints.merge(state, optimizer, model)
+
+
 def test_arguments_of_other_types_are_refused():
     plain = Heads()
     fused = conjoin.optimize(plain)

@@ -5,8 +5,9 @@ An optimizer keeps its state by parameter, and an optimized model has one parame
 plain model has several. State of a parameter's shape (momentum, second moments) is cut and joined
 like the parameter; a single number (the step) is the same for all parts.
 
-Both functions take the parameters of each param group to be in the order of the model's
-`parameters()`, as they are where the groups are made by going through it.
+State is told apart by its place in a param group. So both functions want the parameters of a group
+with wide ones in the order of the model's `parameters()`, as where groups are made by going through
+it: that is where the plain model's optimizer has the parts.
 """
 
 from __future__ import annotations
@@ -38,8 +39,8 @@ def separate(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     """The state of an optimizer, as an optimizer of the plain model would have it.
 
     Args:
-        optimizer: an optimizer of `model`'s parameters, those of each param group in the order of
-            `model.parameters()`; it may have some of them only.
+        optimizer: an optimizer of `model`'s parameters, or of some of them. Those of a param group
+            that has wide ones must be in the order of `model.parameters()`.
         model: the optimized model.
 
     Returns:
@@ -47,9 +48,9 @@ def separate(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
 
     Raises:
         TypeError: `optimizer` is no optimizer, or `model` is no module.
-        ValueError: the optimizer has parameters that are not the model's; or it keeps state that is
-            neither of the parameter's shape nor a number, as Adafactor and Muon may, and which
-            cannot be cut.
+        ValueError: the optimizer has parameters that are not the model's, or wide ones in another
+            order; or it keeps state that is neither of the parameter's shape nor a number, as
+            Adafactor and Muon may, and which cannot be cut.
 
     Example:
         >>> import torch, conjoin
@@ -68,7 +69,7 @@ def separate(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
     plain: dict[str, Any] = {"state": {}, "param_groups": []}
     count = 0
     for group, held in zip(packed["param_groups"], optimizer.param_groups, strict=True):
-        mine = list(_held(slots, held["params"], group["params"]))
+        mine = _held(slots, model, held["params"], group["params"])
         for number, (position, parameter, part) in enumerate(mine, count):
             state = packed["state"].get(position)
             if state is not None:
@@ -82,8 +83,8 @@ def merge(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict
     """The state of a plain model's optimizer, as an optimizer of the optimized model has it.
 
     Args:
-        state: the state dict of an optimizer of the plain model, the parameters of each param group
-            in the order of that model's `parameters()`.
+        state: the state dict of an optimizer of the plain model, whose param groups were made as
+            those of `optimizer`.
         optimizer: an optimizer of `model`'s parameters, with the same param groups; it stays as
             it is.
         model: the optimized model.
@@ -94,9 +95,9 @@ def merge(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict
     Raises:
         TypeError: `state` is no state dict of an optimizer, `optimizer` is no optimizer, or `model`
             is no module.
-        ValueError: the optimizer has parameters that are not the model's, the param groups do not
-            correspond, or siblings' states do not go together: some have one and others none,
-            their numbers differ, or they cannot be joined.
+        ValueError: the optimizer has parameters that are not the model's, or wide ones in another
+            order, the param groups do not correspond, or siblings' states do not go together: some
+            have one and others none, their numbers differ, or they cannot be joined.
 
     Example:
         >>> import torch, conjoin
@@ -129,7 +130,7 @@ def merge(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict
     for plain, group, held in zip(
         state["param_groups"], packed["param_groups"], optimizer.param_groups, strict=True
     ):
-        mine = list(_held(slots, held["params"], group["params"]))
+        mine = _held(slots, model, held["params"], group["params"])
         if len(mine) != len(plain["params"]):
             raise ValueError(
                 f"a param group of the state has {len(plain['params'])} parameters where the "
@@ -200,17 +201,37 @@ def _parts(view: View, name: str) -> Iterator[_Slot]:
 
 
 def _held(
-    slots: Sequence[_Slot], parameters: Sequence[Tensor], numbers: Sequence[int]
-) -> Iterator[_Held]:
-    """The slots that an optimizer has among `parameters`, whole or, by one part, alone."""
+    slots: Sequence[_Slot], model: nn.Module, parameters: Sequence[Tensor], numbers: Sequence[int]
+) -> list[_Held]:
+    """The slots that an optimizer has among `parameters`, whole or, by one part, alone.
+
+    They are in the order that they have in a plain model's optimizer: that of `parameters`, and
+    where there are wide ones among these, that of the model, so that `parameters` must have it.
+
+    Raises:
+        ValueError: they have another one.
+    """
     index: dict[object, int] = {
         _key(parameter): number for parameter, number in zip(parameters, numbers, strict=True)
     }
+    found: list[_Held] = []
     for parameter, part in slots:
         if id(parameter) in index:
-            yield index[id(parameter)], parameter, part
+            found.append((index[id(parameter)], parameter, part))
         elif part in index:
-            yield index[part], parameter, None
+            found.append((index[part], parameter, None))
+    alone = [number for number, _, part in found if part is None]
+    if len(alone) == len(found):
+        return sorted(found, key=lambda held: held[0])
+    wholes = [index[id(parameter)] for parameter in model.parameters() if id(parameter) in index]
+    if alone != sorted(alone) or wholes != sorted(wholes):
+        raise ValueError(
+            "the parameters of a param group are in another order than model.parameters() gives "
+            "them, which does not tell where the parts of a wide one are in a plain model's "
+            "optimizer. Build each group by going through the model, or give each of its modules a "
+            "group."
+        )
+    return found
 
 
 def _key(parameter: Tensor) -> object:
