@@ -124,9 +124,13 @@ except SavedError as error:
     assert leftovers(tmp_path) == []
 
 
-def test_an_interrupted_write_of_a_program_leaves_everything_as_it_was(tmp_path: Path) -> None:
-    script = """
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_an_interrupted_write_of_a_program_leaves_everything_as_it_was(
+    tmp_path: Path, at_the_end: bool
+) -> None:
+    script = f"""
 import io, torch
+from torch.export.pt2_archive import _package
 from conjoin.files import writing
 model = torch.export.export(torch.nn.Linear(1000, 1000), (torch.ones(2, 1000),))
 writes, write = [], io.BufferedWriter.write
@@ -136,7 +140,12 @@ class Interrupted(io.BufferedWriter):
         if len(writes) == 3:
             raise KeyboardInterrupt
         return write(self, content)
-writing._Archive.__bases__ = (Interrupted,)
+def interrupt(*_):
+    raise KeyboardInterrupt
+if {at_the_end}:
+    _package.PT2ArchiveWriter.__exit__ = interrupt
+else:
+    writing._Archive.__bases__ = (Interrupted,)
 try:
     writing.write(model, "out.pt2")
 except KeyboardInterrupt:

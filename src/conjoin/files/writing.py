@@ -125,9 +125,9 @@ class _Archive(io.BufferedWriter):
     error: BaseException | None = None
 
     def write(self, content: Buffer) -> int:
-        """Writes all, or nothing where a write has failed before."""
+        """Writes all, or nothing where a write has failed before, or nobody waits for it."""
         try:
-            if self.error is None:
+            if self.error is None and not self.closed:
                 return super().write(content)
         except (OSError, KeyboardInterrupt) as error:
             self.error = error
