@@ -249,3 +249,53 @@ def test_arguments_of_other_types_are_refused():
     for wrong in (None, optimizer, {}, {"state": {}}, [state]):
         with pytest.raises(TypeError, match=r"expected as state what state_dict\(\)"):
             checkpoints.merge(wrong, optimizer, fused)
+
+
+def test_state_of_all_parameters_together_is_refused():
+    def trained(model):
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+        x = torch.randn(4, 6)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = sum(out.square().sum() for out in model(x))
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return optimizer
+
+    plain = Heads()
+    fused = conjoin.optimize(plain)
+    state = trained(plain).state_dict()
+    with pytest.raises(ValueError, match="LBFGS keeps one state for all"):
+        checkpoints.separate(trained(fused), fused)
+    with pytest.raises(ValueError, match="LBFGS keeps one state for all"):
+        checkpoints.merge(state, trained(fused), fused)
+    assert checkpoints.separate(trained(plain), plain)["state"].keys() == state["state"].keys()
+
+
+def test_tensors_within_containers_are_refused():
+    plain = Heads()
+    fused = conjoin.optimize(plain)
+    optimizers = [OPTIMIZERS["adam"](model.parameters()) for model in (plain, fused)]
+    for model, optimizer in zip((plain, fused), optimizers, strict=True):
+        step(model, optimizer, torch.randn(4, 6))
+        for state in optimizer.state.values():
+            state["history"] = [state["exp_avg"]]
+    with pytest.raises(ValueError, match="history holds tensors in a list"):
+        checkpoints.separate(optimizers[1], fused)
+    with pytest.raises(ValueError, match="history holds tensors in a list"):
+        checkpoints.merge(optimizers[0].state_dict(), optimizers[1], fused)
+
+
+def test_factored_state_of_siblings_is_refused():
+    plain = Heads()
+    fused = conjoin.optimize(plain)
+    optimizers = [torch.optim.Adafactor(model.parameters()) for model in (plain, fused)]
+    for model, optimizer in zip((plain, fused), optimizers, strict=True):
+        step(model, optimizer, torch.randn(4, 6))
+    with pytest.raises(ValueError, match="cannot be divided among siblings"):
+        checkpoints.separate(optimizers[1], fused)
+    with pytest.raises(ValueError, match="cannot be divided among siblings"):
+        checkpoints.merge(optimizers[0].state_dict(), optimizers[1], fused)

@@ -13,12 +13,14 @@ it: that is where the plain model's optimizer has the parts.
 from __future__ import annotations
 
 import copy
+import itertools
 from collections.abc import Iterator, Sequence
 from typing import Any, cast
 
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
+from torch.optim import LBFGS, Optimizer
+from torch.utils import _pytree as pytree
 
 from conjoin.checking import check_model, described
 from conjoin.layers.checks import TENSORS
@@ -50,7 +52,7 @@ def separate(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
         TypeError: `optimizer` is no optimizer, or `model` is no module.
         ValueError: the optimizer has parameters that are not the model's, or wide ones in another
             order; or it keeps state that is neither of the parameter's shape nor a number, as
-            Adafactor and Muon may, and which cannot be cut.
+            Adafactor and Muon may, or of all parameters together, as LBFGS, and cannot be cut.
 
     Example:
         >>> import torch, conjoin
@@ -141,7 +143,7 @@ def merge(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict
             found = parts.setdefault(position, {})
             found[0 if part is None else part[2]] = state["state"].get(number)
         for position, parameter, part in mine:
-            whole = _join([state for _, state in sorted(parts[position].items())], parameter, part)
+            whole = _join(parts[position], parameter, part)
             if whole is not None:
                 states[position] = whole
         groups.append({**plain, "params": group["params"]})
@@ -162,6 +164,11 @@ def _checked_slots(optimizer: object, model: object) -> list[_Slot]:
         )
     check_model(model)
     slots = list(_slots(cast(nn.Module, model)))
+    if isinstance(optimizer, LBFGS) and any(part is not None for _, part in slots):
+        raise ValueError(
+            "LBFGS keeps one state for all parameters, in their order, which is another one in the "
+            "plain model. Start the optimizer afresh, or keep the model as it is."
+        )
     known = {key for parameter, part in slots for key in (id(parameter), part)}
     held = [parameter for group in optimizer.param_groups for parameter in group["params"]]
     others = sum(_key(parameter) not in known for parameter in held)
@@ -255,12 +262,12 @@ def _cut(
 
 
 def _join(
-    states: list[Any], parameter: nn.Parameter, part: tuple[Wide, str, int] | None
+    states: dict[int, Any], parameter: nn.Parameter, part: tuple[Wide, str, int] | None
 ) -> dict[str, Any] | None:
-    """The states of all parts of a parameter as one, in the order of the parts."""
+    """The states of all parts of a parameter, by their numbers, as one."""
     if part is None:
         return states[0]  # type: ignore[no-any-return]
-    present = [state for state in states if state is not None]
+    present = [state for _, state in sorted(states.items()) if state is not None]
     if not present:
         return None
     wide, name, _ = part
@@ -270,11 +277,11 @@ def _join(
             "optimizer afresh, or step once with gradients for all siblings before saving."
         )
     joined: dict[str, Any] = {}
+    own = [wide.part(name, parameter.detach(), index) for index in sorted(states)]
     for key, first in present[0].items():
         values = [state[key] for state in present]
-        if isinstance(first, Tensor) and first.dim() > 0:
+        if all(map(_shaped, itertools.repeat(key), values, own)):
             joined[key] = wide.kind.merge(wide, name, values)
-            _shaped(key, joined[key], parameter)
         elif all(bool(torch.as_tensor(value == first).all()) for value in values):
             joined[key] = first
         else:
@@ -285,13 +292,18 @@ def _join(
     return joined
 
 
-def _shaped(key: str, value: object, parameter: nn.Parameter) -> bool:
+def _shaped(key: str, value: object, parameter: Tensor) -> bool:
     """Whether state is of the parameter's shape.
 
     Raises:
         ValueError: it is neither that nor a single number.
     """
-    if not isinstance(value, Tensor) or value.dim() == 0:
+    if not isinstance(value, Tensor) and any(map(_is_large, pytree.tree_leaves(value))):
+        raise ValueError(
+            f"the optimizer's {key} holds tensors in a {type(value).__name__}, which cannot be "
+            "divided among siblings. Start the optimizer afresh, or keep the model as it is."
+        )
+    if not isinstance(value, Tensor) or not _is_large(value):
         return False
     if value.shape != parameter.shape:
         raise ValueError(
@@ -300,3 +312,7 @@ def _shaped(key: str, value: object, parameter: nn.Parameter) -> bool:
             "optimizer afresh, or keep the model as it is."
         )
     return True
+
+
+def _is_large(value: object) -> bool:
+    return isinstance(value, Tensor) and value.dim() > 0
