@@ -299,3 +299,19 @@ def test_factored_state_of_siblings_is_refused():
         checkpoints.separate(optimizers[1], fused)
     with pytest.raises(ValueError, match="cannot be divided among siblings"):
         checkpoints.merge(optimizers[0].state_dict(), optimizers[1], fused)
+
+
+def test_optimizers_keep_their_own_names_of_parameters():
+    plain = Heads()
+    fused = conjoin.optimize(plain)
+    optimizers = [torch.optim.Adam(model.named_parameters()) for model in (plain, fused)]
+    for model, optimizer in zip((plain, fused), optimizers, strict=True):
+        step(model, optimizer, torch.randn(4, 6))
+    names = [optimizer.param_groups[0]["param_names"] for optimizer in optimizers]
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    optimizers[0].load_state_dict(checkpoints.separate(optimizers[1], fused))
+    optimizers[1].load_state_dict(checkpoints.merge(states[0], optimizers[1], fused))
+    assert [each.param_groups[0]["param_names"] for each in optimizers] == names
+    assert [each.state_dict()["param_groups"] for each in optimizers] == [
+        state["param_groups"] for state in states
+    ]

@@ -76,7 +76,7 @@ def separate(optimizer: Optimizer, model: nn.Module) -> dict[str, Any]:
             state = packed["state"].get(position)
             if state is not None:
                 plain["state"][number] = _cut(state, parameter, part)
-        plain["param_groups"].append({**group, "params": [*range(count, count + len(mine))]})
+        plain["param_groups"].append(_group(group, [*range(count, count + len(mine))]))
         count += len(mine)
     return plain
 
@@ -146,8 +146,13 @@ def merge(state: dict[str, Any], optimizer: Optimizer, model: nn.Module) -> dict
             whole = _join(parts[position], parameter, part)
             if whole is not None:
                 states[position] = whole
-        groups.append({**plain, "params": group["params"]})
+        groups.append(_group(plain, group["params"]))
     return {"state": states, "param_groups": groups}
+
+
+def _group(settings: dict[str, Any], numbers: list[int]) -> dict[str, Any]:
+    """A param group of other parameters, for which who loads it keeps names of its own."""
+    return {k: v for k, v in settings.items() if k != "param_names"} | {"params": numbers}
 
 
 def _checked_slots(optimizer: object, model: object) -> list[_Slot]:
