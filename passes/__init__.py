@@ -42,8 +42,18 @@ def rewrite(graph_module: fx.GraphModule) -> bool:
         graph_module: the graph with the modules that it calls, changed in place.
 
     Raises:
+        TypeError: it is no GraphModule.
         ValueError: the graph does not lint.
+
+    Example:
+        >>> import torch, conjoin
+        >>> from conjoin.passes import rewrite
+        >>> heads = conjoin.nn.Parallel(torch.nn.Linear(8, 2), torch.nn.Linear(8, 3))
+        >>> traced = torch.fx.symbolic_trace(torch.nn.Sequential(heads))
+        >>> rewrite(traced), [n.target for n in traced.graph.nodes if n.op == "call_module"]
+        (True, ['0.0.wide'])
     """
+    rewriting.check_type(graph_module)
     rewriting.check(graph_module)
     before = {*graph_module.graph.nodes}
     with merging.of_graph(graph_module), rewriting.in_training(graph_module):
@@ -56,14 +66,24 @@ def rewrite(graph_module: fx.GraphModule) -> bool:
 
 
 def rewrite_traced(graph_module: fx.GraphModule) -> bool:
-    """The same for a graph that was traced just now, in the mode that it was traced in."""
+    """The same for a graph that was traced just now, in the mode that it was traced in.
+
+    Args:
+        graph_module: the graph with the modules that it calls, changed in place; it is not checked.
+    """
     changed = run_all(graph_module, PIPELINE)
     bundles.note_carried(graph_module)
     return changed
 
 
 def run_all(graph_module: fx.GraphModule, passes: Sequence[PassBase]) -> bool:
-    """Runs passes in turn until none finds anything more to do; whether any did."""
+    """Runs passes in turn until none finds anything more to do; whether any did.
+
+    Args:
+        graph_module: the graph with the modules that it calls, changed in place; it is not checked
+            before, and linted and compiled after.
+        passes: the passes, such as `PIPELINE` or `COMPILED`.
+    """
     changed = False
     while _run_once(graph_module, passes):
         changed = True

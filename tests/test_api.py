@@ -1,6 +1,7 @@
 """optimize, unfuse and report: what they promise of the model as a whole."""
 
 import copy
+import functools
 import threading
 
 import pytest
@@ -219,6 +220,17 @@ def test_wrong_example_inputs(model, function, given, words):
         function(model, given)
 
 
+BAD_KWARGS = {"list": ([], "not list"), "text": ("x", "not str"), "keys": ({1: 2}, "other keys")}
+
+
+@pytest.mark.parametrize(("given", "words"), BAD_KWARGS.values(), ids=BAD_KWARGS)
+def test_wrong_example_kwargs(model, x, given, words):
+    for function in (conjoin.optimize, conjoin.report, functools.partial(conjoin.verify, model)):
+        for inputs in (None, (x,)):
+            with pytest.raises(TypeError, match=f"example_kwargs is a dict .*{words}"):
+                function(model, inputs, example_kwargs=given)
+
+
 @pytest.mark.parametrize("function", [conjoin.optimize, conjoin.unfuse, conjoin.report])
 @pytest.mark.parametrize(
     ("given", "words"),
@@ -237,6 +249,25 @@ def test_a_model_that_cannot_be_copied(model, x):
     with pytest.raises(ValueError, match="cannot be copied"):
         conjoin.unfuse(optimized)
     assert conjoin.unfuse(optimized, inplace=True) is model
+
+
+class OwnCopy(nn.Linear):
+    def __deepcopy__(self, memo):
+        raise LookupError("not this one")
+
+
+def test_a_model_whose_own_code_does_not_copy_it():
+    model = nn.Sequential(OwnCopy(4, 3))
+    for function in (conjoin.optimize, conjoin.unfuse):
+        with pytest.raises(ValueError, match=r"copied \(LookupError: not this one\). Pass inplace"):
+            function(model)
+
+
+def test_a_graph_that_does_not_lint_is_not_unfused():
+    traced = torch.fx.symbolic_trace(nn.Sequential(nn.Linear(4, 3)))
+    delattr(traced, "0")
+    with pytest.raises(ValueError, match="the graph is not sound"):
+        conjoin.unfuse(traced)
 
 
 def test_a_model_that_cannot_be_copied_is_traced_and_not_run(model, x):

@@ -162,3 +162,156 @@ def test_an_optimizer_of_one_branch(start_fused):
         other.state_dict().values(), reference.state_dict().values(), strict=True
     ):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+def test_an_optimizer_of_another_model_is_refused():
+    plain = Heads()
+    fused = conjoin.optimize(plain)
+    state = OPTIMIZERS["sgd"](plain.parameters()).state_dict()
+    other = OPTIMIZERS["sgd"]([*fused.parameters(), nn.Parameter(torch.zeros(2))])
+    with pytest.raises(ValueError, match="1 of the optimizer's 7 parameters are none of the model"):
+        checkpoints.separate(other, fused)
+    for optimizer, model in (
+        (OPTIMIZERS["sgd"](fused.parameters()), plain),
+        (OPTIMIZERS["sgd"](plain.parameters()), fused),
+    ):
+        with pytest.raises(ValueError, match=r"none of the model's\. Pass the model"):
+            checkpoints.separate(optimizer, model)
+        with pytest.raises(ValueError, match=r"none of the model's\. Pass the model"):
+            checkpoints.merge(state, optimizer, model)
+
+
+class Likes(nn.Module):
+    """Layers of one shape, so that nothing but their order tells whose state is whose."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.second = nn.Linear(6, 6), nn.Linear(6, 6)
+        self.a, self.b = nn.Linear(6, 6), nn.Linear(6, 6)
+
+    def forward(self, x):
+        h = self.second(self.first(x).relu()).relu()
+        return self.a(h), self.b(h)
+
+
+def chosen(model, names):
+    return [p for name in names for p in model.get_submodule(name).parameters()]
+
+
+NAMES = ["second first", "second first a b", "a b first second", "b a", "b first", "a"]
+
+
+@pytest.mark.parametrize("names", NAMES)
+def test_state_goes_to_the_parameter_that_it_is_of_in_any_order(names):
+    torch.manual_seed(0)
+    model = conjoin.optimize(Likes().double())
+    optimizer = OPTIMIZERS["adam"](chosen(model, names.split()))
+    step(model, optimizer, torch.randn(4, 6, dtype=torch.float64))
+    plain = conjoin.unfuse(model)
+    held = OPTIMIZERS["adam"](chosen(plain, names.split()))
+    held.load_state_dict(checkpoints.separate(optimizer, model))
+    for name in names.split():
+        for kind, parameter in plain.get_submodule(name).named_parameters():
+            gradient = getattr(model.get_submodule(name), kind).grad
+            torch.testing.assert_close(held.state[parameter]["exp_avg"], 0.1 * gradient)
+    back = checkpoints.merge(held.state_dict(), optimizer, model)
+    for number, state in optimizer.state_dict()["state"].items():
+        torch.testing.assert_close(back["state"][number]["exp_avg"], state["exp_avg"])
+
+
+def test_wide_parameters_in_another_order_are_refused():
+    model = conjoin.optimize(Likes())
+    state = OPTIMIZERS["adam"](Likes().parameters()).state_dict()
+    named = sorted(model.named_parameters())  # The parts of `a.wide` might be anywhere.
+    for parameters in ([p for _, p in named], [*model.parameters()][::-1]):
+        optimizer = OPTIMIZERS["adam"](parameters)
+        with pytest.raises(ValueError, match="in another order than"):
+            checkpoints.separate(optimizer, model)
+        with pytest.raises(ValueError, match="in another order than"):
+            checkpoints.merge(state, optimizer, model)
+
+
+def test_arguments_of_other_types_are_refused():
+    plain = Heads()
+    fused = conjoin.optimize(plain)
+    optimizer = OPTIMIZERS["sgd"](fused.parameters())
+    state = OPTIMIZERS["sgd"](plain.parameters()).state_dict()
+    for wrong in (None, state, torch.optim.SGD):
+        with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer as optimizer"):
+            checkpoints.separate(wrong, fused)
+        with pytest.raises(TypeError, match=r"expected a torch\.optim\.Optimizer as optimizer"):
+            checkpoints.merge(state, wrong, fused)
+    for wrong in (None, optimizer, Heads, fused.state_dict()):
+        with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module as model"):
+            checkpoints.separate(optimizer, wrong)
+        with pytest.raises(TypeError, match=r"expected a torch\.nn\.Module as model"):
+            checkpoints.merge(state, optimizer, wrong)
+    for wrong in (None, optimizer, {}, {"state": {}}, [state]):
+        with pytest.raises(TypeError, match=r"expected as state what state_dict\(\)"):
+            checkpoints.merge(wrong, optimizer, fused)
+
+
+def test_state_of_all_parameters_together_is_refused():
+    def trained(model):
+        optimizer = torch.optim.LBFGS(model.parameters(), max_iter=2)
+        x = torch.randn(4, 6)
+
+        def closure():
+            optimizer.zero_grad()
+            loss = sum(out.square().sum() for out in model(x))
+            loss.backward()
+            return loss
+
+        optimizer.step(closure)
+        return optimizer
+
+    plain = Heads()
+    fused = conjoin.optimize(plain)
+    state = trained(plain).state_dict()
+    with pytest.raises(ValueError, match="LBFGS keeps one state for all"):
+        checkpoints.separate(trained(fused), fused)
+    with pytest.raises(ValueError, match="LBFGS keeps one state for all"):
+        checkpoints.merge(state, trained(fused), fused)
+    assert checkpoints.separate(trained(plain), plain)["state"].keys() == state["state"].keys()
+
+
+def test_tensors_within_containers_are_refused():
+    plain = Heads()
+    fused = conjoin.optimize(plain)
+    optimizers = [OPTIMIZERS["adam"](model.parameters()) for model in (plain, fused)]
+    for model, optimizer in zip((plain, fused), optimizers, strict=True):
+        step(model, optimizer, torch.randn(4, 6))
+        for state in optimizer.state.values():
+            state["history"] = [state["exp_avg"]]
+    with pytest.raises(ValueError, match="history holds tensors in a list"):
+        checkpoints.separate(optimizers[1], fused)
+    with pytest.raises(ValueError, match="history holds tensors in a list"):
+        checkpoints.merge(optimizers[0].state_dict(), optimizers[1], fused)
+
+
+def test_factored_state_of_siblings_is_refused():
+    plain = Heads()
+    fused = conjoin.optimize(plain)
+    optimizers = [torch.optim.Adafactor(model.parameters()) for model in (plain, fused)]
+    for model, optimizer in zip((plain, fused), optimizers, strict=True):
+        step(model, optimizer, torch.randn(4, 6))
+    with pytest.raises(ValueError, match="cannot be divided among siblings"):
+        checkpoints.separate(optimizers[1], fused)
+    with pytest.raises(ValueError, match="cannot be divided among siblings"):
+        checkpoints.merge(optimizers[0].state_dict(), optimizers[1], fused)
+
+
+def test_optimizers_keep_their_own_names_of_parameters():
+    plain = Heads()
+    fused = conjoin.optimize(plain)
+    optimizers = [torch.optim.Adam(model.named_parameters()) for model in (plain, fused)]
+    for model, optimizer in zip((plain, fused), optimizers, strict=True):
+        step(model, optimizer, torch.randn(4, 6))
+    names = [optimizer.param_groups[0]["param_names"] for optimizer in optimizers]
+    states = [optimizer.state_dict() for optimizer in optimizers]
+    optimizers[0].load_state_dict(checkpoints.separate(optimizers[1], fused))
+    optimizers[1].load_state_dict(checkpoints.merge(states[0], optimizers[1], fused))
+    assert [each.param_groups[0]["param_names"] for each in optimizers] == names
+    assert [each.state_dict()["param_groups"] for each in optimizers] == [
+        state["param_groups"] for state in states
+    ]

@@ -20,6 +20,7 @@ import conjoin
 from conjoin import cli, options
 
 NETS = """
+import os
 import time
 import torch
 
@@ -41,6 +42,32 @@ class Tokens(torch.nn.Module):
     def forward(self, tokens, *, mask=None):
         x = self.table(tokens)
         return self.heads(x if mask is None else x * mask[..., None])
+
+class Leaving(Heads):
+    def forward(self, x):
+        raise SystemExit(3)
+
+class Uncopied(Heads):
+    def __deepcopy__(self, memo):
+        raise LookupError("not this one")
+
+class Lazy(torch.nn.Module):
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = torch.nn.LazyLinear(2), torch.nn.LazyLinear(2)
+
+    def forward(self, x):
+        return self.a(x) + self.b(x)
+
+def unsound():
+    traced = torch.fx.symbolic_trace(Heads())
+    del traced.mean
+    return traced
+
+def elsewhere():
+    os.mkdir("elsewhere")
+    os.chdir("elsewhere")
+    return Heads()
 
 class Slow(torch.nn.Module):
     def __getstate__(self):
@@ -302,7 +329,7 @@ def test_no_verify_copies_no_model(
 ) -> None:
     monkeypatch.setattr(cli.copy, "deepcopy", forgetful)
     message = fail(capsys, *OPTIMIZE, "--input", "4x8")
-    assert "cannot be copied to verify it (only leaves can be copied)" in message
+    assert "cannot be copied to verify it (RuntimeError: only leaves can be copied)" in message
     assert "--no-verify" in message
     assert os.listdir() == [whole]
 
@@ -458,6 +485,10 @@ def test_wrong_files(capsys: Capture, whole: str, heads: nn.Module) -> None:
         (["--input", ""], "has no shape such as"),
         (["--input", "4x8:float"], "names no dtype out of float64, float32"),
         (["--input", "99999999x99999999"], "would take over 4 GiB"),
+        (["--input", "9" * 5000], "would take over 4 GiB"),
+        (["--input=--"], "--input=-- gives no value"),
+        (["--arg=--"], "--arg=-- gives no value"),
+        (["--inp", "4x8"], "unrecognized arguments"),
         (["--arg", "(1"], "is not a Python literal"),
         (["--arg", "a=1", "--arg", "a=2"], "--arg a=... is given twice"),
         (["--arg", "3"], "is a file"),
@@ -479,6 +510,74 @@ def test_wrong_commands(capsys: Capture, whole: str) -> None:
 def test_outputs_that_cannot_be_written(capsys: Capture, whole: str) -> None:
     assert "there is no folder" in fail(capsys, "unfuse", whole, "-o", "missing/out.pt")
     assert "is a folder" in fail(capsys, "unfuse", whole, "-o", ".")
+
+
+def test_nothing_is_trusted_or_replaced_by_half_a_word(capsys: Capture, whole: str) -> None:
+    assert "unrecognized" in fail(capsys, "report", whole, "--trust")
+    Path("other.pt").write_text("precious")
+    assert "unrecognized" in fail(capsys, *OPTIMIZE[:2], "-o", "other.pt", "--trust-pickle", "--fo")
+    assert Path("other.pt").read_text() == "precious"
+
+
+def test_a_model_that_ends_the_process(capsys: Capture, nets: str) -> None:
+    for inputs in ((), ("--input", "4x8")):
+        message = fail(capsys, "optimize", f"{nets}:Leaving", "-o", "out.pt", *inputs)
+        assert "the model's code ends the process: SystemExit: 3" in message
+
+
+def test_what_to_do_about_inputs_is_said_of_the_command_line(capsys: Capture, whole: str) -> None:
+    message = fail(capsys, "report", whole, "--trust-pickle", "--input", "4x9")
+    assert "Give what its forward takes with --input" in message
+    assert "example_inputs" not in message
+
+
+def test_a_model_that_does_not_copy(capsys: Capture, nets: str) -> None:
+    command = ("optimize", f"{nets}:Uncopied", "-o", "out.pt", "--input", "4x8")
+    message = fail(capsys, *command)
+    assert "cannot be copied to verify it (LookupError: not this one): --no-verify" in message
+
+
+def test_a_graph_that_is_not_sound(capsys: Capture, nets: str) -> None:
+    for command in ("optimize", "unfuse"):
+        message = fail(capsys, command, f"{nets}:unsound", "-o", "out.pt")
+        assert "the graph is not sound" in message
+
+
+def test_lazy_layers_are_not_exported(capsys: Capture, nets: str) -> None:
+    message = fail(capsys, "export", f"{nets}:Lazy", "-o", "out.pt2", "--input", "4x8")
+    assert "run it once on an example input" in message
+
+
+def test_a_factory_that_goes_to_another_folder(capsys: Capture, nets: str) -> None:
+    succeed(capsys, "unfuse", f"{nets}:elsewhere", "-o", "out.pt")
+    assert os.path.exists("out.pt")
+    assert os.listdir("elsewhere") == []
+
+
+@pytest.mark.skipif(os.name != "posix", reason="a folder that is in use can be removed on POSIX")
+def test_a_current_folder_that_is_gone(
+    capsys: Capture, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    (tmp_path / "gone").mkdir()
+    monkeypatch.chdir(tmp_path / "gone")
+    (tmp_path / "gone").rmdir()
+    assert "the current folder is gone" in fail(capsys, "report", "torch.nn:ReLU")
+
+
+@pytest.mark.skipif(os.name != "posix", reason="names of files that are bytes")
+def test_names_that_are_not_utf_8(capsys: Capture, exported: str, whole: str) -> None:
+    program, module = (os.fsdecode(b"\xff" + os.fsencode(name)) for name in (exported, whole))
+    os.rename(exported, program)
+    os.rename(whole, module)
+    assert "1 fused" in succeed(capsys, "report", program)
+    assert "1 fused" in succeed(capsys, "report", program, "--trust-pickle")
+    assert "1 fused" in succeed(capsys, "report", module, "--trust-pickle")
+
+
+def test_strings_with_backslashes_bring_no_remarks(capsys: Capture, nets: str) -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        assert options.arguments(["'\\d'"]).positional == ("\\d",)
 
 
 def test_control_characters_do_not_reach_the_terminal(capsys: Capture, tmp_path: Path) -> None:
@@ -513,7 +612,10 @@ def test_as_a_process(whole: str) -> None:
     assert (run.returncode, err) == (0, "")
     assert "2+3 -> 5" in out
     run = command("report", "missing.pt")
-    assert run.communicate() == ("", "conjoin: error: there is no file missing.pt\n")
+    out, err = run.communicate()
+    assert out == ""
+    assert err.startswith("conjoin: error: there is no file missing.pt: name a file, or")
+    assert err.count("\n") == 1
     assert run.returncode == 2
 
 
@@ -524,6 +626,20 @@ def test_a_reader_that_leaves_is_no_error(whole: str) -> None:
     run.stdout.close()
     assert run.stderr.read() == ""
     assert run.wait() == 0
+
+
+@pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
+def test_an_error_that_nobody_can_be_told() -> None:
+    argv = [sys.executable, "-m", "conjoin", "report", "missing.pt"]
+    with open("/dev/full", "w") as full:
+        run = subprocess.run(argv, stdout=subprocess.PIPE, stderr=full, check=False)
+    assert (run.returncode, run.stdout) == (2, b"")
+
+
+def test_an_error_is_never_in_the_result(capsys: Capture, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(sys, "stderr", None)  # As Python has it where it is closed.
+    assert cli.main(["report", "missing.pt"]) == 2
+    assert capsys.readouterr().out == ""
 
 
 @pytest.mark.skipif(not os.path.exists("/dev/full"), reason="needs /dev/full")
@@ -543,7 +659,7 @@ def test_an_output_that_is_full(whole: str) -> None:
 def test_a_narrow_terminal_encoding(whole: str) -> None:
     environment = {**os.environ, "PYTHONIOENCODING": "ascii", "PYTHONUTF8": "0"}
     run = command("report", "müssing.pt", env=environment)
-    assert run.communicate()[1] == "conjoin: error: there is no file m\\xfcssing.pt\n"
+    assert "there is no file m\\xfcssing.pt:" in run.communicate()[1]
 
 
 @pytest.mark.skipif(os.name != "posix", reason="signals of POSIX")
@@ -610,6 +726,8 @@ def test_policy_and_budget(tmp_path: Path, nets: str, capsys: Capture) -> None:
         (["--memory-budget", "2.5", "--input", "4x8"], "2.5 is no size above 0, or no fraction"),
         (["--memory-budget", "0", "--input", "4x8"], "0 is no size above 0"),
         (["--memory-budget", "8GiB"], "--memory-budget needs --input"),
+        (["--memory-budget", "9" * 400, "--input", "4x8"], "more memory than any device has"),
+        (["--memory-budget", "9" * 400 + "TiB"], "more memory than any device has"),
         (["--input", "x=4x8", "--input", "x=2x8"], "--input x=... is given twice"),
     ],
 )

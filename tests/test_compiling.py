@@ -204,6 +204,22 @@ def test_the_inner_backend_gets_its_mode_and_options():
         torch.compile(nn.Linear(2, 2), backend="conjoin", options={"levels": 3})(torch.randn(2, 2))
 
 
+@pytest.mark.parametrize(
+    ("options", "words"),
+    [
+        (3, "options is a dict"),
+        ("eager", "options is a dict"),
+        ({"backend": 3}, r"options\['backend'\] is the name of a backend .* not 3"),
+        ({"backend": None}, "Leave it out to have Inductor"),
+    ],
+)
+def test_wrong_options_of_the_backend(options, words):
+    torch.compiler.reset()
+    compiled = torch.compile(nn.Linear(2, 2), backend="conjoin", options=options)
+    with pytest.raises(RuntimeError, match=words):
+        compiled(torch.randn(2, 2))
+
+
 class Changed(nn.Module):
     """What the siblings read is changed between their calls."""
 

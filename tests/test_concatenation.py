@@ -5,6 +5,7 @@ import torch
 from torch import nn
 from torch.nn.utils import parametrizations, prune
 
+import conjoin
 from conjoin.nn import Parallel, Split
 
 DTYPE = torch.float64
@@ -224,6 +225,10 @@ def test_conversion_refuses_hooks_and_own_forward_of_the_container():
 
     with pytest.raises(ValueError, match="its forward is its own"):
         Doubled(nn.Linear(3, 4)).to_split()
+    optimized = conjoin.optimize(Parallel(nn.Linear(3, 4), nn.Linear(3, 4)), (torch.ones(2, 3),))
+    with pytest.raises(ValueError, match=r"conjoin\.unfuse makes of an optimized one"):
+        optimized.to_split()
+    assert isinstance(conjoin.unfuse(optimized).to_split(), Split)
     split = Split(nn.Linear(3, 4), 2, dim=-1)
     split.register_forward_hook(lambda *_: None)
     with pytest.raises(ValueError, match="hooks"):

@@ -59,6 +59,14 @@ def test_split_refuses_wrong_arguments():
         Split(nn.Flatten(), sizes=[])
     with pytest.raises(TypeError, match="a module first"):
         Split(torch.relu, 2)
+    for sizes in (6, iter([3, 3])):
+        with pytest.raises(TypeError, match="Split takes a list of sizes"):
+            Split(nn.Flatten(), sizes=sizes)
+    for dim in ("1", None, 1.0, True):
+        with pytest.raises(TypeError, match="Split takes a whole number for dim"):
+            Split(nn.Flatten(), 2, dim=dim)
+        with pytest.raises(TypeError, match="Unite takes a whole number for dim"):
+            Unite(dim)
 
 
 def test_split_passes_arguments_on():
@@ -176,6 +184,12 @@ def test_parallel_refuses_what_is_no_module():
         Parallel(nn.ReLU()).append(torch.relu)
     with pytest.raises(TypeError, match="Parallel takes modules"):
         Parallel(OrderedDict(a=None))
+    heads = Parallel(nn.ReLU())
+    with pytest.raises(TypeError, match="Parallel takes modules"):
+        heads.extend([nn.Tanh(), torch.relu])
+    assert len(heads) == 1
+    with pytest.raises(TypeError, match="one branch at a time"):
+        heads[0:1] = nn.Tanh()
 
 
 # --- Unite ---

@@ -2,9 +2,9 @@
 
 Python blocks run one after another in one namespace; the text block that follows one holds what
 it prints. Console blocks hold commands and what they print. The list of reasons is made from the
-enum, the tables of hazards and dialects from those that `test_hazards.py` and `test_dialects.py`
-run, and those of speed from the result of the benchmark that is kept.
-`CONJOIN_REGENERATE=1 pytest tests/test_readme.py` writes what happens into the README.
+enum, the tables of hazards (in HAZARDS.md) and dialects from those that `test_hazards.py` and
+`test_dialects.py` run, and those of speed from the result of the benchmark that is kept.
+`CONJOIN_REGENERATE=1 pytest tests/test_readme.py` writes what happens into the pages.
 """
 
 import contextlib
@@ -18,6 +18,7 @@ import sys
 from pathlib import Path
 
 import dialects
+import pytest
 import torch
 from awkward import EXACT, HAZARDS, LIFE
 from benchmarks import tables
@@ -25,9 +26,18 @@ from benchmarks import tables
 from conjoin import cli
 from conjoin.legality import Reason
 
-README = Path(__file__).parent.parent / "README.md"
+ROOT = Path(__file__).parent.parent
+README = ROOT / "README.md"
+PAGES = (README, ROOT / "HAZARDS.md")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
+LINK = re.compile(r"\]\(([\w./]*)#?([\w-]*)\)")
 SECTION = re.compile(r"(<!-- (\w+) -->).*?(<!-- /\2 -->)", re.DOTALL)
+
+
+def anchors(page: Path) -> list[str]:
+    """The names by which a page's sections are linked to, as GitHub makes them."""
+    titles = re.findall(r"^#+ (.*)", page.read_text(), re.MULTILINE)
+    return [re.sub(r"[^\w -]", "", title.lower()).replace(" ", "-") for title in titles]
 
 
 def printed(run) -> str:
@@ -82,7 +92,7 @@ MADE = {
 
 
 def as_it_happens(text: str) -> str:
-    """The README with every output replaced by what really comes out."""
+    """A page with every output replaced by what really comes out."""
     torch.manual_seed(0)
     namespace: dict[str, object] = {"__name__": "readme"}
     output = ""
@@ -105,14 +115,27 @@ def as_it_happens(text: str) -> str:
     return SECTION.sub(section, BLOCK.sub(block, text))
 
 
-def test_readme():
-    text = README.read_text()
-    expected = as_it_happens(text)
+@pytest.mark.parametrize("page", PAGES, ids=lambda page: page.name)
+def test_what_a_page_shows_is_what_happens(page):
+    expected = as_it_happens(page.read_text())
     if os.environ.get("CONJOIN_REGENERATE"):
-        README.write_text(expected)
-    assert README.read_text() == expected
+        page.write_text(expected)
+    text = page.read_text()
+    assert text == expected
     assert text.count("```text\n```") == 0
-    assert {name for _, name, _ in SECTION.findall(text)} == MADE.keys()
+
+
+def test_each_section_that_is_made_is_on_one_page():
+    found = [name for page in PAGES for _, name, _ in SECTION.findall(page.read_text())]
+    assert sorted(found) == sorted(MADE)
+
+
+def test_links_between_pages_and_sections_lead_somewhere():
+    for page in PAGES:
+        for path, section in LINK.findall(page.read_text()):
+            target = ROOT / path if path else page
+            assert target.is_file(), path
+            assert not section or section in anchors(target), section
 
 
 def test_an_import_brings_the_names_that_are_called():

@@ -16,6 +16,7 @@ from conjoin.applying import apply, restore
 from conjoin.checking import check_for_program, check_model, checked_budget, example_calls
 from conjoin.decision import decide_on
 from conjoin.duplicates import deepcopy
+from conjoin.foreign import quote
 from conjoin.layers import KINDS, Kind, checked_kinds
 from conjoin.memory import Memory, MemoryBudgetWarning
 from conjoin.policy.deciding import note
@@ -82,8 +83,9 @@ def optimize(
         The optimized model: `model` itself with `inplace`, otherwise a copy.
 
     Raises:
-        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, `kinds` is
-            no tuple of kinds, or `memory_budget` is no number.
+        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples,
+            `example_kwargs` is no dict of names, `kinds` is no tuple of kinds, or `memory_budget`
+            is no number.
         ValueError: the model cannot be copied, or does not run on the example inputs; two of the
             kinds are for one class; there is no such policy, or no example inputs to measure with;
             `memory_budget` is not above 0, is a fraction above 1, or is given without example
@@ -140,12 +142,21 @@ def unfuse(model: Model, *, inplace: bool = False) -> Model:
 
     Raises:
         TypeError: `model` is no module.
-        ValueError: the model cannot be copied; or a program's graph was changed after `optimize`.
+        ValueError: the model cannot be copied; a graph in it does not lint; or a program's graph
+            was changed after `optimize`.
+
+    Example:
+        >>> import torch, conjoin
+        >>> model = conjoin.nn.Parallel(torch.nn.Linear(8, 2), torch.nn.Linear(8, 3))
+        >>> plain = conjoin.unfuse(conjoin.optimize(model))
+        >>> type(plain[1]).__name__, torch.equal(plain[1].weight, model[1].weight)
+        ('Linear', True)
     """
     if isinstance(model, ExportedProgram):
         check_for_program(inplace=inplace)
         return cast(Model, programs.unfuse(model))
     check_model(model)
+    graph_modules.check(model)
     plain = model if inplace else _copy(model)
     restore(plain)
     return plain
@@ -180,12 +191,20 @@ def report(
         The report; `str()` of it is a table.
 
     Raises:
-        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples, `kinds` is
-            no tuple of kinds, or `memory_budget` is no number.
+        TypeError: `model` is no module, `example_inputs` is no tuple or list of tuples,
+            `example_kwargs` is no dict of names, `kinds` is no tuple of kinds, or `memory_budget`
+            is no number.
         ValueError: the model cannot be copied, or does not run on the example inputs; two of the
             kinds are for one class; there is no such policy, or no example inputs to measure with;
             or `memory_budget` is not above 0, is a fraction above 1, or is given without example
             inputs.
+
+    Example:
+        >>> import torch, conjoin
+        >>> model = conjoin.nn.Parallel(torch.nn.Linear(8, 2), torch.nn.Linear(8, 3))
+        >>> report = conjoin.report(model, (torch.randn(4, 8),))
+        >>> [(group.layers, group.fused, group.launches) for group in report.groups]
+        [(('0', '1'), True, (2, 1))]
     """
     calls = example_calls(example_inputs, example_kwargs)
     kinds = checked_kinds(kinds)
@@ -228,7 +247,7 @@ def _copy(model: Module) -> Module:
     try:
         with undisturbed():  # A copy may be made by code of the model's own.
             return deepcopy(model)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # That code may raise anything.
         raise ValueError(
-            f"the model cannot be copied ({error}). Pass inplace=True to change it itself."
+            f"the model cannot be copied ({quote(error)}). Pass inplace=True to change it itself."
         ) from error

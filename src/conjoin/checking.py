@@ -14,19 +14,28 @@ from conjoin.tracing.copies import Call
 def check_model(model: object) -> None:
     """Raises TypeError where `model` is no module."""
     if not isinstance(model, nn.Module):
-        given = f"the class {model.__name__}" if isinstance(model, type) else type(model).__name__
         raise TypeError(
-            f"expected a torch.nn.Module as model, not {given}. Pass the model itself: an instance "
-            "of its class, or an ExportedProgram."
+            f"expected a torch.nn.Module as model, not {described(model)}. Pass the model itself: "
+            "an instance of its class, or an ExportedProgram."
         )
+
+
+def described(value: object) -> str:
+    """What was given where something else is expected."""
+    return f"the class {value.__name__}" if isinstance(value, type) else type(value).__name__
 
 
 def example_calls(inputs: object, kwargs: dict[str, Any] | None) -> list[Call]:
     """The example calls; none where neither arguments nor keyword arguments were given.
 
     Raises:
-        TypeError: `inputs` is no tuple or list of tuples.
+        TypeError: `inputs` is no tuple or list of tuples, or `kwargs` is no dict of names.
     """
+    if kwargs is not None and not (isinstance(kwargs, dict) and all(map(_is_name, kwargs))):
+        raise TypeError(
+            "example_kwargs is a dict of the model's keyword arguments by their names, such as "
+            f"{{'mask': mask}}, not {_what(kwargs)}."
+        )
     if inputs is None:
         return [] if kwargs is None else [((), kwargs)]
     calls: list[Call] = []
@@ -39,6 +48,14 @@ def example_calls(inputs: object, kwargs: dict[str, Any] | None) -> list[Call]:
             )
         calls.append((call, kwargs or {}))
     return calls
+
+
+def _is_name(key: object) -> bool:
+    return isinstance(key, str)
+
+
+def _what(value: object) -> str:
+    return "a dict with other keys" if isinstance(value, dict) else type(value).__name__
 
 
 def check_for_program(

@@ -13,7 +13,7 @@ import sys
 import warnings
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager, redirect_stdout, suppress
-from typing import NoReturn, get_args
+from typing import Any, NoReturn, get_args
 
 import torch
 from torch import nn
@@ -22,10 +22,11 @@ from torch.export import ExportedProgram
 import conjoin
 from conjoin.files import exporting, writing
 from conjoin.files.loading import load
-from conjoin.foreign import SavedError, unremarked
+from conjoin.foreign import SavedError, quote, unremarked
 from conjoin.memory import MemoryBudgetWarning
 from conjoin.options import UsageError, arguments, budget, example, input_specs
 from conjoin.policy.figures import Policy
+from conjoin.tracing.observe import TUPLE
 
 _SAVED_HELP = (
     "a .pt2 file of torch.export.save, a model saved whole by torch.save "
@@ -43,6 +44,9 @@ examples:
   conjoin export fused.pt -o plain.onnx --trust-pickle --input 64x1x28x28 --dynamic-batch
 """
 
+_INPUTS = (
+    "Give what its forward takes with --input: shapes, dtypes and, where it needs them, names."
+)
 _NOT_RUN = "not verified: the program has no inputs to run it on"
 _UNVERIFIED = {
     False: "not verified: there are no inputs to run the model on (give them with --input)",
@@ -55,6 +59,10 @@ _Inputs = tuple[
 
 
 class _Parser(argparse.ArgumentParser):
+    def __init__(self, **options: Any) -> None:
+        # `--trust` is not `--trust-pickle`: what runs code or replaces files is spelled out.
+        super().__init__(allow_abbrev=False, **options)
+
     def error(self, message: str) -> NoReturn:
         raise UsageError(f"{message} (see {self.prog} --help)")
 
@@ -70,19 +78,27 @@ def main(argv: Sequence[str] | None = None) -> int:
     """
     _tolerate_narrow_encodings()
     try:
-        options = _parser().parse_args(argv)
+        options = _parser().parse_args(_checked(sys.argv[1:] if argv is None else argv))
         run: Callable[[argparse.Namespace], str] = options.run
-        with _current_folder_importable():
+        with _current_folder():
             with redirect_stdout(sys.stderr):  # What the model prints is not the result.
                 result = run(options)
             _emit(result)
     except (UsageError, SavedError) as error:
-        print(f"conjoin: error: {_one_line(str(error))}", file=sys.stderr)
+        _complain(f"error: {_one_line(str(error))}")
         return 2
     except KeyboardInterrupt:
-        print("conjoin: interrupted", file=sys.stderr)
+        _complain("interrupted")
         return 130
     return 0
+
+
+def _checked(argv: Sequence[str]) -> Sequence[str]:
+    """The arguments, of which argparse would take a value `--` for none."""
+    for argument in argv:
+        if argument.startswith("-") and argument.partition("=")[2] == "--":
+            raise UsageError(f"{argument} gives no value: write one after the =")
+    return argv
 
 
 def _parser() -> argparse.ArgumentParser:
@@ -241,9 +257,10 @@ def _optimize(options: argparse.Namespace) -> str:
 def _duplicate(model: nn.Module) -> nn.Module:
     try:
         return copy.deepcopy(model)
-    except (RuntimeError, TypeError, NotImplementedError) as error:
+    except Exception as error:  # Code of the model's own copies it, which may raise anything.
         raise UsageError(
-            f"the model cannot be copied to verify it ({error}): --no-verify writes it unverified"
+            f"the model cannot be copied to verify it ({quote(error)}): --no-verify writes it "
+            "unverified"
         ) from error
 
 
@@ -261,7 +278,9 @@ def _unfuse(options: argparse.Namespace) -> str:
     model = _load(options)
     writing.check_suffix(model, options.out)
     if not isinstance(model, ExportedProgram):
-        writing.write(conjoin.unfuse(model, inplace=True), options.out, force=options.force)
+        with _wrong_inputs():
+            whole = conjoin.unfuse(model, inplace=True)
+        writing.write(whole, options.out, force=options.force)
         return f"wrote {options.out}"
     with _wrong_inputs():
         plain = conjoin.unfuse(model)
@@ -293,8 +312,11 @@ def _export(options: argparse.Namespace) -> str:
 
 
 def _load(options: argparse.Namespace) -> nn.Module | ExportedProgram:
-    given = arguments(options.arg)
-    return load(options.saved, trust_pickle=options.trust_pickle, arguments=given)
+    given, folder = arguments(options.arg), os.getcwd()
+    try:
+        return load(options.saved, trust_pickle=options.trust_pickle, arguments=given)
+    finally:
+        os.chdir(folder)  # A factory may have gone elsewhere, and OUT is a name in this one.
 
 
 def _model_and_inputs(options: argparse.Namespace) -> _Inputs:
@@ -327,22 +349,36 @@ def _wrong_inputs() -> Iterator[None]:
         with unremarked():
             yield
     except (ValueError, TypeError) as error:
-        raise UsageError(str(error)) from error
+        raise UsageError(str(error).replace(TUPLE, _INPUTS)) from error
+    except SystemExit as error:
+        raise UsageError(f"the model's code ends the process: {quote(error)}") from error
 
 
 # The process
 
 
 @contextmanager
-def _current_folder_importable() -> Iterator[None]:
+def _current_folder() -> Iterator[None]:
     """The console script can import what `python -m conjoin` can."""
-    folder = os.path.abspath(os.curdir)
+    try:
+        folder = os.getcwd()
+    except FileNotFoundError:
+        raise UsageError("the current folder is gone: change to one that exists") from None
     sys.path.insert(0, folder)
     try:
         yield
     finally:
         with suppress(ValueError):
             sys.path.remove(folder)
+
+
+def _complain(text: str) -> None:
+    if sys.stderr is None:  # It was closed, and `print` would take the standard output.
+        return
+    try:
+        print(f"conjoin: {text}", file=sys.stderr, flush=True)
+    except OSError:  # There is nobody to tell, and the exit status tells.
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stderr.fileno())
 
 
 def _emit(text: str) -> None:

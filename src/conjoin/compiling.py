@@ -43,6 +43,10 @@ def backend(
     Returns:
         The compiled graph.
 
+    Raises:
+        TypeError: `options` is no dict, or the backend among them is no name and no function;
+            `torch.compile` wraps it.
+
     Example:
         >>> import torch, conjoin
         >>> model = conjoin.nn.Parallel(torch.nn.Linear(8, 2), torch.nn.Linear(8, 3))
@@ -53,8 +57,18 @@ def backend(
         >>> [tuple(part.shape) for part in compiled(x)]
         [(4, 2), (4, 3)]
     """
+    if not isinstance(options, (dict, type(None))):
+        raise TypeError(
+            "options is a dict of the inner backend's options, such as {'backend': 'aot_eager'}, "
+            f"not {options!r}."
+        )
     inner = dict(options or {})
     compiler = inner.pop(BACKEND, "inductor")
+    if not isinstance(compiler, str) and not callable(compiler):
+        raise TypeError(
+            f"options['backend'] is the name of a backend of torch.compile, or a function, not "
+            f"{compiler!r}. Leave it out to have Inductor."
+        )
     for each in _bodies(graph_module):
         run_all(each, COMPILED)
     found = join.groups(graph_module)

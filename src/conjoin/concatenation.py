@@ -84,7 +84,8 @@ def check_container(where: str, module: nn.Module, base: type[nn.Module]) -> Non
     if not _runs_forward_of(module, [base]):
         raise ValueError(
             f"{where} cannot convert {type(module).__name__}: its forward is its own. Convert a "
-            f"plain {base.__name__}, and do the rest in a module around it."
+            f"plain {base.__name__}, which conjoin.unfuse makes of an optimized one, and do the "
+            "rest in a module around it."
         )
     if _has_hooks(module):
         raise ValueError(f"{where} would lose the hooks of this module. Remove them first.")

@@ -11,7 +11,13 @@ from dataclasses import dataclass
 
 
 class Reason(enum.Enum):
-    """What keeps siblings apart, and the remedy."""
+    """What keeps siblings apart, and the remedy.
+
+    Example:
+        >>> import conjoin
+        >>> conjoin.Reason.HOOKS.value.split(". ")[0]
+        'A hook is registered on the layer or on its parameters, and would see other tensors'
+    """
 
     DIFFERENT_SETTINGS = (
         "The layers differ in a setting that one wide layer can hold only once. "
@@ -119,6 +125,11 @@ class Refusal:
         reason: What is in the way, and the remedy.
         detail: The values that differ or the place where it happens, such as
             ``"stride: (1, 1) and (2, 2)"``; empty where the reason says everything.
+
+    Example:
+        >>> import conjoin
+        >>> str(conjoin.Refusal(("a", "b"), conjoin.Reason.HOOKS, ""))[:34]
+        'a, b: A hook is registered on the '
     """
 
     layers: tuple[str, ...]

@@ -28,7 +28,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 
 class MemoryBudgetWarning(UserWarning):
-    """The optimized model is predicted to need more memory than `memory_budget` allows."""
+    """The optimized model is predicted to need more memory than `memory_budget` allows.
+
+    Example:
+        >>> import torch, conjoin, warnings
+        >>> model = conjoin.nn.Parallel(torch.nn.Linear(8, 2), torch.nn.Linear(8, 3))
+        >>> with warnings.catch_warnings(record=True) as caught:
+        ...     warnings.simplefilter("always", conjoin.MemoryBudgetWarning)
+        ...     _ = conjoin.optimize(model, (torch.randn(4, 8),), memory_budget=10)
+        >>> [warning.category.__name__ for warning in caught]
+        ['MemoryBudgetWarning']
+    """
 
 
 @dataclass(frozen=True, slots=True)

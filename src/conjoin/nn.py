@@ -83,6 +83,8 @@ class Parallel(nn.Module):
         return self._items()[index][1]
 
     def __setitem__(self, index: int, module: nn.Module) -> None:
+        if isinstance(index, slice):
+            raise TypeError("Parallel sets one branch at a time. Write branches[i] = module.")
         setattr(self, self._items()[index][0], _branch(module))
 
     def __delitem__(self, index: int | slice) -> None:
@@ -95,9 +97,9 @@ class Parallel(nn.Module):
         return self.insert(len(self), module)
 
     def extend(self, modules: Iterable[nn.Module]) -> Parallel:
-        """Adds branches at the end, in order, and returns this module."""
+        """Adds branches at the end, in order, and returns this module; all of them, or none."""
         # A list first: `heads.extend(heads)` reads what it writes.
-        for module in list(modules):
+        for module in [_branch(module) for module in modules]:
             self.append(module)
         return self
 
@@ -171,7 +173,8 @@ class Split(nn.Module):
         - Output: a tuple of tensors, (N, C, ...) into (N, C1, ...), (N, C2, ...) and so on.
 
     Raises:
-        TypeError: `module` is not a module, or its output is not one tensor.
+        TypeError: `module` is not a module, or its output is not one tensor; `sizes` is no list, or
+            `dim` no whole number.
         ValueError: The parts do not fit the size along `dim`. Raised at construction where the
             layer tells its output width (batched input for convolutions, `dim=-1` for Linear and
             Embedding), else when called.
@@ -199,6 +202,11 @@ class Split(nn.Module):
                 f"Split takes either parts or sizes, but was given parts={parts!r} and "
                 f"sizes={sizes!r}. Write Split(module, 2) or Split(module, sizes=[3, 5])."
             )
+        if sizes is not None and not isinstance(sizes, Sequence):
+            raise TypeError(
+                f"Split takes a list of sizes, but was given {_what(sizes)}. Write "
+                "Split(module, sizes=[3, 5])."
+            )
         for count in [parts] if sizes is None else sizes:
             _check_positive(count)
         if sizes is not None and len(sizes) == 0:
@@ -206,7 +214,7 @@ class Split(nn.Module):
         self.module = module
         self.parts = parts
         self.sizes = None if sizes is None else tuple(sizes)
-        self.dim = dim
+        self.dim = _checked_dim("Split", dim)
         width = known_width(module, dim)
         if width is not None:
             self._sizes_for(width, f"{type(module).__name__} has {width} output channels")
@@ -326,8 +334,9 @@ class Unite(nn.Module):
         - Output: (N, C1 + C2 + ..., ...).
 
     Raises:
-        TypeError: The input is not a tuple or list of tensors.
+        TypeError: The input is not a tuple or list of tensors, or `dim` is no whole number.
         ValueError: The tuple is empty.
+        RuntimeError: The tensors differ in a dimension other than `dim`, as in `torch.cat`.
 
     Example:
         >>> whole = torch.randn(2, 6)
@@ -337,7 +346,7 @@ class Unite(nn.Module):
 
     def __init__(self, dim: int = 1) -> None:
         super().__init__()
-        self.dim = dim
+        self.dim = _checked_dim("Unite", dim)
 
     def forward(self, parts: Sequence[torch.Tensor]) -> torch.Tensor:
         """Returns the parts joined along `dim`."""
@@ -383,6 +392,12 @@ def _what(value: object) -> str:
     if isinstance(value, torch.Tensor):
         return f"a tensor of shape {tuple(value.shape)}"
     return f"a value of type {type(value).__name__}"
+
+
+def _checked_dim(where: str, dim: object) -> int:
+    if isinstance(dim, int) and not isinstance(dim, bool):
+        return dim
+    raise TypeError(f"{where} takes a whole number for dim, such as 1 or -1, not {dim!r}.")
 
 
 def _check_positive(count: object) -> None:

@@ -6,6 +6,8 @@ import argparse
 import ast
 import math
 import re
+import sys
+import warnings
 from collections.abc import Sequence
 from dataclasses import dataclass
 
@@ -73,7 +75,9 @@ def arguments(texts: Sequence[str]) -> Arguments:
 
 def _literal(text: str) -> object:
     try:
-        return ast.literal_eval(text)
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore")  # Python's remarks on a string's backslashes.
+            return ast.literal_eval(text)
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
         # What opens like a literal was meant as one; anything else is a string without quotes.
         if text.lstrip()[:1] in tuple("([{'\""):
@@ -94,7 +98,10 @@ def budget(text: str) -> float:
         )
     number, unit = match.groups()
     fraction = unit is None and "." in number
-    size = float(number) if fraction else int(float(number) * _UNITS[(unit or "b").lower()])
+    size = float(number) * (1 if fraction else _UNITS[(unit or "b").lower()])
+    if not fraction and size > sys.maxsize:
+        raise argparse.ArgumentTypeError(f"{text[:20]}... is more memory than any device has")
+    size = size if fraction else int(size)
     if size <= 0 or (fraction and size > 1):
         raise argparse.ArgumentTypeError(
             f"{text} is no size above 0, or no fraction of the device's memory up to 1.0"
@@ -143,8 +150,11 @@ def _input_spec(text: str) -> InputSpec:
     dtype = _DTYPES.get(dtype_text or "float32")
     if dtype is None:
         raise UsageError(f"--input {text} names no dtype out of {', '.join(_DTYPES)}")
-    shape = () if shape_text == "scalar" else tuple(map(int, shape_text.split("x")))
-    if math.prod(shape) * dtype.itemsize > MAX_INPUT_BYTES:
+    sizes = [] if shape_text == "scalar" else shape_text.split("x")
+    # Python refuses to read a number of thousands of digits.
+    large = any(len(size) > len(str(MAX_INPUT_BYTES)) for size in sizes)
+    shape = () if large else tuple(map(int, sizes))
+    if large or math.prod(shape) * dtype.itemsize > MAX_INPUT_BYTES:
         raise UsageError(f"--input {text} would take over {MAX_INPUT_BYTES // 2**30} GiB of memory")
     return InputSpec(text, name, shape, dtype)
 

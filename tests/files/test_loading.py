@@ -86,6 +86,8 @@ def test_missing_folder_empty_and_unreadable(tmp_path: Path) -> None:
     assert "is a folder" in refusal(tmp_path)
     assert "is empty" in refusal(tmp_path / "empty.pt")
     assert "there is no file" in refusal("nul\0byte")
+    assert "there is no file" in refusal(f"{tmp_path / 'empty.pt'}/")
+    assert "name a file, or a function that builds the model" in refusal("nets")
     assert "package.module:factory" in refusal("a:b:c")
 
 
@@ -105,7 +107,10 @@ def test_other_formats(tmp_path: Path) -> None:
     assert "safetensors" in refusal(tmp_path / "it.safetensors")
     assert "not a file of torch.save" in refusal(tmp_path / "it.txt")
     assert "no model of PyTorch" in refusal(tmp_path / "it.zip")
-    refusal(tmp_path / "it.pkl", trust=True)
+    for trust in (False, True):
+        message = refusal(tmp_path / "it.pkl", trust=trust)
+        assert "is a pickle, but none of torch.save" in message
+        assert "--trust-pickle" not in message
 
 
 def test_a_class_that_cannot_be_found(tmp_path: Path) -> None:

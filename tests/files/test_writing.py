@@ -88,24 +88,73 @@ def test_a_failure_leaves_everything_as_it_was(
 
 
 @pytest.mark.skipif(not hasattr(signal, "SIGXFSZ"), reason="needs limits on file sizes")
-@pytest.mark.parametrize("limit", [0, 1000, 50_000, 4_001_000])
-def test_a_write_that_is_cut_short(tmp_path: Path, limit: int) -> None:
+@pytest.mark.parametrize(
+    ("what", "limit"),
+    [
+        ("a module", 0),
+        ("a module", 50_000),
+        ("a module", 4_001_000),
+        ("a program", 1000),
+        ("an export", 0),
+    ],
+)
+def test_a_write_that_is_cut_short(tmp_path: Path, limit: int, what: str) -> None:
     script = f"""
 import resource, signal, torch
 import conjoin
-from conjoin.files import writing
+from conjoin.files import exporting, writing
 from conjoin.foreign import SavedError
+model, call = torch.nn.Linear(1000, 1000), ((torch.ones(2, 1000),), {{}})
+program = torch.export.export(model, *call)
 signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
 resource.setrlimit(resource.RLIMIT_FSIZE, ({limit}, {limit}))
 try:
-    writing.write(torch.nn.Linear(1000, 1000), "out.pt")
+    if {what!r} == "an export":
+        exporting.export(program, "out.pt2", call)
+    else:
+        writing.write(model if {what!r} == "a module" else program, "out.pt2")
 except SavedError as error:
     print(error)
 """
     run = subprocess.run(
         [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
     )
-    assert run.stdout.endswith("out.pt: file too large\n")
+    assert run.stdout.endswith("out.pt2: file too large\n")
+    assert run.stderr == ""
+    assert leftovers(tmp_path) == []
+
+
+@pytest.mark.parametrize("at_the_end", [False, True])
+def test_an_interrupted_write_of_a_program_leaves_everything_as_it_was(
+    tmp_path: Path, at_the_end: bool
+) -> None:
+    script = f"""
+import io, torch
+from torch.export.pt2_archive import _package
+from conjoin.files import writing
+model = torch.export.export(torch.nn.Linear(1000, 1000), (torch.ones(2, 1000),))
+writes, write = [], io.BufferedWriter.write
+class Interrupted(io.BufferedWriter):
+    def write(self, content):
+        writes.append(content)
+        if len(writes) == 3:
+            raise KeyboardInterrupt
+        return write(self, content)
+def interrupt(*_):
+    raise KeyboardInterrupt
+if {at_the_end}:
+    _package.PT2ArchiveWriter.__exit__ = interrupt
+else:
+    writing._Archive.__bases__ = (Interrupted,)
+try:
+    writing.write(model, "out.pt2")
+except KeyboardInterrupt:
+    print("interrupted")
+"""
+    run = subprocess.run(
+        [sys.executable, "-c", script], cwd=tmp_path, capture_output=True, text=True, check=True
+    )
+    assert (run.stdout, run.stderr) == ("interrupted\n", "")
     assert leftovers(tmp_path) == []
 
 
@@ -121,6 +170,12 @@ def test_outputs_that_are_refused(tmp_path: Path, whole: Path) -> None:
     assert "there is no folder" in out_refusal(tmp_path / "missing" / "out.pt")
     assert "exists already" in out_refusal(tmp_path / "there.pt")
     assert "is the file that is read" in out_refusal(whole)
+    assert "the name of the file to write is empty" in out_refusal("")
+    assert "name a file" in out_refusal(f"{tmp_path}/new.pt/")
+    assert "not a directory; give another name" in out_refusal(tmp_path / "there.pt" / "out.pt")
+    assert "too long; give another name" in out_refusal(tmp_path / ("x" * 300 + ".pt"))
+    (tmp_path / "round").symlink_to("round")
+    assert "symbolic links; give another name" in out_refusal(tmp_path / "round", force=True)
     if os.path.exists(os.devnull) and os.name == "posix":
         assert "not a regular file" in out_refusal(os.devnull, force=True)
     writing.check_out(str(whole), source=str(whole), force=True)
@@ -133,3 +188,9 @@ def test_a_file_that_came_to_exist_is_kept(tmp_path: Path) -> None:
         writing.write(nn.ReLU(), str(tmp_path / "out.pt"))
     assert leftovers(tmp_path) == ["out.pt"]
     assert (tmp_path / "out.pt").read_text() == "precious"
+
+
+@pytest.mark.parametrize("suffix", [".onnx", ".safetensors", ".pt2"])
+def test_a_module_is_not_written_to_a_file_that_is_named_as_another_kind(suffix: str) -> None:
+    with pytest.raises(SavedError, match=r"give it a name that ends in \.pt"):
+        writing.check_suffix(nn.ReLU(), f"out{suffix}")

@@ -23,6 +23,9 @@ HARMLESS_BYTES = 64 * 2**20
 WHOLE = "save the model whole with torch.save(model, path)"
 """What to do with a file that holds no model."""
 
+_MAGIC = 0x1950A86A20F9469CFC6C.to_bytes(10, "little")
+"""What `torch.save` pickles first where it writes no archive, as up to PyTorch 1.5."""
+
 _FACTORY = re.compile(r"([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*):([A-Za-z_]\w*(?:\.[A-Za-z_]\w*)*)")
 
 
@@ -48,29 +51,37 @@ def content_of(source: str) -> Content:
     path = Path(source)
     if not os.path.lexists(path) and _FACTORY.fullmatch(source):
         return Content.FACTORY
-    _check_file(path)
+    _check_file(source)
     with foreign(f"{source} cannot be read"), path.open("rb") as file:
-        start = file.read(16)
+        start = file.read(64)
     if start.startswith(b"PK\x03\x04"):
         return _content_of_archive(path, _checked_names(path))
-    if start[:1] == b"\x80":
+    if _MAGIC in start:
         return Content.PICKLE
+    if start[:1] == b"\x80":
+        raise SavedError(f"{source} is a pickle, but none of torch.save, or is damaged: {WHOLE}")
     if start[8:9] == b"{":
         raise SavedError(f"{source} looks like a safetensors file, tensors only, no model: {WHOLE}")
-    raise SavedError(f"{source} is not a file of torch.save or torch.export.save, or is damaged")
+    raise SavedError(
+        f"{source} is not a file of torch.save or torch.export.save, or is damaged: {WHOLE}, or "
+        "name a package.module:factory that builds it"
+    )
 
 
-def _check_file(path: Path) -> None:
+def _check_file(path: str) -> None:
     if not os.path.exists(path):
-        hint = "" if ":" not in str(path) else " and it is no package.module:factory"
-        raise SavedError(f"there is no file {path}{hint}")
-    if path.is_dir():
+        hint = "" if ":" not in path else " and it is no package.module:factory"
+        raise SavedError(
+            f"there is no file {path}{hint}: name a file, or a function that builds the model as "
+            "package.module:factory"
+        )
+    if os.path.isdir(path):
         raise SavedError(f"{path} is a folder: name the model file in it")
-    if not path.is_file():
-        raise SavedError(f"{path} is not a regular file")
+    if not os.path.isfile(path):
+        raise SavedError(f"{path} is not a regular file: save the model to one")
     if not os.access(path, os.R_OK):
         raise SavedError(f"{path} cannot be read: permission denied")
-    if path.stat().st_size == 0:
+    if os.path.getsize(path) == 0:
         raise SavedError(f"{path} is empty: was it written to the end?")
 
 

@@ -19,10 +19,11 @@ from torch import Tensor, fx, nn
 from torch._dynamo.exc import UserError
 from torch._ops import OpOverload
 from torch.export import Dim, ExportedProgram, ShapesCollection
+from torch.nn.parameter import is_lazy
 from torch.utils import _pytree as pytree
 
 import conjoin
-from conjoin.files.writing import placing
+from conjoin.files.writing import placing, save
 from conjoin.foreign import SavedError, foreign, quiet, quote
 from conjoin.graph.meta import VALUE
 from conjoin.tracing.copies import Call
@@ -96,6 +97,11 @@ def export(
         raise SavedError(
             "the program was exported in training mode, which its operations say: export the model "
             "in evaluation mode, after model.eval()"
+        )
+    if isinstance(model, nn.Module) and any(map(is_lazy, (*model.parameters(), *model.buffers()))):
+        raise SavedError(
+            "the model has lazy layers, whose parameters have no shape yet: run it once on an "
+            "example input, and export it then"
         )
     calls = [call]
     batched = _batched(call) if dynamic_batch else []
@@ -260,10 +266,6 @@ def _tolerance(model: nn.Module, outputs: list[Outputs]) -> float:
 # Formats
 
 
-def _write_pt2(program: ExportedProgram, path: Path) -> None:
-    torch.export.save(program, path)
-
-
 def _open_pt2(path: Path) -> Callable[..., Any]:
     return torch.export.load(path).module()
 
@@ -349,7 +351,7 @@ _Write = Callable[[ExportedProgram, Path], None]
 _Open = Callable[[Path], Callable[..., Any]]
 
 _WRITERS: Mapping[str, tuple[_Write, _Open]] = {
-    ".pt2": (_write_pt2, _open_pt2),
+    ".pt2": (save, _open_pt2),
     ".onnx": (_write_onnx, _open_onnx),
 }
 """How a file of each suffix is written, and how it is opened to be run."""

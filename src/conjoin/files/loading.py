@@ -189,7 +189,13 @@ def _from_exported(source: str, content: Content, trust_pickle: bool) -> Exporte
             f"{source} was exported by PyTorch 2.7 or older and needs unpickling, which runs code "
             f"that the file names: export it again, or {TRUST}"
         )
-    with foreign(f"{source} is damaged, or of another version of PyTorch"), quiet():
+    # PyTorch opens no name that is not UTF-8, and reads what is open.
+    with (
+        foreign(f"{source} is damaged, or of another version of PyTorch"),
+        quiet(),
+        open(source, "rb") as file,
+    ):
         if not trust_pickle:
-            check_exported(source, torch._C.PyTorchFileReader(source))
-        return torch.export.load(source)
+            check_exported(source, torch._C.PyTorchFileReader(file))
+            file.seek(0)
+        return torch.export.load(file)

@@ -36,8 +36,10 @@ class Rewrite(PassBase):
         """Changes the graph in place.
 
         Raises:
+            TypeError: it is no GraphModule.
             ValueError: the graph does not lint.
         """
+        check_type(graph_module)
         before = {*graph_module.graph.nodes}
         with in_training(graph_module):
             result = super().__call__(graph_module)
@@ -48,6 +50,15 @@ class Rewrite(PassBase):
     def requires(self, graph_module: fx.GraphModule) -> None:
         """Refuses a graph that does not lint."""
         check(graph_module)
+
+
+def check_type(graph_module: object) -> None:
+    """Raises TypeError where what is to be rewritten is no GraphModule."""
+    if not isinstance(graph_module, fx.GraphModule):
+        raise TypeError(
+            f"expected a torch.fx.GraphModule, not {type(graph_module).__name__}. Trace the model "
+            "first, as with torch.fx.symbolic_trace(model), or use conjoin.optimize."
+        )
 
 
 def check(graph_module: fx.GraphModule, name: str = "") -> None:

@@ -45,6 +45,13 @@ class Group:
         depth: What else runs at once, for each run of branches that go on alike; empty where none
             do, and where nothing was counted.
         figures: What it takes by itself and merged, where that decided; estimates, or measured.
+
+    Example:
+        >>> import torch, conjoin
+        >>> model = conjoin.nn.Parallel(torch.nn.Conv1d(8, 2, 1), torch.nn.Conv1d(8, 2, 3))
+        >>> (group,) = conjoin.report(model).groups
+        >>> group.kind, group.layers, group.widths, group.fused, group.reason.name
+        ('Conv1d', ('0', '1'), (2, 2), False, 'DIFFERENT_SETTINGS')
     """
 
     kind: str
@@ -70,6 +77,15 @@ class Report:
         untraced: The modules that could not be traced.
         observed: Whether example inputs were given, so that a run of the model was looked at too.
         memory: The predicted peak of the memory of one step, with None where it was not predicted.
+
+    Example:
+        >>> import json, torch, conjoin
+        >>> model = conjoin.nn.Parallel(torch.nn.Linear(8, 2), torch.nn.Linear(8, 3))
+        >>> report = conjoin.report(model, (torch.randn(4, 8),))
+        >>> report.launches.before.forward, report.launches.after.forward
+        (2, 1)
+        >>> json.loads(report.to_json())["groups"][0]["widths"]
+        [2, 3]
     """
 
     groups: tuple[Group, ...]

@@ -23,6 +23,9 @@ from conjoin.tracing.modes import start_streams
 from conjoin.tracing.undisturbed import undisturbed
 from conjoin.tracing.watch import Watch
 
+TUPLE = "Pass a tuple of the arguments that the model is called with, as model(*example_inputs)."
+"""What to do where a model does not run."""
+
 
 def observe(model: nn.Module, calls: Sequence[Call], kinds: tuple[Kind, ...]) -> Sightings:
     """What a run of the model on each of `calls` shows.
@@ -97,6 +100,5 @@ def _layers_functions(model: nn.Module) -> Iterator[FunctionType]:
 def unfit(error: Exception) -> str:
     """What to say of example inputs on which the model raises `error`."""
     return (
-        f"the model does not run on the example inputs: {quote(error).removesuffix('.')}. Pass a "
-        "tuple of the arguments that the model is called with, as model(*example_inputs)."
+        f"the model does not run on the example inputs: {quote(error).removesuffix('.')}. {TUPLE}"
     )

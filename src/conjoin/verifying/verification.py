@@ -18,6 +18,13 @@ class Difference:
         call: the number of the call, from 1; 0 where nothing was run.
         what: what differs, such as `gradient of encoder.mean.weight`.
         how: in which way.
+
+    Example:
+        >>> import torch, conjoin
+        >>> x = torch.ones(2)
+        >>> result = conjoin.verify(torch.nn.ReLU(), torch.nn.Softplus(), (x,))
+        >>> result.difference.where, result.difference.call, result.difference.what
+        ('training mode', 1, 'output')
     """
 
     where: str
@@ -45,6 +52,12 @@ class Verification:
         buffers: the number of buffers.
         raised: how many of the calls, over all modes, raised an error, the same in both.
         largest: the largest difference between two numbers.
+
+    Example:
+        >>> import torch, conjoin
+        >>> result = conjoin.verify(torch.nn.ReLU(), torch.nn.ReLU(), (torch.ones(2),))
+        >>> bool(result), result.outputs, result.largest, result.difference
+        (True, 1, 0.0, None)
     """
 
     difference: Difference | None

@@ -61,7 +61,7 @@ def verify(
 
     Raises:
         TypeError: one of the models is no module, or one only is an exported program, or
-            `example_inputs` is no tuple or list of tuples.
+            `example_inputs` is no tuple or list of tuples, or `example_kwargs` no dict of names.
         ValueError: there is no example input, a model or input cannot be copied or is on the meta
             device, or the models do not run on the example inputs in any mode.
 
