@@ -2,7 +2,7 @@
 
 Python blocks run one after another in one namespace; the text block that follows one holds what
 it prints. Console blocks hold commands and what they print. The list of reasons is made from the
-enum, the tables of hazards (in HAZARDS.md) and dialects from those that `test_hazards.py` and
+enum, the tables of hazards (in tests/HAZARDS.md) and dialects from those that `test_hazards.py` and
 `test_dialects.py` run, and those of speed from the result of the benchmark that is kept.
 `CONJOIN_REGENERATE=1 pytest tests/test_readme.py` writes what happens into the pages.
 """
@@ -28,7 +28,7 @@ from conjoin.legality import Reason
 
 ROOT = Path(__file__).parent.parent
 README = ROOT / "README.md"
-PAGES = (README, ROOT / "HAZARDS.md")
+PAGES = (README, ROOT / "tests" / "HAZARDS.md")
 BLOCK = re.compile(r"^```(\w+)\n(.*?)^```\n", re.MULTILINE | re.DOTALL)
 LINK = re.compile(r"\]\(([\w./]*)#?([\w-]*)\)")
 SECTION = re.compile(r"(<!-- (\w+) -->).*?(<!-- /\2 -->)", re.DOTALL)
@@ -133,7 +133,7 @@ def test_each_section_that_is_made_is_on_one_page():
 def test_links_between_pages_and_sections_lead_somewhere():
     for page in PAGES:
         for path, section in LINK.findall(page.read_text()):
-            target = ROOT / path if path else page
+            target = page.parent / path if path else page
             assert target.is_file(), path
             assert not section or section in anchors(target), section
 

@@ -36,4 +36,4 @@ def test_it_is_what_is_left_of_one_of_two(training, monkeypatch):
     assert left == pytest.approx(5e-3)
     told = dataclasses.replace(free, call=1e-3)  # A launch forward, and two and a sum backward.
     left = convolving._left(told, 2**14, CPU, torch.float64, training=training)
-    assert left == pytest.approx((1e-3 if training else 4e-3))
+    assert left == pytest.approx(1e-3 if training else 4e-3)
