@@ -23,6 +23,16 @@ def test_more_bytes_take_no_less(mode, monkeypatch):
         assert taken[0] >= 0
 
 
+def test_without_convolutions_of_a_type_nothing_is_told(monkeypatch):
+    def conv2d(*given):
+        raise RuntimeError('"slow_conv2d_cpu" not implemented')
+
+    monkeypatch.setattr(convolving.F, "conv2d", conv2d)
+    found = convolving.measured(STEADY, CPU, torch.float16)
+    assert found.convolved == found.convolved_back
+    assert [seconds for _, seconds in found.convolved] == [0.0] * len(convolving.IMAGES)
+
+
 @pytest.mark.parametrize("training", [False, True])
 def test_it_is_what_is_left_of_one_of_two(training, monkeypatch):
     def in_turn(steps, turns, device):

@@ -39,11 +39,14 @@ def measured(known: Machine, device: torch.device, dtype: torch.dtype) -> Machin
         device: the device.
         dtype: the type of the numbers.
     """
-    with torch.inference_mode(mode=False), torch.enable_grad():
-        forward, training = (
-            _ascending([_left(known, size, device, dtype, training=on) for size in IMAGES])
-            for on in (False, True)
-        )
+    try:
+        with torch.inference_mode(mode=False), torch.enable_grad():
+            forward, training = (
+                _ascending([_left(known, size, device, dtype, training=on) for size in IMAGES])
+                for on in (False, True)
+            )
+    except RuntimeError:  # There are no convolutions of this type.
+        forward = training = _ascending([0.0] * len(IMAGES))
     return dataclasses.replace(known, convolved=forward, convolved_back=training)
 
 
