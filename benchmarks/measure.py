@@ -82,7 +82,7 @@ def _ready(
             facts["merged_by_inductor"] = sum(
                 number for name, number in counters["inductor"].items() if name.startswith("batch_")
             )
-        else:
+        elif not peer.replays:
             facts["launches"] = _launches(model, inputs)
     except UnavailableError:
         raise
@@ -156,11 +156,20 @@ def _launches(model: nn.Module, inputs: tuple[Tensor, ...]) -> dict[str, int | N
     if inputs[0].is_cuda:
         found["profiled_forward"] = kernels.profiled(lambda: model(*inputs))
     if inputs[0].is_cuda and torch.is_grad_enabled():
-        found["profiled"] = kernels.profiled(lambda: _roots_backward(model(*inputs)))
+        found["profiled"] = kernels.profiled(counted_step(model, inputs))
     return found
 
 
-def _roots_backward(outputs: Outputs) -> None:
-    """The backward pass that `count_step` counts."""
-    roots = [each for each in listed(outputs) if each.grad_fn is not None]
-    torch.autograd.backward(roots, [torch.ones_like(root) for root in roots])
+def counted_step(model: nn.Module, inputs: tuple[Tensor, ...]) -> Callable[[], None]:
+    """What `count_step` counts: no seeds are made, and no gradient is added to another one."""
+    seeds = [torch.ones_like(root) for root in _roots(model(*inputs))]
+
+    def step() -> None:
+        model.zero_grad()
+        torch.autograd.backward(_roots(model(*inputs)), seeds)
+
+    return step
+
+
+def _roots(outputs: Outputs) -> list[Tensor]:
+    return [each for each in listed(outputs) if each.grad_fn is not None]
