@@ -17,7 +17,7 @@ CPU_INFO = Path("/proc/cpuinfo")
 
 
 def choose(device: str) -> None:
-    """Makes a GPU that is given by its number the current one: its events and peaks are looked at."""
+    """Makes a GPU that is given by its number the current one, whose events and peaks count."""
     chosen = torch.device(device)
     if chosen.type == "cuda" and chosen.index is not None:
         torch.cuda.set_device(chosen)

@@ -6,6 +6,7 @@ import os
 import pytest
 import torch
 from torch import nn
+from torch._utils import _LazySeedTracker
 from torch.autograd import forward_ad, graph
 from torch.backends import cuda, cudnn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -120,3 +121,26 @@ def test_modes_around_it_stay(look):
         before = told()
         look(Setting(lambda: torch.autocast("cpu", enabled=False).__enter__()))
         assert told() == before
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+@pytest.mark.parametrize("device", [torch.cuda, torch.xpu], ids=["cuda", "xpu"])
+def test_a_gpu_that_is_used_later_starts_from_the_users_seed(look, device, monkeypatch):
+    monkeypatch.setattr(device, "_lazy_seed_tracker", _LazySeedTracker())
+    for seed in (device.manual_seed, device.manual_seed_all):
+        seed(7)
+    before = list(device._lazy_seed_tracker.get_calls())
+    look(Seeding())
+    assert device._lazy_seed_tracker.get_calls() == before
+
+
+class Seeding(nn.Module):
+    """Its forward starts the random streams"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        torch.manual_seed(0)
+        return self.a(x), self.b(x)

@@ -23,6 +23,10 @@ AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 """Types of device with an autocast mode of their own."""
 
 
+LATER: tuple[Any, ...] = (torch.cuda, torch.xpu)
+"""Where a seed is noted until a device is first used, whose stream starts from it then."""
+
+
 def _autocast(device: str) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
@@ -80,6 +84,8 @@ def unmoved_streams() -> Iterator[None]:
     numpy_state = numpy.random.get_state() if numpy is not None else None
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = range(torch.cuda.device_count()) if started else []
+    noted = [vars(module._lazy_seed_tracker) for module in LATER]
+    seeds = [dict(each) for each in noted]
     try:
         with torch.random.fork_rng(devices):
             yield
@@ -87,6 +93,8 @@ def unmoved_streams() -> Iterator[None]:
         random.setstate(state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
+        for each, before in zip(noted, seeds, strict=True):
+            each.update(before)
 
 
 def start_streams(seed: int) -> None:
