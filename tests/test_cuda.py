@@ -242,6 +242,16 @@ def test_the_predicted_peak(form):
     assert abs(found["error"]) < 0.1
 
 
+def test_what_is_compared_is_kept_off_the_gpu():
+    model, x = nn.Linear(1024, 1024, device="cuda"), torch.rand(2, 1024, device="cuda")
+    torch.cuda.reset_peak_memory_stats()
+    before = torch.cuda.memory_allocated()
+    assert conjoin.verify(model, model, [(x,)] * 3)
+    peak = torch.cuda.max_memory_allocated() - before
+    # A copy in float64 and its gradients, and one more while these are made.
+    assert peak < 4 * 2 * 4 * 1024**2
+
+
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
 def test_another_gpu_than_the_current_one():
     plain, model, x = made(Towers, "cuda:1")

@@ -2,6 +2,7 @@
 
 import contextlib
 import os
+import types
 
 import pytest
 import torch
@@ -13,6 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 import conjoin
 from conjoin.tracing import modes
+from conjoin.verifying import programs, running
 
 ONES = torch.ones(2, 4)
 
@@ -121,6 +123,51 @@ def test_modes_around_it_stay(look):
         before = told()
         look(Setting(lambda: torch.autocast("cpu", enabled=False).__enter__()))
         assert told() == before
+
+
+@pytest.fixture
+def rounding(monkeypatch):
+    """What may round, as if somebody allowed some of it to."""
+    held = tuple(types.SimpleNamespace(fp32_precision=p) for p in ("tf32", "none", "tf32"))
+    monkeypatch.setattr(modes, "ROUNDING", held)
+    return held
+
+
+def precisions(rounding):
+    return [each.fp32_precision for each in rounding]
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["program", "model"])
+def test_nothing_is_rounded_where_models_are_compared(rounding, saved, monkeypatch):
+    seen, before = [], precisions(rounding)
+    place, name = (programs, "left_behind") if saved else (running, "_play")
+    play = getattr(place, name)
+
+    def noted(*args):
+        seen.append(precisions(rounding))
+        return play(*args)
+
+    monkeypatch.setattr(place, name, noted)
+    model = Setting(lambda: None)
+    model = torch.export.export(model, (ONES,)) if saved else model
+    assert conjoin.verify(model, model, *([] if saved else [(ONES,)]))
+    assert seen
+    assert all(held == ["ieee"] * 3 for held in seen)
+    assert precisions(rounding) == before
+
+
+def test_what_the_code_sets_meanwhile_stays(rounding):
+    with modes.unrounded():
+        rounding[0].fp32_precision = "bf16"
+    assert precisions(rounding) == ["bf16", "none", "tf32"]
+
+
+@pytest.mark.parametrize("holder", modes.ROUNDING, ids=["products", "convolutions", "recurrent"])
+def test_what_rounds_tells_and_takes_a_precision(holder):
+    before = holder.fp32_precision
+    with modes.unrounded():
+        assert holder.fp32_precision == "ieee"
+    assert holder.fp32_precision == before
 
 
 @pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)

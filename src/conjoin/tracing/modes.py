@@ -27,6 +27,10 @@ LATER: tuple[Any, ...] = (torch.cuda, torch.xpu)
 """Where a seed is noted until a device is first used, whose stream starts from it then."""
 
 
+ROUNDING: tuple[Any, ...] = (cuda.matmul, cudnn.conv, cudnn.rnn)
+"""What may round numbers of float32 before it multiplies them (TF32); convolutions do by default."""
+
+
 def _autocast(device: str) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
@@ -95,6 +99,20 @@ def unmoved_streams() -> Iterator[None]:
             numpy.random.set_state(numpy_state)
         for each, before in zip(noted, seeds, strict=True):
             each.update(before)
+
+
+@contextlib.contextmanager
+def unrounded() -> Iterator[None]:
+    """Has all that multiplies numbers of float32 on CUDA take them as they are."""
+    before = [each.fp32_precision for each in ROUNDING]
+    for each in ROUNDING:
+        each.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for each, precision in zip(ROUNDING, before, strict=True):
+            if each.fp32_precision == "ieee":  # Or else the code inside has set it since.
+                each.fp32_precision = precision
 
 
 def start_streams(seed: int) -> None:
