@@ -27,8 +27,8 @@ LATER: tuple[Any, ...] = (torch.cuda, torch.xpu)
 """Where a seed is noted until a device is first used, whose stream starts from it then."""
 
 
-ROUNDING: tuple[Any, ...] = (cuda.matmul, cudnn.conv, cudnn.rnn)
-"""What may round numbers of float32 before it multiplies them (TF32); convolutions do by default."""
+ROUNDING: tuple[Any, ...] = (cuda.matmul, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
+"""What may round numbers of float32 on CUDA before it multiplies them (TF32)."""
 
 
 def _autocast(device: str) -> tuple[bool, torch.dtype]:
