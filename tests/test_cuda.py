@@ -15,6 +15,7 @@ from torch import nn
 import conjoin
 from conjoin.layers.view import wides
 from conjoin.policy import machine
+from conjoin.tracing.modes import unrounded
 
 pytestmark = [
     pytest.mark.gpu,
@@ -23,6 +24,15 @@ pytestmark = [
 ]
 
 ROWS = (4, 16)
+
+WORKING_SPACE = 64
+"""MiB that libraries may take while a product runs, which is in no prediction."""
+
+
+@pytest.fixture(autouse=True)
+def _unrounded():
+    with unrounded():
+        yield
 
 
 class Towers(nn.Module):
@@ -239,17 +249,19 @@ def test_a_race_and_a_budget():
 @pytest.mark.parametrize("form", ["plain", "optimized"])
 def test_the_predicted_peak(form):
     found = measure_here("gated_train", "training", form, "cuda")
-    assert abs(found["error"]) < 0.1
+    beyond = found["measured_mib"] - found["predicted_mib"]
+    assert -0.1 * found["predicted_mib"] < beyond < WORKING_SPACE
 
 
 def test_what_is_compared_is_kept_off_the_gpu():
     model, x = nn.Linear(1024, 1024, device="cuda"), torch.rand(2, 1024, device="cuda")
-    torch.cuda.reset_peak_memory_stats()
-    before = torch.cuda.memory_allocated()
-    assert conjoin.verify(model, model, [(x,)] * 3)
-    peak = torch.cuda.max_memory_allocated() - before
-    # A copy in float64 and its gradients, and one more while these are made.
-    assert peak < 4 * 2 * 4 * 1024**2
+    peaks = []
+    for calls in (1, 1, 4):  # The first of all takes working space that libraries keep.
+        torch.cuda.reset_peak_memory_stats()
+        assert conjoin.verify(model, model, [(x,)] * calls)
+        peaks.append(torch.cuda.max_memory_allocated())
+    a_copy = 8 * model.weight.numel()
+    assert peaks[2] < peaks[1] + a_copy
 
 
 @pytest.mark.skipif(torch.cuda.device_count() < 2, reason="there is one GPU")
