@@ -317,7 +317,10 @@ def test_a_bias_may_be_a_launch_of_its_own_on_cuda(func, shapes, groups, on_cuda
     assert found == (on_cuda if device == "cuda" else 1)
 
 
-def test_nothing_is_copied_into_a_batched_product_that_takes_nothing_of_it():
+@pytest.mark.parametrize(("beta", "expected"), [(0, 1), (2, 2)])
+def test_only_what_a_batched_product_takes_is_copied_into_it(beta, expected):
     with FakeTensorMode():
         args = [torch.empty(SQUARE, device="cuda") for _ in range(3)]
-        assert launches_of(aten.baddbmm.default, args, {"beta": 0}, args[0]) == 1
+        named = dict(zip(("self", "batch1", "batch2"), args, strict=True))
+        for given in ((args, {"beta": beta}), ((), {**named, "beta": beta})):
+            assert launches_of(aten.baddbmm.default, *given, args[0]) == expected

@@ -179,12 +179,14 @@ def _adds_apart(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]
     `baddbmm` copies it into its output first. The bias of a convolution is added behind cuDNN's,
     unless each channel has a kernel of its own, for which PyTorch has a function that adds it.
     """
+    if func not in (aten.baddbmm.default, aten.convolution.default):
+        return False
+    names = (argument.name for argument in func._schema.arguments)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
     if func is aten.baddbmm.default:
-        return bool(kwargs.get("beta", args[3] if len(args) > 3 else 1) != 0)
-    if func is aten.convolution.default:
-        (input, _, bias, *_), groups = args, args[8]
-        return bias is not None and (groups == 1 or groups != input.shape[1])
-    return False
+        return bool(given.get("beta", 1) != 0)
+    groups = given["groups"]
+    return given["bias"] is not None and (groups == 1 or groups != given["input"].shape[1])
 
 
 def count_step(
