@@ -1,4 +1,4 @@
-"""What a measurement was taken on, and with."""
+"""What a measurement is taken on, and with."""
 
 from __future__ import annotations
 
@@ -14,6 +14,13 @@ import conjoin
 
 ROOT = Path(__file__).resolve().parent.parent
 CPU_INFO = Path("/proc/cpuinfo")
+
+
+def choose(device: str) -> None:
+    """Makes a GPU that is given by its number the current one, whose events and peaks count."""
+    chosen = torch.device(device)
+    if chosen.type == "cuda" and chosen.index is not None:
+        torch.cuda.set_device(chosen)
 
 
 def described(device: str) -> dict[str, object]:

@@ -59,6 +59,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     parser.add_argument("--json", type=Path, metavar="PATH", help="where to write the result")
     parser.add_argument("--one", metavar=("MODE", "FORM"), nargs=2, help=argparse.SUPPRESS)
     options = parser.parse_args(arguments)
+    machine.choose(options.device)
     if options.one is not None:
         print(json.dumps(measure_here(options.cases[0], *options.one, options.device)))
         return 0

@@ -39,6 +39,8 @@ class Peer:
         modes: what it can be measured in.
         compiles: whether it takes long to make, so that few cases are measured unless asked for.
         device: the only device it is for, or None.
+        replays: whether a call launches what was captured before, as one, so that no operations
+            are dispatched which could be counted.
     """
 
     name: str
@@ -47,6 +49,7 @@ class Peer:
     modes: tuple[str, ...] = MODES
     compiles: bool = False
     device: str | None = None
+    replays: bool = False
 
 
 class Ensemble(nn.Module):
@@ -145,8 +148,14 @@ PEERS = {
             _compiled(first=_conjoin, backend="conjoin"),
             compiles=True,
         ),
-        Peer("graphs", "CUDA graphs", _graphed(_plain), device="cuda"),
-        Peer("graphs_conjoin", "CUDA graphs of `conjoin`", _graphed(_conjoin), device="cuda"),
+        Peer("graphs", "CUDA graphs", _graphed(_plain), device="cuda", replays=True),
+        Peer(
+            "graphs_conjoin",
+            "CUDA graphs of `conjoin`",
+            _graphed(_conjoin),
+            device="cuda",
+            replays=True,
+        ),
     )
 }
 """All of them, by name; the others are compared with the first."""

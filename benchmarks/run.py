@@ -41,6 +41,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     modes = _known(parser, "mode", options.mode or MODES, MODES)
     _check(parser, options)
     torch.set_num_threads(options.threads)
+    machine.choose(options.device)
     result: dict[str, Any] = {"machine": machine.described(options.device), "cases": []}
     with fresh_cache():
         for case in cases:

@@ -214,6 +214,16 @@ def test_version_and_help(capsys: Capture) -> None:
         assert words in capsys.readouterr().out
 
 
+@pytest.mark.filterwarnings("error")
+def test_an_input_on_the_cpu_starts_no_gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: 2)
+    monkeypatch.setattr(torch.cuda, "get_rng_state", lambda device: pytest.fail("it is started"))
+    before = torch.get_rng_state()
+    options.example(*options.input_specs(["2x3"]), torch.device("cpu"))
+    assert torch.get_rng_state().equal(before)
+
+
 @pytest.mark.parametrize(
     ("text", "shape", "dtype"),
     [

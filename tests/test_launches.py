@@ -8,7 +8,7 @@ from torch import nn
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn import functional as F
 
-from conjoin.launches import Count, LaunchCounter, count_layers, count_step
+from conjoin.launches import Count, LaunchCounter, count_layers, count_step, launches_of
 
 aten = torch.ops.aten
 
@@ -293,3 +293,34 @@ def test_layers_take_their_own_launches_of_the_forward_pass():
     counted = count_layers(model, (rows(),), {}, {"0": model[0], "2": model[2]})
     assert counted.count == Count(3, 6)
     assert counted.by_layer == {"0": 1, "2": 1}
+
+
+FOUR, SQUARE = (2, 4, 6, 6), (2, 3, 3)
+BESIDE = {
+    "convolution": (aten.convolution.default, (FOUR, (4, 4, 3, 3), (4,)), 1, 2),
+    "convolution without a bias": (aten.convolution.default, (FOUR, (4, 4, 3, 3), None), 1, 1),
+    "convolution in groups": (aten.convolution.default, (FOUR, (4, 2, 3, 3), (4,)), 2, 2),
+    "depthwise convolution": (aten.convolution.default, (FOUR, (4, 1, 3, 3), (4,)), 4, 1),
+    "batched product": (aten.baddbmm.default, (SQUARE,) * 3, None, 2),
+    "batched product without a bias": (aten.bmm.default, (SQUARE,) * 2, None, 1),
+    "product": (aten.addmm.default, ((3,), (3, 3), (3, 3)), None, 1),
+}
+
+
+@pytest.mark.parametrize("device", ["cuda", "cpu"])
+@pytest.mark.parametrize(("func", "shapes", "groups", "on_cuda"), BESIDE.values(), ids=BESIDE)
+def test_a_bias_may_be_a_launch_of_its_own_on_cuda(func, shapes, groups, on_cuda, device):
+    with FakeTensorMode():
+        args = [shape and torch.empty(shape, device=device) for shape in shapes]
+        settings = [] if groups is None else [[1, 1], [0, 0], [1, 1], False, [0, 0], groups]
+        found = launches_of(func, [*args, *settings], {}, torch.empty(4, device=device))
+    assert found == (on_cuda if device == "cuda" else 1)
+
+
+@pytest.mark.parametrize(("beta", "expected"), [(0, 1), (2, 2)])
+def test_only_what_a_batched_product_takes_is_copied_into_it(beta, expected):
+    with FakeTensorMode():
+        args = [torch.empty(SQUARE, device="cuda") for _ in range(3)]
+        named = dict(zip(("self", "batch1", "batch2"), args, strict=True))
+        for given in ((args, {"beta": beta}), ((), {**named, "beta": beta})):
+            assert launches_of(aten.baddbmm.default, *given, args[0]) == expected

@@ -4,7 +4,8 @@ A count is of operations as PyTorch dispatches them, so it needs no accelerator 
 fake tensors, which carry no memory and do no arithmetic. It stands for the kernels that a device
 starts, and is exact about what merging siblings changes. It is not a profile: a library may start
 several kernels for one operation (a cuDNN LSTM, a split-K matmul). Such an operation counts as one
-before and after, and so does any operator defined outside PyTorch.
+before and after, and so does any operator defined outside PyTorch. On CUDA what PyTorch itself
+starts beside a product or a convolution for the bias counts too.
 """
 
 from __future__ import annotations
@@ -147,7 +148,8 @@ def launches_of(
     Otherwise one, with two exceptions worth a word: `convolution_backward` runs a kernel for each
     gradient it is asked for (input, weight, bias), so it counts those; `_foreach_add` and its like
     count one, because CUDA handles the whole list in about one launch, which is an estimate for
-    lists too long for one launch and for devices that loop over the list.
+    lists too long for one launch and for devices that loop over the list. On CUDA the bias of a
+    batched product and of a convolution is one more, see `_adds_apart`.
 
     Operations on `meta` tensors count as on any device, so that a model without memory has counts.
 
@@ -168,7 +170,23 @@ def launches_of(
     if func is aten.convolution_backward.default:
         mask = kwargs["output_mask"] if "output_mask" in kwargs else args[-1]
         return sum(mask)
-    return 1
+    return 1 + (isinstance(out, Tensor) and out.is_cuda and _adds_apart(func, args, kwargs))
+
+
+def _adds_apart(func: OpOverload, args: Sequence[Any], kwargs: Mapping[str, Any]) -> bool:
+    """Whether a kernel of its own handles what is added to a product, on CUDA.
+
+    `baddbmm` copies it into its output first. The bias of a convolution is added behind cuDNN's,
+    unless each channel has a kernel of its own, for which PyTorch has a function that adds it.
+    """
+    if func not in (aten.baddbmm.default, aten.convolution.default):
+        return False
+    names = (argument.name for argument in func._schema.arguments)
+    given = {**dict(zip(names, args, strict=False)), **kwargs}
+    if func is aten.baddbmm.default:
+        return bool(given.get("beta", 1) != 0)
+    groups = given["groups"]
+    return given["bias"] is not None and (groups == 1 or groups != given["input"].shape[1])
 
 
 def count_step(

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import torch
 
 from conjoin.files.loading import Arguments
+from conjoin.tracing.modes import unmoved_streams
 
 # A typing slip in --input must not fill the memory; real example inputs are far smaller.
 MAX_INPUT_BYTES = 4 * 2**30
@@ -165,7 +166,7 @@ def example(spec: InputSpec, device: torch.device) -> torch.Tensor:
         if not (spec.dtype.is_floating_point or spec.dtype.is_complex):
             fill = spec.dtype is torch.bool
             return torch.full(spec.shape, fill, dtype=spec.dtype, device=device)
-        with torch.random.fork_rng():
+        with unmoved_streams():
             torch.manual_seed(0)
             return torch.randn(spec.shape, dtype=spec.dtype, device=device)
     except RuntimeError as error:

@@ -5,10 +5,12 @@ import copy
 import pytest
 import torch
 from benchmarks.cases import CASES, loss_of
-from benchmarks.measure import measure, training_step
+from benchmarks.measure import counted_step, measure, training_step
 from benchmarks.peers import PEERS, Peer, UnavailableError
 from equivalence import assert_close
 from torch import nn
+
+from conjoin.launches import LaunchCounter, count_step
 
 EAGER = [peer for peer in PEERS.values() if not peer.compiles and peer.device is None]
 
@@ -97,6 +99,27 @@ def test_the_launches_are_counted():
     found = measured(PEERS["conjoin"], "training")
     assert found["plain"]["launches"] == {"forward": 8, "backward": 16}
     assert found["conjoin"]["launches"] == {"forward": 1, "backward": 3}
+
+
+def test_what_a_gpu_is_asked_for_is_what_is_counted():
+    case = CASES["widen_8"]
+    model, inputs = case.model(), case.inputs()
+    training_step(model, inputs)()  # Leaves gradients, to which none is to be added.
+    step = counted_step(model, inputs)
+    with LaunchCounter() as counter:
+        step()
+    expected = count_step(model, inputs)
+    assert counter.count == expected.forward + expected.backward
+
+
+def test_what_replays_a_graph_has_no_launches_to_count():
+    def same(case, model, inputs):
+        return model
+
+    found = measured(Peer("replaying", "", same, replays=True))
+    assert "launches" in found["plain"]
+    assert "launches" not in found["replaying"]
+    assert {peer.name for peer in PEERS.values() if peer.replays} == {"graphs", "graphs_conjoin"}
 
 
 def test_a_training_step_trains():

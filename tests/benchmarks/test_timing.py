@@ -51,3 +51,24 @@ def test_quick_steps_are_timed_in_blocks(monkeypatch):
 
 def test_quartiles():
     assert Quartiles.of([1.0, 2.0, 3.0, 4.0, 5.0]) == Quartiles(3.0, 2.0, 4.0)
+
+
+def test_a_gpu_tells_the_time_itself(monkeypatch):
+    ran = []
+
+    class Event:
+        def __init__(self, enable_timing):
+            assert enable_timing
+
+        def record(self):
+            self.at = len(ran)
+
+        def elapsed_time(self, end):
+            return 2.0 * (end.at - self.at)  # Milliseconds.
+
+    waits = []
+    monkeypatch.setattr(timing.torch.cuda, "Event", Event)
+    monkeypatch.setattr(timing.torch.cuda, "synchronize", lambda: waits.append(len(ran)))
+    times, _, count = compare({"plain": lambda: ran.append(None)}, seconds=0, device="cuda")
+    assert times["plain"].seconds == Quartiles(2e-3, 2e-3, 2e-3)
+    assert waits[-2:] == [len(ran) - count, len(ran)]

@@ -8,6 +8,7 @@ import os
 import platform
 import subprocess
 import sys
+import types
 
 import pytest
 import torch
@@ -149,6 +150,16 @@ def test_a_folder_in_place_of_the_file_is_no_error(path):
     machine.write(path, KEY, FOUND)
     assert machine.read(path, KEY) is None
     assert os.listdir(path.parent) == [path.name]
+
+
+def test_what_is_measured_of_a_gpu_holds_for_one_precision_of_its_products(monkeypatch):
+    monkeypatch.setattr(torch.cuda, "get_device_name", lambda device: "a GPU")
+    keys = []
+    for precision in ("none", "tf32", "none"):
+        matmul = types.SimpleNamespace(fp32_precision=precision)
+        monkeypatch.setattr(torch.backends.cuda, "matmul", matmul)
+        keys.append(machine._key(torch.device("cuda"), torch.float32))
+    assert keys[0] == keys[2] != keys[1]
 
 
 def test_each_device_is_measured_once(constants, tmp_path, monkeypatch):

@@ -2,16 +2,19 @@
 
 import contextlib
 import os
+import types
 
 import pytest
 import torch
 from torch import nn
+from torch._utils import _LazySeedTracker
 from torch.autograd import forward_ad, graph
 from torch.backends import cuda, cudnn
 from torch.utils._python_dispatch import TorchDispatchMode
 
 import conjoin
 from conjoin.tracing import modes
+from conjoin.verifying import programs, running
 
 ONES = torch.ones(2, 4)
 
@@ -120,3 +123,71 @@ def test_modes_around_it_stay(look):
         before = told()
         look(Setting(lambda: torch.autocast("cpu", enabled=False).__enter__()))
         assert told() == before
+
+
+@pytest.fixture
+def rounding(monkeypatch):
+    """What may round, as if somebody allowed some of it to."""
+    held = tuple(types.SimpleNamespace(fp32_precision=p) for p in ("tf32", "none", "tf32"))
+    monkeypatch.setattr(modes, "ROUNDING", held)
+    return held
+
+
+def precisions(rounding):
+    return [each.fp32_precision for each in rounding]
+
+
+@pytest.mark.parametrize("saved", [True, False], ids=["program", "model"])
+def test_nothing_is_rounded_where_models_are_compared(rounding, saved, monkeypatch):
+    seen, before = [], precisions(rounding)
+    place, name = (programs, "left_behind") if saved else (running, "_play")
+    play = getattr(place, name)
+
+    def noted(*args):
+        seen.append(precisions(rounding))
+        return play(*args)
+
+    monkeypatch.setattr(place, name, noted)
+    model = Setting(lambda: None)
+    model = torch.export.export(model, (ONES,)) if saved else model
+    assert conjoin.verify(model, model, *([] if saved else [(ONES,)]))
+    assert seen
+    assert all(held == ["ieee"] * 3 for held in seen)
+    assert precisions(rounding) == before
+
+
+def test_what_the_code_sets_meanwhile_stays(rounding):
+    with modes.unrounded():
+        rounding[0].fp32_precision = "bf16"
+    assert precisions(rounding) == ["bf16", "none", "tf32"]
+
+
+@pytest.mark.parametrize("holder", modes.ROUNDING, ids=["products", "convolutions", "recurrent"])
+def test_what_rounds_tells_and_takes_a_precision(holder):
+    before = holder.fp32_precision
+    with modes.unrounded():
+        assert holder.fp32_precision == "ieee"
+    assert holder.fp32_precision == before
+
+
+@pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)
+@pytest.mark.parametrize("device", [torch.cuda, torch.xpu], ids=["cuda", "xpu"])
+def test_a_gpu_that_is_used_later_starts_from_the_users_seed(look, device, monkeypatch):
+    monkeypatch.setattr(device, "_lazy_seed_tracker", _LazySeedTracker())
+    for seed in (device.manual_seed, device.manual_seed_all):
+        seed(7)
+    before = list(device._lazy_seed_tracker.get_calls())
+    look(Seeding())
+    assert device._lazy_seed_tracker.get_calls() == before
+
+
+class Seeding(nn.Module):
+    """Its forward starts the random streams"""
+
+    def __init__(self):
+        super().__init__()
+        self.a, self.b = nn.Linear(4, 3), nn.Linear(4, 3)
+
+    def forward(self, x):
+        torch.manual_seed(0)
+        return self.a(x), self.b(x)

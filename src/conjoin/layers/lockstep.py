@@ -10,7 +10,8 @@ it could not be told from the separate calls, and it is kept only as long as
 - the graph of the run has not been freed by a backward pass,
 - some part has not been taken.
 
-Runs are kept per thread.
+Runs are kept per thread. None is shared by two streams of a device, since the second would not wait
+for the first; nor in a CUDA graph, since a part may be asked for in another one (`streams.py`).
 """
 
 from __future__ import annotations
@@ -31,6 +32,7 @@ from torch.fx.experimental.proxy_tensor import _AttrProxy, get_proxy_mode
 
 from conjoin.layers import origin
 from conjoin.layers.origin import Step
+from conjoin.layers.streams import is_captured, stream_of
 
 if TYPE_CHECKING:
     from conjoin.layers.wide import Wide
@@ -278,6 +280,7 @@ def _shareable(input: object) -> bool:
         and not input.is_inference()  # type: ignore[attr-defined]
         and input.layout is torch.strided  # type: ignore[attr-defined]
         and not input.is_nested  # type: ignore[attr-defined]
+        and (input.is_cpu or not is_captured(cast(Tensor, input)))  # type: ignore[attr-defined]
     )
 
 
@@ -305,10 +308,12 @@ def state_of(wide: Wide) -> tuple[object, ...]:
     held: dict[str, Any] = wide._parameters  # Much quicker than as attributes.
     # The replicas of data parallelism hold no Parameters.
     weight, bias = (held["weight"], held["bias"]) if held else (wide.weight, wide.bias)
+    real = type(weight) in REAL_TENSORS
     return (
         id(weight),
         -1 if weight.is_inference() else weight._version,
-        weight.data_ptr() if type(weight) in REAL_TENSORS else None,
+        weight.data_ptr() if real else None,
+        stream_of(weight) if real and not weight.is_cpu else None,
         id(bias),
         None if bias is None or bias.is_inference() else bias._version,
         weight.requires_grad,

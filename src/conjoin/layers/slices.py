@@ -6,7 +6,8 @@ own are mostly called one after another, and so take their slices from one cut o
 
     dW = cat(dW_1, ..., dW_n)        instead of        dW = pad(dW_1) + ... + pad(dW_n)
 
-with every pad as large as the wide tensor.
+with every pad as large as the wide tensor. So do siblings that read one tensor, where they share no
+run since a CUDA graph is captured.
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from torch import Tensor
 
 from conjoin.layers.checks import TENSORS
 from conjoin.layers.lockstep import is_traced, state_of
+from conjoin.layers.streams import is_captured
 from conjoin.layers.wide import Sibling, Wide
 
 Slices = dict[str, Tensor | None]
@@ -54,7 +56,7 @@ def run(view: Sibling, forward: Callable[..., Any], *args: Any, **kwargs: Any) -
 def _take(view: Sibling) -> Slices:
     """A sibling's slices, from a cut that it has taken nothing of yet."""
     wide = view.wide_layer
-    if wide.together or wide.kind.weight_dim != 0:
+    if (wide.together and not is_captured(wide.weight)) or wide.kind.weight_dim != 0:
         return {name: view.slice_of(name) for name in TENSORS}
     state, index = state_of(wide), view.conjoin_index
     known, left = wide.cut or (None, {})

@@ -96,7 +96,7 @@ class Tables(Kind):
             kept = tuple(each.view(-1, *[1] * (input.dim() - 1)) for each in kept)
         first, last, *padding = kept
         rows = input + first
-        rows = rows.masked_fill(rows != rows.clamp(first, last), OUTSIDE)
+        rows = rows.masked_fill_(rows != rows.clamp(first, last), OUTSIDE)  # A copy is a launch.
         by_freq = settings["scale_grad_by_freq"]
         found = F.embedding(rows, wide.weight, settings["only"], scale_grad_by_freq=by_freq)
         if not padding or not found.requires_grad:

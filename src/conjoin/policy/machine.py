@@ -100,9 +100,15 @@ def constants(device: torch.device, dtype: torch.dtype) -> Machine | None:
 
 def _key(device: torch.device, dtype: torch.dtype) -> tuple[str, ...]:
     """What the constants depend on."""
-    name = torch.cuda.get_device_name(device) if device.type == "cuda" else _processor()
+    name = _gpu(device) if device.type == "cuda" else _processor()
     threads = f"{torch.get_num_threads()} of {os.cpu_count()} threads"
     return name, device.type, threads, str(dtype), torch.__version__
+
+
+def _gpu(device: torch.device) -> str:
+    """The model of a GPU, and whether it may round for products, on which their rate depends."""
+    name = torch.cuda.get_device_name(device)
+    return f"{name}, TF32" if torch.backends.cuda.matmul.fp32_precision == "tf32" else name
 
 
 @functools.cache

@@ -23,6 +23,14 @@ AUTOCAST = ("cpu", "cuda", "mps", "xpu")
 """Types of device with an autocast mode of their own."""
 
 
+LATER: tuple[Any, ...] = (torch.cuda, torch.xpu)
+"""Where a seed is noted until a device is first used, whose stream starts from it then."""
+
+
+ROUNDING: tuple[Any, ...] = (cuda.matmul, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
+"""What may round numbers of float32 on CUDA before it multiplies them (TF32)."""
+
+
 def _autocast(device: str) -> tuple[bool, torch.dtype]:
     return torch.is_autocast_enabled(device), torch.get_autocast_dtype(device)
 
@@ -80,6 +88,8 @@ def unmoved_streams() -> Iterator[None]:
     numpy_state = numpy.random.get_state() if numpy is not None else None
     started = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
     devices = range(torch.cuda.device_count()) if started else []
+    noted = [vars(module._lazy_seed_tracker) for module in LATER]
+    seeds = [dict(each) for each in noted]
     try:
         with torch.random.fork_rng(devices):
             yield
@@ -87,6 +97,22 @@ def unmoved_streams() -> Iterator[None]:
         random.setstate(state)
         if numpy is not None:
             numpy.random.set_state(numpy_state)
+        for each, before in zip(noted, seeds, strict=True):
+            each.update(before)
+
+
+@contextlib.contextmanager
+def unrounded() -> Iterator[None]:
+    """Has all that multiplies numbers of float32 on CUDA take them as they are."""
+    before = [each.fp32_precision for each in ROUNDING]
+    for each in ROUNDING:
+        each.fp32_precision = "ieee"
+    try:
+        yield
+    finally:
+        for each, precision in zip(ROUNDING, before, strict=True):
+            if each.fp32_precision == "ieee":  # Or else the code inside has set it since.
+                each.fp32_precision = precision
 
 
 def start_streams(seed: int) -> None:

@@ -128,7 +128,7 @@ def _type(value: object) -> str:
 def _values(value: object) -> Tensor | None:
     """The numbers in a tensor, an array or a floating number; None where there are none."""
     if isinstance(value, Tensor):
-        return None if is_lazy(value) or value.is_meta else value.detach().clone()
+        return None if is_lazy(value) or value.is_meta else _copied(value.detach())
     if isinstance(value, (float, complex)):
         dtype = torch.complex128 if isinstance(value, complex) else torch.float64
         return torch.tensor(value, dtype=dtype)
@@ -137,6 +137,11 @@ def _values(value: object) -> Tensor | None:
         array = numpy.array(value)
         return torch.from_numpy(array) if array.dtype.kind in "biufc" else None
     return None
+
+
+def _copied(tensor: Tensor) -> Tensor:
+    """A copy where there is more memory than on a device: much is kept until it is compared."""
+    return tensor.clone() if tensor.device.type == "cpu" else tensor.cpu()
 
 
 def raised(error: Exception | None, *, message: bool) -> Piece:

@@ -18,7 +18,7 @@ from conjoin.programs.program import duplicate, record_of
 from conjoin.programs.raised import aliases
 from conjoin.programs.record import originals
 from conjoin.tracing.copies import Call
-from conjoin.tracing.modes import start_streams
+from conjoin.tracing.modes import start_streams, unrounded
 from conjoin.tracing.undisturbed import undisturbed
 from conjoin.verifying import outcome
 from conjoin.verifying.comparison import Comparison
@@ -34,7 +34,7 @@ def compare_programs(
 ) -> Comparison:
     """Runs two exported programs on each call by itself, up to the first difference."""
     found = Comparison(False, (EXPORTED,))
-    with undisturbed(), torch.inference_mode(False), torch.enable_grad():
+    with undisturbed(), unrounded(), torch.inference_mode(False), torch.enable_grad():
         for number, call in enumerate(calls):
             watch = LeastPrecise()
             with watch:

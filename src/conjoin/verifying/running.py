@@ -14,7 +14,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 
 from conjoin.tracing.copies import Call
 from conjoin.tracing.keeping import KeepingTensors, own_tensors
-from conjoin.tracing.modes import start_streams
+from conjoin.tracing.modes import start_streams, unrounded
 from conjoin.tracing.undisturbed import undisturbed
 from conjoin.verifying import outcome
 from conjoin.verifying.copying import arguments, exact, prepared
@@ -38,7 +38,7 @@ def run(
 ) -> list[Left]:
     """The calls, one after another, of a copy of the model."""
     # What the code keeps in globals and on classes is put back, so that both find the same there.
-    with undisturbed(model):
+    with undisturbed(model), unrounded():
         copied = prepared(model, setting, convert)
         if convert:  # What the code makes without naming a dtype goes with its weights.
             torch.set_default_dtype(exact(torch.get_default_dtype()))
