@@ -2,7 +2,6 @@
 
 import contextlib
 import os
-import types
 
 import pytest
 import torch
@@ -85,6 +84,14 @@ def told():
     )
 
 
+@pytest.fixture(autouse=True, scope="module")
+def _looked_before():
+    """PyTorch's compiler, which a look imports, sets an environment variable of its own once."""
+    model = Setting(lambda: None)
+    for look in LOOKS.values():
+        look(model)
+
+
 @pytest.fixture(autouse=True)
 def _left_alone():
     """A test that fails must not have all later ones fail."""
@@ -125,49 +132,70 @@ def test_modes_around_it_stay(look):
         assert told() == before
 
 
-@pytest.fixture
-def rounding(monkeypatch):
-    """What may round, as if somebody allowed some of it to."""
-    held = tuple(types.SimpleNamespace(fp32_precision=p) for p in ("tf32", "none", "tf32"))
-    monkeypatch.setattr(modes, "ROUNDING", held)
-    return held
+def _newer(*precisions):
+    for each, precision in zip(modes.ROUNDING, precisions, strict=True):
+        each.fp32_precision = precision
 
 
-def precisions(rounding):
-    return [each.fp32_precision for each in rounding]
+PRECISIONS = {
+    "as it comes": lambda: None,
+    "products may": lambda: setattr(torch.backends.cuda.matmul, "allow_tf32", True),
+    "nothing may": lambda: setattr(torch.backends.cudnn, "allow_tf32", False),
+    "to bfloat16": lambda: torch.set_float32_matmul_precision("medium"),
+    "by the newer names": lambda: _newer("tf32", "tf32", "tf32", "bf16"),
+}
+
+
+@pytest.fixture(params=PRECISIONS.values(), ids=PRECISIONS)
+def rounding(request):
+    """What may round numbers, as it can be set."""
+    older, before = modes._by_older_names(), modes._precisions()
+    request.param()
+    yield told_of_rounding()
+    modes._set_by_older_names(older)
+    _newer(*before)
+
+
+def told_of_rounding():
+    """What is told by both sets of names."""
+    return modes._precisions(), modes._by_older_names()
+
+
+def rounds() -> bool:
+    return any(precision not in ("ieee", "none") for precision in modes._precisions())
 
 
 @pytest.mark.parametrize("saved", [True, False], ids=["program", "model"])
 def test_nothing_is_rounded_where_models_are_compared(rounding, saved, monkeypatch):
-    seen, before = [], precisions(rounding)
+    seen = []
     place, name = (programs, "left_behind") if saved else (running, "_play")
     play = getattr(place, name)
 
     def noted(*args):
-        seen.append(precisions(rounding))
+        seen.append((rounds(), modes._by_older_names() is None))
         return play(*args)
 
     monkeypatch.setattr(place, name, noted)
     model = Setting(lambda: None)
     model = torch.export.export(model, (ONES,)) if saved else model
     assert conjoin.verify(model, model, *([] if saved else [(ONES,)]))
-    assert seen
-    assert all(held == ["ieee"] * 3 for held in seen)
-    assert precisions(rounding) == before
+    assert set(seen) == {(False, rounding[1] is None)}
+    assert told_of_rounding() == rounding
 
 
 def test_what_the_code_sets_meanwhile_stays(rounding):
     with modes.unrounded():
-        rounding[0].fp32_precision = "bf16"
-    assert precisions(rounding) == ["bf16", "none", "tf32"]
+        modes.ROUNDING[1].fp32_precision = "tf32"
+    assert modes.ROUNDING[1].fp32_precision == "tf32"
 
 
-@pytest.mark.parametrize("holder", modes.ROUNDING, ids=["products", "convolutions", "recurrent"])
-def test_what_rounds_tells_and_takes_a_precision(holder):
-    before = holder.fp32_precision
-    with modes.unrounded():
-        assert holder.fp32_precision == "ieee"
-    assert holder.fp32_precision == before
+def test_a_model_that_turns_cudnn_off_is_verified():
+    def quietly():
+        with torch.backends.cudnn.flags(enabled=False):
+            pass
+
+    model = Setting(quietly)
+    assert conjoin.verify(model, model, (ONES,)).raised == 0
 
 
 @pytest.mark.parametrize("look", LOOKS.values(), ids=LOOKS)

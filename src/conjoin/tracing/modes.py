@@ -15,7 +15,7 @@ from typing import Any
 
 import torch
 from torch.autograd import forward_ad
-from torch.backends import cuda, cudnn
+from torch.backends import cuda, cudnn, mkldnn
 from torch.utils import _device
 from torch.utils._python_dispatch import _pop_mode
 
@@ -27,8 +27,8 @@ LATER: tuple[Any, ...] = (torch.cuda, torch.xpu)
 """Where a seed is noted until a device is first used, whose stream starts from it then."""
 
 
-ROUNDING: tuple[Any, ...] = (cuda.matmul, cudnn.conv, cudnn.rnn)  # type: ignore[attr-defined]
-"""What may round numbers of float32 on CUDA before it multiplies them (TF32)."""
+ROUNDING: tuple[Any, ...] = (cuda.matmul, cudnn.conv, cudnn.rnn, mkldnn.matmul)  # type: ignore[attr-defined]
+"""What may round numbers of float32 before it multiplies them, as to TF32."""
 
 
 def _autocast(device: str) -> tuple[bool, torch.dtype]:
@@ -103,16 +103,43 @@ def unmoved_streams() -> Iterator[None]:
 
 @contextlib.contextmanager
 def unrounded() -> Iterator[None]:
-    """Has all that multiplies numbers of float32 on CUDA take them as they are."""
-    before = [each.fp32_precision for each in ROUNDING]
-    for each in ROUNDING:
-        each.fp32_precision = "ieee"
+    """Has what multiplies numbers of float32 take them as they are.
+
+    PyTorch has two sets of names for that, of which the older one cannot be read once something was
+    set by the newer one. The code inside may read what the code outside may.
+    """
+    before, older = _precisions(), _by_older_names()
+    if older is not None:
+        _set_by_older_names((False, "highest"))
+    else:
+        for each in ROUNDING:
+            each.fp32_precision = "ieee"
+    inside = _precisions()
     try:
         yield
     finally:
-        for each, precision in zip(ROUNDING, before, strict=True):
-            if each.fp32_precision == "ieee":  # Or else the code inside has set it since.
+        if _precisions() == inside:  # Or else the code inside has set it since.
+            if older is not None:
+                _set_by_older_names(older)
+            for each, precision in zip(ROUNDING, before, strict=True):
                 each.fp32_precision = precision
+
+
+def _precisions() -> list[str]:
+    return [each.fp32_precision for each in ROUNDING]
+
+
+def _by_older_names() -> tuple[bool, str] | None:
+    """What cuDNN may do, and products; None where that is not told."""
+    try:
+        return cudnn.allow_tf32, torch.get_float32_matmul_precision()
+    except RuntimeError:
+        return None
+
+
+def _set_by_older_names(held: tuple[bool, str]) -> None:
+    cudnn.allow_tf32 = held[0]
+    torch.set_float32_matmul_precision(held[1])
 
 
 def start_streams(seed: int) -> None:
