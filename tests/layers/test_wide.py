@@ -17,6 +17,7 @@ from equivalence import (
 )
 from families import EVERY_KIND, Family, assert_runs_once, fused, merge
 from torch import nn
+from torch.nn.utils import parametrize
 
 from conjoin.layers.releasing import release
 from conjoin.layers.view import View, views, wides
@@ -450,6 +451,26 @@ def test_a_part_acts_as_the_parameter_that_it_was(case, plain, change):
         assert ours == theirs
     if not change.startswith("other"):  # A layer of mixed types or shapes does not run.
         assert_equivalent(model, plain, (case.input(),))
+
+
+class Squared(nn.Module):
+    def forward(self, weight):
+        return weight.square()
+
+
+@every_kind
+def test_parametrizing_one_sibling(case, plain):
+    model = fused(plain)
+    for each in (plain, model):
+        parametrize.register_parametrization(each.layers[1], "weight", Squared())
+    assert [isinstance(layer, View) for layer in model.layers] == [True, False]
+    assert parametrize.is_parametrized(model.layers[1], "weight")
+    assert not parametrize.is_parametrized(model.layers[0])
+    assert_same_state(model, plain)
+    assert_equivalent(model, plain, (case.input(),))
+    parametrize.remove_parametrizations(model.layers[1], "weight")
+    parametrize.remove_parametrizations(plain.layers[1], "weight")
+    assert_same_state(model, plain)
 
 
 @every_kind

@@ -28,7 +28,7 @@ from conjoin.layers.conversion import CONVERSION
 from conjoin.layers.enclosing import listing
 from conjoin.layers.lockstep import in_transform
 from conjoin.layers.part import lend, unshared
-from conjoin.layers.releasing import take_out
+from conjoin.layers.releasing import Parametrizations, take_out
 from conjoin.layers.subclass import made_of, subclass
 from conjoin.layers.walking import walk
 from conjoin.layers.wide import WIDE, Sibling, Wide, fits, like
@@ -60,6 +60,7 @@ class View(Sibling):
     """A sibling after fusing; always together with the sibling's own class, see `view_class`."""
 
     wide = _Whole()
+    parametrizations = Parametrizations()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not the user's: a view is no new class of theirs."""
@@ -107,6 +108,8 @@ class View(Sibling):
             super().__setattr__(name, value)
             if name == "training":  # `train` comes by the wide layer only through its views.
                 self.wide_layer.training = value
+            elif name != "__class__" and name in self.wide_layer.kind.followed:
+                self.wide_layer.follow()
 
     def __delattr__(self, name: str) -> None:
         """Deleting a parameter makes this sibling a plain layer again."""
@@ -127,7 +130,8 @@ class View(Sibling):
         if not name.startswith("_") and name in vars(self):
             held = vars(self)[name]
             same = held is value or (isinstance(held, (int, float, str)) and held == value)
-            return not same
+            followed = name in self.wide_layer.kind.followed and type(value) in (int, float)
+            return not (same or followed)
         return name in TENSORS or callable(getattr(type(self), name, None))
 
     def named_parameters(
