@@ -337,3 +337,24 @@ def test_no_weight_is_computed(inputs):
     optimized = conjoin.optimize(model, inputs, policy="always")
     for found in (model, optimized, conjoin.unfuse(optimized)):
         assert all(torch.equal(buffer, uses[name]) for name, buffer in found.named_buffers())
+
+
+def refuse(*args, **kwargs):
+    raise NotImplementedError
+
+
+ASKED = "len bool iter contains getitem eq hash".split()
+
+
+@pytest.mark.parametrize(
+    "base", [object, tuple, list, dict, set, frozenset, collections.deque, collections.OrderedDict]
+)
+def test_methods_of_objects_that_the_model_holds_do_not_run(base):
+    """Such as the length of what is a tuple for its items only, as e3nn's irreps are."""
+    methods = {f"__{name}__": refuse for name in ASKED} | {"values": refuse, "items": refuse}
+    methods["__deepcopy__"] = lambda self, memo: self
+    model, x = conjoin.nn.Parallel(nn.Linear(4, 3), nn.Linear(4, 2)), torch.randn(3, 4)
+    model.held = type("Held", (base,), methods)()
+    for inputs in (None, (x,)):
+        assert_equivalent(conjoin.optimize(model, inputs, policy="always"), model, (x,))
+        assert [group.fused for group in conjoin.report(model, inputs).groups] == [True]
