@@ -453,6 +453,21 @@ def test_a_part_acts_as_the_parameter_that_it_was(case, plain, change):
         assert_equivalent(model, plain, (case.input(),))
 
 
+@every_kind
+def test_to_the_meta_device_and_back_while_somebody_has_a_part(case, plain):
+    model = fused(plain)
+    state = {name: value.clone() for name, value in plain.state_dict().items()}
+    held = [[layer.weight for layer in each.layers] for each in (model, plain)]
+    for each in (model, plain):
+        each.to("meta")
+        assert {layer.weight.device.type for layer in each.layers} == {"meta"}
+        each.to_empty(device="cpu").load_state_dict(state)
+    assert_same_state(model, plain)
+    assert_equivalent(model, plain, (case.input(),))
+    for ours, theirs in zip(*held, strict=True):
+        assert torch.equal(ours.detach(), theirs.detach())
+
+
 class Squared(nn.Module):
     def forward(self, weight):
         return weight.square()
