@@ -327,6 +327,24 @@ def test_replacement_and_deletion():
     assert_equivalent(model, plain, (EVERY_KIND["Linear"].input(),))
 
 
+@every_kind
+def test_other_parameters_by_name_after_a_replacement(case, plain):
+    """As for `functional_call` and `torch.export`."""
+    model, x = fused(plain), case.input()
+    for each in (plain, model):
+        each.layers[1] = copy.deepcopy(plain.layers[1])
+    ours, theirs = (
+        torch.func.functional_call(
+            each, {name: 2 * value for name, value in each.named_parameters()}, (x,)
+        )
+        for each in (model, plain)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    assert model.get_parameter("layers.0.wide.weight") is model.layers[0].wide_layer.weight
+    ours = torch.export.export(model, (x,)).module()(x)
+    torch.testing.assert_close(ours, plain(x), rtol=0, atol=1e-9)
+
+
 def test_attributes_of_parameters_are_kept():
     plain = EVERY_KIND["Linear"].family((2, 3))
     for parameter in plain.parameters():
