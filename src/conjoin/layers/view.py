@@ -108,10 +108,11 @@ class View(Sibling):
                 )
             setattr(take_out(self), name, unshared(value))
         else:
+            changes = name in vars(self)
             super().__setattr__(name, value)
             if name == "training":  # `train` comes by the wide layer only through its views.
                 self.wide_layer.training = value
-            elif name != "__class__" and name in self.wide_layer.kind.followed:
+            elif changes and name in self.wide_layer.kind.followed:
                 self.wide_layer.follow()
 
     def __delattr__(self, name: str) -> None:
