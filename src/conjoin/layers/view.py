@@ -48,9 +48,10 @@ class _Whole:
         if view is None:
             return self
         wide = view.wide_layer
+        if torch.compiler.is_compiling() or wide.is_whole():
+            return wide
         # PyTorch goes to parameters by their names, as for `functional_call`.
-        to_parameters = str(sys._getframe(1).f_globals.get("__name__")).startswith("torch.nn.")
-        if not (to_parameters or torch.compiler.is_compiling() or wide.is_whole()):
+        if not str(sys._getframe(1).f_globals.get("__name__")).startswith("torch.nn."):
             raise RuntimeError(
                 f"a graph runs {view!r} and its siblings at once, and one of them was replaced or "
                 "taken out. Change layers before conjoin.optimize, or conjoin.unfuse the "
