@@ -297,6 +297,32 @@ def test_plain_and_optimized_report_agree(model, optimized, x):
     assert (group.reason, group.detail, group.widths) == (None, "", (3, 3))
 
 
+class Columns(nn.Module):
+    """Tables that read a column each, and towers: what a rewritten forward merges."""
+
+    def __init__(self):
+        super().__init__()
+        self.tables = nn.ModuleList(nn.Embedding(5, 4) for _ in range(8))
+        self.towers = nn.ModuleList(
+            nn.Sequential(nn.Linear(32, 6), nn.ReLU(), nn.Linear(6, 1)) for _ in range(2)
+        )
+
+    def forward(self, columns):
+        x = torch.cat([table(columns[:, i]) for i, table in enumerate(self.tables)], 1)
+        return [tower(x) for tower in self.towers]
+
+
+def test_without_inputs_a_dry_run_tells_what_is_merged():
+    model = Columns()
+    told = conjoin.report(model).groups
+    assert {*told} == {*conjoin.report(conjoin.optimize(model)).groups}
+    assert [(group.kind, len(group.layers), group.fused) for group in told] == [
+        ("Embedding", 8, True),
+        ("Linear", 2, True),
+        ("Linear", 2, True),
+    ]
+
+
 def test_without_inputs_nothing_is_counted(model, optimized):
     for each in (model, optimized):
         report = conjoin.report(each)

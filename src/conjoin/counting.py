@@ -5,7 +5,6 @@ All is counted on copies of the model, of which one is optimized.
 
 from __future__ import annotations
 
-import contextlib
 import dataclasses
 from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 
@@ -16,12 +15,10 @@ from conjoin.decision import Decision
 from conjoin.graph.depth import Chain, Depths
 from conjoin.graph.siblings import Candidate, merged_in
 from conjoin.launches import UNCOUNTED, StepCount
-from conjoin.layers import PRODUCTS
-from conjoin.layers.owner import raw_parameters
 from conjoin.layers.product import SUFFIX
 from conjoin.layers.wide import Wide
 from conjoin.reports.report import Group
-from conjoin.tracing.copies import Call, Copy, UncopyableError, on_copies
+from conjoin.tracing.copies import Call, Copy, on_copies
 from conjoin.tracing.undisturbed import undisturbed
 
 
@@ -119,14 +116,16 @@ def count_groups(model: nn.Module, call: Call, decision: Decision) -> Counts:
         return on_copies(model, lambda copied: _count_on(copied, call, decision)) or Counts()
 
 
-def find_products(model: nn.Module, decision: Decision) -> Counts:
-    """What becomes of products with raw Parameters, which are found where a forward is traced."""
-    if any(True for _ in raw_parameters(model)):
-        with contextlib.suppress(UncopyableError), undisturbed(model):
-            merger, _ = apply(Copy(model, fake=False).model, decision)
-            levels = tuple(level for level in merger.levels if level.kind in PRODUCTS)
-            return Counts(levels=levels, refused=tuple(merger.refused.values()))
-    return Counts()
+def find_levels(model: nn.Module, decision: Decision) -> Counts:
+    """What is merged beyond what was found, where there is no call to count it in."""
+    with undisturbed(model):
+        return on_copies(model, lambda copied: _levels_on(copied().model, decision)) or Counts()
+
+
+def _levels_on(model: nn.Module, decision: Decision) -> Counts:
+    """That of a copy, which is optimized."""
+    merger, found = apply(model, decision)
+    return Counts(levels=tuple(merger.levels), refused=tuple(merger.refused.values()), found=found)
 
 
 def _count_on(copied: Callable[[], Copy], call: Call, decision: Decision) -> Counts:

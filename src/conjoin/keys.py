@@ -4,10 +4,10 @@ from __future__ import annotations
 
 from collections.abc import Hashable, Mapping
 
-from torch import Tensor, fx, nn
+from torch import fx, nn
 
 from conjoin.graph import edit
-from conjoin.layers import GATHERED, Kind, Norm, kind_of, norm_of
+from conjoin.layers import GATHERED, Kind, Norm, held_weight, kind_of, norm_of
 from conjoin.layers.checks import tensors
 from conjoin.layers.embedding import Embedding
 from conjoin.layers.equal import common
@@ -23,8 +23,8 @@ def layer_key(
         return None
     layer = modules[str(node.target)]
     kind = merger.kind_of(layer)
-    weight = None if kind is None or kind.stacked is None else layer.weight
-    if kind is None or not isinstance(weight, Tensor):
+    weight = None if kind is None or kind.stacked is None else held_weight(layer)
+    if kind is None or weight is None:
         return None
     shape = tuple(weight.shape)
     return kind, (shape, tuple(kind.key(layer).items()))
@@ -58,7 +58,7 @@ def norm_key(
         return None
     module = modules[str(node.target)]
     kind = norm_of(module)
-    if kind is None or module.weight is None:
+    if kind is None or held_weight(module) is None:
         return None
     biased = getattr(module, "bias", None) is not None
     return kind, (module.training, biased, tuple(kind.key(module).items()))

@@ -236,7 +236,7 @@ def _walk(
 def _data(value: Any) -> Iterable[object]:
     if isinstance(value, (type, ModuleType, Tensor, nn.Module)):
         return ()
-    if isinstance(value, (list, dict, set, deque)):
+    if type(value) in CONTAINERS:
         return contents(value)
     if type(value) is FunctionType:
         return [
@@ -244,7 +244,7 @@ def _data(value: Any) -> Iterable[object]:
             *(value.__kwdefaults__ or {}).values(),
             *(cell.cell_contents for cell in value.__closure__ or () if is_full(cell)),
         ]
-    return _wrapped(value) or _kept(value)
+    return *_wrapped(value), *_kept(value), *own_items(value)
 
 
 def _inside(value: Any) -> Iterable[object]:
@@ -257,9 +257,8 @@ def _inside(value: Any) -> Iterable[object]:
         return () if is_trusted(value) else _members(value)
     if type(value) is FunctionType:
         return () if is_trusted(value) else _referred(value)
-    if (held := _wrapped(value)) or not keeps(value):
-        return held
-    return type(value), *_kept(value), *own_items(value)
+    held = _wrapped(value)
+    return (type(value), *held, *_kept(value), *own_items(value)) if keeps(value) else held
 
 
 def _inside_modules(value: Any) -> Iterable[object]:
@@ -338,7 +337,7 @@ def _members(cls: type) -> Iterator[object]:
 def _wrapped(value: object) -> tuple[object, ...]:
     """What is behind a property, a method, a partial function, a cache or a cell, or in a tuple."""
     if isinstance(value, tuple):
-        return value
+        return (*tuple.__iter__(value),)  # Past the methods of a class of the user's.
     if isinstance(value, property):
         return value.fget, value.fset
     if isinstance(value, (staticmethod, classmethod)):

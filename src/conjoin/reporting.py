@@ -9,7 +9,7 @@ from torch import nn
 from torch.export import ExportedProgram
 
 from conjoin import programs
-from conjoin.counting import count_groups, count_model, find_products, group_of
+from conjoin.counting import count_groups, count_model, find_levels, group_of
 from conjoin.decision import decide_on
 from conjoin.graph.siblings import in_order
 from conjoin.launches import Launches
@@ -41,9 +41,7 @@ def report_model(
     """
     with graph_modules.lifted(model):
         decision = decide_on(model, calls, kinds, policy, limit, again=False)
-        counts = (
-            count_groups(model, calls[0], decision) if calls else find_products(model, decision)
-        )
+        counts = count_groups(model, calls[0], decision) if calls else find_levels(model, decision)
         sightings = decision.sightings
         found = in_order(counts.groups(decision.found), model, sightings)
         groups = tuple(group_of(candidate, counts) for candidate in found)

@@ -380,6 +380,15 @@ def test_tied_with_a_buffer():
     assert only(found(model)).refusal.reason is Reason.SHARED_PARAMETER
 
 
+@pytest.mark.parametrize("base", [dict, list, set, tuple])
+def test_tied_with_what_an_attribute_of_a_container_holds(base):
+    """As of a configuration that is a dictionary too."""
+    model = Called(all_on_one, *linears(3, 3))
+    model.settings = type("Settings", (base,), {})([(1, 2)])
+    model.settings.first = model.a.weight
+    assert only(found(model)).refusal.reason is Reason.SHARED_PARAMETER
+
+
 def test_widths_and_order_of_calls():
     group = only(found(Called(lambda m, x: (m.c(x), m.a(x), m.b(x)), *linears(3, 2, 1))))
     assert group.layers == ("c", "a", "b")

@@ -77,6 +77,25 @@ def test_each_by_itself(make, space):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
 
 
+@pytest.mark.parametrize("make", [CASES["BatchNorm2d"][0], CASES["tracked"][0]])
+def test_a_schedule_of_the_momentum(make):
+    """The siblings run one by one while some have another momentum, and stay merged."""
+    norms, plain, wide = both(make)
+    parameters = [*wide.parameters()]
+    for changed, momentum, eps in ((1, 0.5, 0.1), (3, 0.5, 0.1), (2, 0.25, 0.1), (3, 0.25, 0.01)):
+        for norm in (*norms[:changed], *plain[:changed]):
+            norm.momentum, norm.eps = momentum, eps
+        x = randn(2, sum(WIDTHS), 5, 3)
+        theirs = [norm(part) for norm, part in zip(plain, x.split(WIDTHS, 1), strict=True)]
+        copied = copy.deepcopy(norms)
+        for ours in (wide, copied[0].wide_layer):
+            torch.testing.assert_close(ours(x, dim=-3), torch.cat(theirs, 1), rtol=0, atol=1e-9)
+        for ours, other in zip(norms.buffers(), plain.buffers(), strict=True):
+            torch.testing.assert_close(ours, other, rtol=0, atol=1e-9)
+        assert wide.unequal == (changed != 3)
+    assert all(ours is other for ours, other in zip(wide.parameters(), parameters, strict=True))
+
+
 @cases
 def test_released_to_the_bit(make, space):
     norms, plain, _ = both(make)
@@ -161,6 +180,13 @@ def test_of_the_last_dimension(make, shape):
     ]
     expected = [theirs[0], *joined[:kinds], theirs[1 + 3 * kinds], *joined[kinds:]]
     torch.testing.assert_close(ours, expected, rtol=0, atol=1e-9)
+
+
+@pytest.mark.parametrize("make", LAST.values(), ids=LAST)
+def test_on_the_meta_device(make):
+    norms, _, wide = both(make, [4, 4, 4])
+    norms.to("meta")
+    assert wide(torch.empty(3, 12, dtype=torch.float64, device="meta"), dim=-1).shape == (3, 12)
 
 
 @pytest.mark.parametrize("make", [LAST["LayerNorm"], LAST["RMSNorm"]])

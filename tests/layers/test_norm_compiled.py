@@ -134,7 +134,11 @@ def counted(norm, value):
     norm.num_batches_tracked.data = torch.tensor(7)
 
 
-CHANGES = [other_memory, replaced, changed, of_another_mode, counted]
+def of_another_momentum(norm, value):
+    norm.momentum = value / 3
+
+
+CHANGES = [other_memory, replaced, changed, of_another_mode, counted, of_another_momentum]
 
 
 @pytest.mark.parametrize("change", CHANGES)

@@ -17,6 +17,7 @@ from equivalence import (
 )
 from families import EVERY_KIND, Family, assert_runs_once, fused, merge
 from torch import nn
+from torch.nn.utils import parametrize
 
 from conjoin.layers.releasing import release
 from conjoin.layers.view import View, views, wides
@@ -326,6 +327,24 @@ def test_replacement_and_deletion():
     assert_equivalent(model, plain, (EVERY_KIND["Linear"].input(),))
 
 
+@every_kind
+def test_other_parameters_by_name_after_a_replacement(case, plain):
+    """As for `functional_call` and `torch.export`."""
+    model, x = fused(plain), case.input()
+    for each in (plain, model):
+        each.layers[1] = copy.deepcopy(plain.layers[1])
+    ours, theirs = (
+        torch.func.functional_call(
+            each, {name: 2 * value for name, value in each.named_parameters()}, (x,)
+        )
+        for each in (model, plain)
+    )
+    torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+    assert model.get_parameter("layers.0.wide.weight") is model.layers[0].wide_layer.weight
+    ours = torch.export.export(model, (x,)).module()(x)
+    torch.testing.assert_close(ours, plain(x), rtol=0, atol=1e-9)
+
+
 def test_attributes_of_parameters_are_kept():
     plain = EVERY_KIND["Linear"].family((2, 3))
     for parameter in plain.parameters():
@@ -450,6 +469,41 @@ def test_a_part_acts_as_the_parameter_that_it_was(case, plain, change):
         assert ours == theirs
     if not change.startswith("other"):  # A layer of mixed types or shapes does not run.
         assert_equivalent(model, plain, (case.input(),))
+
+
+@every_kind
+def test_to_the_meta_device_and_back_while_somebody_has_a_part(case, plain):
+    model = fused(plain)
+    state = {name: value.clone() for name, value in plain.state_dict().items()}
+    held = [[layer.weight for layer in each.layers] for each in (model, plain)]
+    for each in (model, plain):
+        each.to("meta")
+        assert {layer.weight.device.type for layer in each.layers} == {"meta"}
+        each.to_empty(device="cpu").load_state_dict(state)
+    assert_same_state(model, plain)
+    assert_equivalent(model, plain, (case.input(),))
+    for ours, theirs in zip(*held, strict=True):
+        assert torch.equal(ours.detach(), theirs.detach())
+
+
+class Squared(nn.Module):
+    def forward(self, weight):
+        return weight.square()
+
+
+@every_kind
+def test_parametrizing_one_sibling(case, plain):
+    model = fused(plain)
+    for each in (plain, model):
+        parametrize.register_parametrization(each.layers[1], "weight", Squared())
+    assert [isinstance(layer, View) for layer in model.layers] == [True, False]
+    assert parametrize.is_parametrized(model.layers[1], "weight")
+    assert not parametrize.is_parametrized(model.layers[0])
+    assert_same_state(model, plain)
+    assert_equivalent(model, plain, (case.input(),))
+    parametrize.remove_parametrizations(model.layers[1], "weight")
+    parametrize.remove_parametrizations(plain.layers[1], "weight")
+    assert_same_state(model, plain)
 
 
 @every_kind

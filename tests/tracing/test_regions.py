@@ -325,7 +325,6 @@ def test_copied_after_a_part_was_taken_out():
 
 
 REFUSED_CHANGES = {
-    "weight_norm": lambda model: parametrizations.weight_norm(model.mean),
     "old weight_norm": lambda model: nn.utils.weight_norm(model.mean),
     "spectral_norm": lambda model: nn.utils.spectral_norm(model.mean),
 }
@@ -333,7 +332,7 @@ REFUSED_CHANGES = {
 
 @pytest.mark.filterwarnings("ignore::FutureWarning")
 @pytest.mark.parametrize("change", REFUSED_CHANGES.values(), ids=REFUSED_CHANGES)
-def test_a_sibling_is_parametrized_afterwards(change):
+def test_a_sibling_is_parametrized_in_the_old_way_afterwards(change):
     """It has no Parameter of its own, so PyTorch refuses; nothing has changed then."""
     model = build("heads")
     x = vector(model)
@@ -342,6 +341,17 @@ def test_a_sibling_is_parametrized_afterwards(change):
         change(optimized)
     same_outputs(optimized, model, x)
     change(conjoin.unfuse(optimized))
+
+
+def test_a_sibling_is_parametrized_afterwards_and_taken_out():
+    model = build("heads")
+    x = vector(model)
+    optimized = conjoin.optimize(model, (x,))
+    same_outputs(optimized, model, x)
+    for each in (model, optimized):
+        parametrizations.weight_norm(each.mean)
+    same_outputs(optimized, model, x)
+    same_outputs(conjoin.unfuse(optimized), model, x)
 
 
 GLOBAL_HOOKS = {

@@ -296,3 +296,65 @@ def test_what_the_model_compiles_is_compiled_afterwards(look):
     assert len(graphs) == 0
     model(x)
     assert len(graphs) == 2
+
+
+class Counted(nn.Module):
+    """A parametrization that changes a buffer at each use, as that of `spectral_norm` does."""
+
+    def __init__(self):
+        super().__init__()
+        self.register_buffer("uses", torch.zeros(()))
+
+    def forward(self, weight):
+        self.uses += 1
+        return weight / self.uses
+
+
+class Computed(nn.Module):
+    """Branches whose later layers and norms compute their weights."""
+
+    def __init__(self):
+        super().__init__()
+        self.branches = nn.ModuleList(
+            nn.Sequential(
+                nn.Linear(6, 5), nn.BatchNorm1d(5), nn.ReLU(), nn.Linear(5, 4), nn.Linear(4, 3)
+            )
+            for _ in range(3)
+        )
+        for branch in self.branches[:2]:
+            for layer in (branch[1], branch[3]):
+                nn.utils.parametrize.register_parametrization(layer, "weight", Counted())
+        nn.utils.parametrizations.spectral_norm(self.branches[2][3])
+
+    def forward(self, x):
+        return [branch(x) for branch in self.branches]
+
+
+@pytest.mark.parametrize("inputs", [(torch.randn(4, 6),), None], ids=["observed", "traced"])
+def test_no_weight_is_computed(inputs):
+    model = Computed()
+    uses = {name: buffer.clone() for name, buffer in model.named_buffers()}
+    optimized = conjoin.optimize(model, inputs, policy="always")
+    for found in (model, optimized, conjoin.unfuse(optimized)):
+        assert all(torch.equal(buffer, uses[name]) for name, buffer in found.named_buffers())
+
+
+def refuse(*args, **kwargs):
+    raise NotImplementedError
+
+
+ASKED = "len bool iter contains getitem eq hash".split()
+
+
+@pytest.mark.parametrize(
+    "base", [object, tuple, list, dict, set, frozenset, collections.deque, collections.OrderedDict]
+)
+def test_methods_of_objects_that_the_model_holds_do_not_run(base):
+    """Such as the length of what is a tuple for its items only, as e3nn's irreps are."""
+    methods = {f"__{name}__": refuse for name in ASKED} | {"values": refuse, "items": refuse}
+    methods["__deepcopy__"] = lambda self, memo: self
+    model, x = conjoin.nn.Parallel(nn.Linear(4, 3), nn.Linear(4, 2)), torch.randn(3, 4)
+    model.held = type("Held", (base,), methods)()
+    for inputs in (None, (x,)):
+        assert_equivalent(conjoin.optimize(model, inputs, policy="always"), model, (x,))
+        assert [group.fused for group in conjoin.report(model, inputs).groups] == [True]

@@ -14,7 +14,7 @@ from typing import Any
 from torch import Tensor, fx, nn
 
 from conjoin.graph import channelwise, elementwise, hazards
-from conjoin.layers import KINDS, NORMS, kind_of
+from conjoin.layers import KINDS, NORMS, held_weight, kind_of
 from conjoin.layers.subclass import plain_class
 from conjoin.layers.wide import Wide
 
@@ -221,8 +221,8 @@ def _module_key(module: nn.Module) -> Hashable | None:
     known = cls in elementwise.ACTIVATIONS or cls in channelwise.SPATIAL_MODULES or cls in SHAPED
     if not layer and not known:
         return None
-    weight = module.weight if layer else None
-    types = (weight.dtype, weight.device) if isinstance(weight, Tensor) else None
+    weight = held_weight(module) if layer else None
+    types = None if weight is None else (weight.dtype, weight.device)
     return cls, elementwise.settings(module), types
 
 

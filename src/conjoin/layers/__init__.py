@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
-from torch import nn
+from torch import Tensor, nn
 
 from conjoin.layers import convolved, product
 from conjoin.layers.conv import (
@@ -57,6 +57,11 @@ def kind_of(layer: object, kinds: tuple[Kind, ...] = KINDS) -> Kind | None:
         return kind if asked else None
     classes = type(layer).__mro__
     return next((kind for cls in classes for kind in kinds if kind.layer is cls), None)
+
+
+def held_weight(layer: nn.Module) -> Tensor | None:
+    """The weight that a layer holds; to read one that it computes may change its state."""
+    return layer.weight if isinstance(layer, View) else layer._parameters.get("weight")
 
 
 def norm_of(layer: object) -> Norm | None:

@@ -112,6 +112,9 @@ class Kind(ABC):
     counters: ClassVar[frozenset[str]] = frozenset()
     """Those of them that are one number."""
 
+    followed: ClassVar[frozenset[str]] = frozenset()
+    """Settings that are numbers, which somebody may change between calls, as a schedule does."""
+
     def __init_subclass__(cls) -> None:
         """Keeps the forward of the layers, to notice when somebody replaces it."""
         layer = vars(cls).get("layer")

@@ -77,8 +77,8 @@ class Norm(Kind):
         """Like `run`, for branches that lie along `dim`, counted from the end.
 
         Where the channels of these layers are another dimension than `dim`, each branch is
-        normalized by itself. So is each where somebody has given one buffers of its own, or
-        another mode.
+        normalized by itself. So is each where somebody has given one buffers, a mode or settings
+        of its own.
         """
         apart = wide.out_of_step()
         if not apart and self.fits(wide, input, dim):
@@ -108,6 +108,7 @@ class _BatchNorm(Norm):
     settings = ("eps", "momentum", "affine", "track_running_stats")
     running = ("running_mean", "running_var", "num_batches_tracked")
     counters = frozenset({"num_batches_tracked"})
+    followed = frozenset({"eps", "momentum"})
 
     def check(self, layer: nn.Module) -> Verdict | None:
         """Also refuses layers without running statistics or with their cumulative average."""
@@ -187,6 +188,7 @@ class _InstanceNorm(Norm):
     settings = ("eps", "momentum", "affine", "track_running_stats")
     running = ("running_mean", "running_var", "num_batches_tracked")
     counters = frozenset({"num_batches_tracked"})
+    followed = frozenset({"eps", "momentum"})
 
     def check(self, layer: nn.Module) -> Verdict | None:
         """Also refuses layers that have only some of their running statistics."""
@@ -273,7 +275,8 @@ class LayerNorm(_LastDimension):
     def typed(self, wide: Wide, input: Tensor) -> bool:
         """Also under autocast, which treats both functions alike."""
         device = input.device.type
-        cast = torch.is_autocast_enabled(device) and input.dtype == torch.get_autocast_dtype(device)
+        autocast = device != "meta" and torch.is_autocast_enabled(device)
+        cast = autocast and input.dtype == torch.get_autocast_dtype(device)
         return cast or super().typed(wide, input)
 
     def run(self, wide: Wide, input: Tensor) -> Tensor:

@@ -63,9 +63,13 @@ class Part(Tensor):
         return cast(nn.Parameter, holder._parameters[self.conjoin_name])
 
     def bound(self) -> Part:
-        """Itself, on the memory where the values are now."""
+        """Itself, on the memory where the values are now.
+
+        Between the meta device and others a Parameter has no way, so another one is there now.
+        """
         whole = self.whole()
-        if whole.data_ptr() != self.conjoin_address:
+        moved = whole.data_ptr() != self.conjoin_address
+        if moved and torch._has_compatible_shallow_copy_type(self, whole):
             Tensor.data.__set__(self, self.data)  # type: ignore[attr-defined]
             self.conjoin_address = whole.data_ptr()
         return self

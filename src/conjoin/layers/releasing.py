@@ -2,11 +2,31 @@
 
 from __future__ import annotations
 
+import sys
 import warnings
+from typing import Any
 
 from torch import nn
+from torch.nn.utils import parametrize
 
+from conjoin.layers.checks import TENSORS
 from conjoin.layers.wide import WIDE, Sibling, like
+
+
+class Parametrizations:
+    """`view.parametrizations`: none, but `register_parametrization` asks for them first.
+
+    It wants a plain layer, with a Parameter among its `_parameters`, so it gets one. Without
+    `__set__`, and as it always raises, the attribute is what it is in any module.
+    """
+
+    def __get__(self, view: Sibling | None, owner: type[Sibling]) -> Any:
+        asks = sys._getframe(1).f_back
+        if view is not None and asks is not None:
+            registers = asks.f_code is parametrize.register_parametrization.__code__
+            if registers and asks.f_locals.get("tensor_name") in TENSORS:
+                take_out(view)
+        raise AttributeError("parametrizations")
 
 
 def take_out(view: Sibling) -> nn.Module:

@@ -1,7 +1,8 @@
 """The running statistics of merged normalizations, which the wide layer holds and lends.
 
 The buffers of a view are slices of the wide layer's, so that one run updates them all, and each has
-its own. Somebody may replace one, or give it other memory; each sibling then runs by itself.
+its own. Somebody may replace one, or give it other memory; each sibling then runs by itself. So it
+does while the momentum of some is another, as between two steps of a schedule.
 """
 
 from __future__ import annotations
@@ -24,12 +25,16 @@ class Lender(nn.Module):
     Attributes:
         kind: the kind of the siblings.
         widths: the numbers of their output channels.
+        settings: what they have in common, by name.
+        unequal: whether some of the settings that a kind follows are not common to them now.
         running: the buffers that a call updates, the siblings' one after another, by name.
         known: the views that hold its parts, by position.
     """
 
     kind: Kind
     widths: list[int]
+    settings: dict[str, object]
+    unequal: bool
     running: dict[str, Tensor]
 
     def part(self, name: str, tensor: Tensor, index: int) -> Tensor:
@@ -99,15 +104,25 @@ class Lender(nn.Module):
         found = [reference() for reference in self.known.values()]
         return len(found) == len(self.widths) and None not in found
 
+    def follow(self) -> None:
+        """Takes over the settings that its views have now, where these agree."""
+        names = sorted(self.kind.followed)
+        views = [view for known in self.known.values() if (view := known()) is not None]
+        found = {tuple(getattr(view, name) for name in names) for view in views}
+        self.unequal = len(found) > 1
+        if not self.unequal:
+            self.settings = {**self.settings, **dict(zip(names, *found, strict=True))}
+
     def out_of_step(self) -> dict[int, nn.Module]:
-        """The siblings by position, where the buffers or the mode of one are its own affair."""
+        """The siblings by position, where buffers, mode or settings of one are its own affair."""
         compiling = torch.compiler.is_compiling()
-        if not self.running or (not compiling and self._is_as_noted()):
+        as_it_was = not self.running or (not compiling and self._is_as_noted())
+        if as_it_was and not self.unequal:
             return {}
         exporting = compiling and runs_python()
         places = {} if compiling else {name: _place(whole) for name, whole in self.running.items()}
         known: dict[int, nn.Module] = {}
-        in_step = True
+        in_step = not self.unequal
         for index, reference in self.known.items():
             view = reference()
             if view is None:

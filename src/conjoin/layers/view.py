@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import functools
 import operator
+import sys
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from typing import Any, cast
 
@@ -28,7 +29,7 @@ from conjoin.layers.conversion import CONVERSION
 from conjoin.layers.enclosing import listing
 from conjoin.layers.lockstep import in_transform
 from conjoin.layers.part import lend, unshared
-from conjoin.layers.releasing import take_out
+from conjoin.layers.releasing import Parametrizations, take_out
 from conjoin.layers.subclass import made_of, subclass
 from conjoin.layers.walking import walk
 from conjoin.layers.wide import WIDE, Sibling, Wide, fits, like
@@ -47,7 +48,10 @@ class _Whole:
         if view is None:
             return self
         wide = view.wide_layer
-        if not torch.compiler.is_compiling() and not wide.is_whole():
+        if torch.compiler.is_compiling() or wide.is_whole():
+            return wide
+        # PyTorch goes to parameters by their names, as for `functional_call`.
+        if not str(sys._getframe(1).f_globals.get("__name__")).startswith("torch.nn."):
             raise RuntimeError(
                 f"a graph runs {view!r} and its siblings at once, and one of them was replaced or "
                 "taken out. Change layers before conjoin.optimize, or conjoin.unfuse the "
@@ -60,6 +64,7 @@ class View(Sibling):
     """A sibling after fusing; always together with the sibling's own class, see `view_class`."""
 
     wide = _Whole()
+    parametrizations = Parametrizations()
 
     def __init_subclass__(cls, **kwargs: Any) -> None:
         """Not the user's: a view is no new class of theirs."""
@@ -104,9 +109,12 @@ class View(Sibling):
                 )
             setattr(take_out(self), name, unshared(value))
         else:
+            changes = name in vars(self)
             super().__setattr__(name, value)
             if name == "training":  # `train` comes by the wide layer only through its views.
                 self.wide_layer.training = value
+            elif changes and name in self.wide_layer.kind.followed:
+                self.wide_layer.follow()
 
     def __delattr__(self, name: str) -> None:
         """Deleting a parameter makes this sibling a plain layer again."""
@@ -127,7 +135,8 @@ class View(Sibling):
         if not name.startswith("_") and name in vars(self):
             held = vars(self)[name]
             same = held is value or (isinstance(held, (int, float, str)) and held == value)
-            return not same
+            followed = name in self.wide_layer.kind.followed and type(value) in (int, float)
+            return not (same or followed)
         return name in TENSORS or callable(getattr(type(self), name, None))
 
     def named_parameters(

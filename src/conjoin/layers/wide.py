@@ -89,6 +89,7 @@ class Wide(Lender):
         super().__init__()
         self.kind = kind
         self.settings = kind.kept(layers)
+        self.unequal = False
         self.shapes = kind.shapes(layers)
         self.widths = [shape[kind.weight_dim] for shape in self.shapes]
         self.biased = tuple("bias" in tensors(layer) for layer in layers)
