@@ -280,7 +280,7 @@ def _shareable(input: object) -> bool:
         and not input.is_inference()  # type: ignore[attr-defined]
         and input.layout is torch.strided  # type: ignore[attr-defined]
         and not input.is_nested  # type: ignore[attr-defined]
-        and (input.is_cpu or not is_captured(cast(Tensor, input)))  # type: ignore[attr-defined]
+        and not is_captured(cast(Tensor, input))
     )
 
 
@@ -313,7 +313,7 @@ def state_of(wide: Wide) -> tuple[object, ...]:
         id(weight),
         -1 if weight.is_inference() else weight._version,
         weight.data_ptr() if real else None,
-        stream_of(weight) if real and not weight.is_cpu else None,
+        stream_of(weight) if real else None,
         id(bias),
         None if bias is None or bias.is_inference() else bias._version,
         weight.requires_grad,
