@@ -282,12 +282,20 @@ def test_what_convolutions_read_counts_for_each(groups, pays, on):
         assert bool(wides(conjoin.optimize(Pair(), (x,)))) == pays
 
 
-def test_in_lockstep_a_tie_does_not_pay(on):
+class Activated(Told):
+    """The same, with something behind the layers that runs at once too."""
+
+    def forward(self, x):
+        return sum(layer(x).relu() for layer in self.layers)
+
+
+@pytest.mark.parametrize("asks", [Asking, Told], ids=["in lockstep", "cut at once"])
+def test_where_nothing_behind_gains_a_tie_does_not_pay(asks, on):
     on(dataclasses.replace(STEADY, cut=2.03 * STEADY.call))
     x = torch.randn(4, 8)
     with torch.no_grad():
-        assert wides(conjoin.optimize(Told(3), (x,)))
-        optimized = conjoin.optimize(Asking(3), (x,))
+        assert wides(conjoin.optimize(Activated(3), (x,)))
+        optimized = conjoin.optimize(asks(3), (x,))
         assert not wides(optimized)
     (group,) = conjoin.report(optimized, (x,)).groups
     assert group.figures.apart < group.figures.whole < 1.02 * group.figures.apart

@@ -376,7 +376,7 @@ def _chosen(
 ) -> tuple[Form, Figures]:
     among = in_order([work.output for work in works], order)
     taken = {form: _seconds_of(machine, form, works, setting) for form in among}
-    margin = 0.0 if setting.lockstep else MARGIN
+    margin = 0.0 if setting.cut else MARGIN
     return pick(taken, measured=False, training=setting.training, margin=margin)
 
 

@@ -25,7 +25,8 @@ MARGIN = 0.02
 """By how much slower than the quickest form another may be and still be taken.
 
 The constants are not exact to more. Near the edge one wide layer is taken: what is behind the
-layers may gain from it. In lockstep nothing is, so there it must be the quickest."""
+layers may gain from it. Where its output is cut at once nothing does, so there it must be the
+quickest."""
 
 
 @dataclass(frozen=True, slots=True)
@@ -76,8 +77,8 @@ class Cut:
 
     def pays(self, carried: int) -> bool:
         """Whether one wide layer does with so many operations behind it."""
-        whole = self.figures.whole - carried * self.spared
-        return whole <= self.figures.apart * (1 + MARGIN)
+        whole, margin = self.figures.whole - carried * self.spared, MARGIN if carried else 0.0
+        return whole <= self.figures.apart * (1 + margin)
 
 
 def pick(
