@@ -389,3 +389,19 @@ def test_sparse_inputs(linear, layout):
     x = torch.eye(4, dtype=torch.float64).to_sparse(layout=layout)
     for ours, theirs in zip(fused(linear)(x), linear(x), strict=True):
         torch.testing.assert_close(ours, theirs, rtol=0, atol=1e-9)
+
+
+@every_kind
+def test_a_model_goes_with_its_last_reference(kind):
+    model, x = fused(kind.family((3, 3))), kind.input()
+    with torch.no_grad():
+        for layer in model.layers:
+            layer(x)
+    wide = weakref.ref(model.layers[0].wide_layer)
+    gc.collect()
+    gc.disable()
+    try:
+        del layer, model
+        assert wide() is None
+    finally:
+        gc.enable()

@@ -160,12 +160,12 @@ class _Conv(_Convolution):
         for weight, own in zip(torch.split(wide.weight, wide.widths), biases, strict=True):
             yield self._convolve(wide, input, weight, own, 1)
 
-    def direct(self, wide: Wide, *, apart: bool = False) -> Callable[[Tensor], Tensor]:
+    def direct(self, wide: Wide, *, apart: bool = False) -> Callable[[Tensor], Tensor] | None:
         """Both, where there are no groups, nothing is padded and no zeros fill gaps."""
         settings: dict[str, Any] = wide.settings
         plain = settings["padding_mode"] == "zeros" and not _grouped(settings["groups"])
         if not plain or len({*wide.biased}) > 1:
-            return super().direct(wide, apart=apart)
+            return None
         held: dict[str, Any] = wide._parameters
         function, groups = type(self).function, len(wide.widths) if apart else 1
         rest = *(settings[name] for name in ("stride", "padding", "dilation")), groups

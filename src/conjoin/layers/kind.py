@@ -10,7 +10,6 @@ contiguous is what lets `state_dict()` hand out views that safetensors accepts.
 
 from __future__ import annotations
 
-import functools
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any, ClassVar
@@ -347,12 +346,16 @@ class Kind(ABC):
         """
         return None
 
-    def direct(self, wide: Wide, *, apart: bool = False) -> Callable[[Tensor], Tensor]:
+    def direct(self, wide: Wide, *, apart: bool = False) -> Callable[[Tensor], Tensor] | None:
         """`run` for one wide layer, or `apart`: with what never changes looked up beforehand.
 
         Quick models spend most of a call in look-ups.
+
+        Returns:
+            A function that does not hold the wide layer, which may keep it; None where nothing can
+            be looked up, and the method is called.
         """
-        return functools.partial(self.apart if apart else self.run, wide)
+        return None
 
 
 def _hashable(value: Any) -> Any:

@@ -55,10 +55,10 @@ class Linear(Kind):
         other = f"{name(_batched)}({input}, {weight}, {bias}, {shape})"
         return f"({other} if {input}.dim() != 3 else {flat})"
 
-    def direct(self, wide: Wide, *, apart: bool = False) -> Callable[[Tensor], Tensor]:
+    def direct(self, wide: Wide, *, apart: bool = False) -> Callable[[Tensor], Tensor] | None:
         """Both, where no zeros fill gaps between biases."""
         if len({*wide.biased}) > 1:
-            return super().direct(wide, apart=apart)
+            return None
         held: dict[str, Any] = wide._parameters
         few = wide.weight.shape[1] <= batched.FEW
         linear = batched.linear if few else F.linear

@@ -123,7 +123,7 @@ class Wide(Lender):
         self.handed_out: weakref.WeakValueDictionary[tuple[int, str], Part]
         self.handed_out = weakref.WeakValueDictionary()
         self.cut: tuple[object, dict[int, dict[str, Tensor | None]]] | None = None
-        self._direct: tuple[object, Callable[[Tensor], Tensor]] | None = None
+        self._direct: tuple[object, Callable[[Tensor], Tensor] | None] | None = None
 
     def __getstate__(self) -> dict[str, Any]:
         """All but what concerns this one's own surroundings, or what is going on."""
@@ -201,7 +201,8 @@ class Wide(Lender):
         """What `forward` does, for calls that all are of one way; see `Kind.direct`."""
         if along:
             return functools.partial(self.kind.along, self)
-        run = self.kind.direct(self, apart=apart)
+        method = self.kind.apart if apart else self.kind.run
+        run = self.kind.direct(self, apart=apart) or functools.partial(method, self)
         if apart:
             return run
 
@@ -219,8 +220,9 @@ class Wide(Lender):
         if not held:  # The replicas of data parallelism hold no Parameters.
             return self.forward(input)
         if self._direct is None or self._direct[0] is not held:
-            self._direct = held, self.direct()
-        return self._direct[1](input)
+            self._direct = held, self.kind.direct(self)
+        direct = self._direct[1]
+        return self.kind.run(self, input) if direct is None else direct(input)
 
     def alone(self, index: int) -> Wide:
         """A wide layer of the `index`-th sibling only, on the same memory."""
