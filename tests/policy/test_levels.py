@@ -77,6 +77,13 @@ def test_tensors_of_their_own_are_joined_in_training_where_that_saves_much(opera
     assert from_memory.whole - figures.whole == pytest.approx(2 * 3 * 8 / 100)
 
 
+def test_what_a_convolution_reads_is_its_own_either_way():
+    laid = ((0.0, 5.0), (1e3, 5.0))
+    slow = dataclasses.replace(FLAT, convolved=laid, convolved_back=laid)
+    setting, group = dataclasses.replace(TRAINING, stacked=False), [work(image=8)] * 3
+    assert level(slow, group, setting, "beside") == level(FLAT, group, setting, "beside")
+
+
 def test_gradients_are_copied_into_place():
     stack, beside = (level(FLAT, [work()] * 3, TRAINING, lie) for lie in ("stack", "beside"))
     # Three products for each layer; where it is cut, the parts' gradients are joined.

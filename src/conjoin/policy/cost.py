@@ -38,6 +38,7 @@ modules, as it does not, takes more.
 from __future__ import annotations
 
 import bisect
+import dataclasses
 import functools
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -198,7 +199,7 @@ class Work:
     image: int = 0
 
 
-NUMBERS = ("input", "output", "weight", "read", "operations", "image")
+NUMBERS = ("input", "output", "weight", "read", "operations")
 FLAGS = ("biased", "contiguous")
 
 Layout = Literal["beside", "stack", "apart"]
@@ -259,6 +260,7 @@ def level(machine: Machine, works: Sequence[Work], setting: Setting, layout: Lay
         setting: what they have in common.
         layout: how the tensors lie.
     """
+    works = [dataclasses.replace(work, image=0) for work in works]  # Each reads its own either way.
     among = _weight(works)
     apart = sum(_layer(machine, [work], setting, among) for work in works)
     rate = machine.batched if setting.stacked else machine.rate
