@@ -16,7 +16,7 @@ from machines import STEADY
 from torch._subclasses.fake_tensor import FakeTensorMode
 from torch.nn.modules.module import register_module_parameter_registration_hook
 
-from conjoin.policy import machine
+from conjoin.policy import convolving, machine, sharing, timing
 from conjoin.policy.cost import Machine
 
 CPU = torch.device("cpu")
@@ -32,6 +32,14 @@ FOUND = Machine(
     *(1e-6, 1e-6, 2e-5, 1e11, 1e11, 1e10, 3e-6, 5e-6, 1e-5),
     *(table(*sizes) for sizes in machine.TABLES.values()),
 )
+
+
+@pytest.fixture(autouse=True)
+def _once(monkeypatch):
+    """How exact it is does not matter here."""
+    monkeypatch.setattr(timing, "ROUNDS", 2)
+    for module in (machine, convolving, sharing):
+        monkeypatch.setattr(module, "TURNS", 1)
 
 
 @pytest.fixture
@@ -184,7 +192,7 @@ def test_each_device_is_measured_once(constants, tmp_path, monkeypatch):
 STEPS = """
 import resource, sys
 import torch
-from conjoin.policy import machine
+from conjoin.policy import convolving, machine, sharing, timing
 
 def step():
     for tensor in [torch.ones(2**20) for _ in range(3)]:  # As gradients: made and given back.
