@@ -26,8 +26,6 @@ FLAT = dataclasses.replace(
     written=NONE,
     joined=NONE,
     few_rows=HIDDEN,
-    convolved=NONE,
-    convolved_back=NONE,
 )
 COPIES = dataclasses.replace(STEADY, joined=((0.0, 0.0), (1e3, 0.0), (1e3 + 1, 1.0), (2e3, 2.0)))
 """A machine on which it takes a second to copy more than 1,000 bytes."""

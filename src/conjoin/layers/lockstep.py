@@ -263,7 +263,10 @@ def in_functorch() -> bool:
 
 
 def is_traced() -> bool:
-    """Whether a transform, or `torch.jit.trace`, follows what is computed."""
+    """Whether a transform, or `torch.jit.trace`, follows what is computed.
+
+    Each sibling asks at each call, so it is asked in the shortest way, which Dynamo cannot read.
+    """
     return (
         maybe_current_level() is not None
         or forward_ad._current_level >= 0

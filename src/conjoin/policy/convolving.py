@@ -19,7 +19,7 @@ from torch import Tensor
 from torch.nn import functional as F
 
 from conjoin.policy.cost import Machine, Setting, Table, Work, seconds
-from conjoin.policy.timing import in_turn
+from conjoin.policy.timing import ascending, in_turn
 
 IMAGES = (2**14, 2**16, 2**18, 2**20, 2**22)
 """Bytes of what is read."""
@@ -42,18 +42,17 @@ def measured(known: Machine, device: torch.device, dtype: torch.dtype) -> Machin
     try:
         with torch.inference_mode(mode=False), torch.enable_grad():
             forward, training = (
-                _ascending([_left(known, size, device, dtype, training=on) for size in IMAGES])
+                _table([_left(known, size, device, dtype, training=on) for size in IMAGES])
                 for on in (False, True)
             )
     except RuntimeError:  # There are no convolutions of this type.
-        forward = training = _ascending([0.0] * len(IMAGES))
+        forward = training = _table([0.0] * len(IMAGES))
     return dataclasses.replace(known, convolved=forward, convolved_back=training)
 
 
-def _ascending(taken: Sequence[float]) -> Table:
-    """What was measured as a table, in which more bytes take no less."""
-    least = [min(taken[place:]) for place in range(len(taken))]
-    return tuple(zip(map(float, IMAGES), least, strict=True))
+def _table(taken: Sequence[float]) -> Table:
+    """What was measured, by the bytes."""
+    return tuple(zip(map(float, IMAGES), ascending(taken), strict=True))
 
 
 def _left(

@@ -26,7 +26,7 @@ from torch.nn import functional as F
 
 from conjoin.policy import convolving, sharing
 from conjoin.policy.cost import Grid, Machine, Table
-from conjoin.policy.timing import in_turn, least
+from conjoin.policy.timing import ascending, in_turn, least
 
 FORMAT = 7
 """The version of what is measured, and of the files that hold it."""
@@ -261,9 +261,7 @@ def _products(square: Tensor, device: torch.device) -> tuple[float, float]:
 
 def _table(sizes: Sequence[int], taken: list[float]) -> Table:
     """What more bytes take beyond what the fewest do."""
-    # What disturbs a timing only adds, so that more bytes take no less.
-    for larger in reversed(range(len(taken) - 1)):
-        taken[larger] = min(taken[larger : larger + 2])
+    taken = ascending(taken)
     return tuple((size, seconds - taken[0]) for size, seconds in zip(sizes, taken, strict=True))
 
 

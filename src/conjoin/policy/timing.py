@@ -28,6 +28,11 @@ def in_turn(
     return tuple(map(min, zip(*taken, strict=True)))
 
 
+def ascending(taken: Sequence[float]) -> list[float]:
+    """The seconds that ever more of something took: no less, since what disturbs only adds."""
+    return [min(taken[place:]) for place in range(len(taken))]
+
+
 def least(step: Callable[[], object], device: torch.device) -> float:
     """The seconds that a step takes where nothing disturbs it."""
     count, taken = 1, timed(step, 1, device)
