@@ -221,6 +221,21 @@ def _faults(way):
     return int(subprocess.check_output([sys.executable, "-c", STEPS, way]))
 
 
+def test_a_type_is_measured_as_it_is_also_within_autocast(constants, tmp_path, monkeypatch):
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    casts = []
+
+    def measure(*of):
+        casts.append(torch.is_autocast_enabled("cpu"))
+        return FOUND
+
+    monkeypatch.setattr(constants, "measure", measure)
+    with torch.autocast("cpu"):
+        assert constants.constants(CPU, torch.float32) == FOUND
+        assert torch.is_autocast_enabled("cpu")
+    assert casts == [False]
+
+
 def test_what_cannot_be_measured(constants, monkeypatch):
     monkeypatch.setattr(constants, "measure", lambda *of: pytest.fail("measured"))
     assert constants.constants(torch.device("meta"), torch.float32) is None

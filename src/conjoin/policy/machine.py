@@ -129,7 +129,9 @@ def _constants(device: torch.device, dtype: torch.dtype, key: tuple[str, ...]) -
         settle_allocator()
         return found
     try:
-        found = measure(device, dtype)
+        # Or else products would be of another type.
+        with torch.autocast(device.type, enabled=False):
+            found = measure(device, dtype)
     except RuntimeError:  # No memory, or no product of this dtype.
         return None
     write(path, key, found)
